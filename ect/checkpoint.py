@@ -1,0 +1,393 @@
+"""Model files and checkpoints: safetensors only, written atomically, nothing in them is ever executed.
+
+A model file holds `net.state_dict()` under EDM's parameter names; its metadata says how to build the network. A checkpoint of
+a run is three files, written in this order: `checkpoint-<kimg>.state.safetensors` (what a resume needs),
+`checkpoint-<kimg>.safetensors` (a model file with the averaged weights) and `checkpoint-<kimg>.json` (size and SHA-256 of
+the two). A checkpoint without that last file is incomplete and never loaded. `latest` names the newest one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ect import edm_pickle
+from ect.edm_pickle import Snapshot
+from ect.errors import UserError
+from ect.models import build
+
+FORMAT = 1
+_STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
+
+
+@contextlib.contextmanager
+def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes its place, on any error `path` stays as it was.
+
+    durable=False spares the flush to the disk: safe when the process is killed, not when the power fails. Raises UserError
+    naming `path` where the system refuses (no such folder, no permission, disk full).
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temp
+        if durable:
+            _flush(temp, os.O_RDWR)  # Windows flushes only what is open for writing
+        os.replace(temp, path)
+        if durable and os.name != "nt":  # Windows cannot flush a folder
+            _flush(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it ({error.strerror or error}); choose a writable place with room") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- model files -------------------------------------------------------------------------------------------------------
+
+
+def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info: dict[str, Any]) -> None:
+    """Write a model file, atomically.
+
+    Args: state: net.state_dict(), fp32, any device and memory format. spec: what `ect.models.build` takes. info: free,
+    JSON-able ("preset", "nimg", "data", "mid_t", ...). Raises UserError where `path` cannot be written.
+    """
+    _write_tensors(Path(path), state, {"ect": json.dumps({"format": FORMAT, "spec": spec, "info": info})})
+
+
+def read_model(path: Path) -> Snapshot:
+    """Description and weights of a network, on the CPU.
+
+    `path` is a model file of ours, an EDM or ECT pickle (.pkl), a run folder (its latest checkpoint) or any file of a
+    checkpoint. Raises UserError on a missing, foreign, damaged or newer file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        stem = _newest(path, (_MODEL,))
+        return _read_model_file(path / f"{stem}{_MODEL}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a model (.safetensors or .pkl) or the folder of a run")
+    if path.suffix == ".pkl":
+        return edm_pickle.read(path)
+    stem = _stem(path)
+    if stem is None:
+        return _read_model_file(path)
+    if (path.parent / f"{stem}{_MANIFEST}").is_file():
+        _verify(path.parent, stem, (_MODEL,))
+    return _read_model_file(path.parent / f"{stem}{_MODEL}")
+
+
+def load_model(
+    path: Path, precond: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(network in eval mode on `device`, its info) from whatever `read_model` reads.
+
+    `precond` replaces the preconditioning that the file names: "ECMPrecond" makes an EDM teacher the start of a
+    consistency model. Raises UserError as `read_model`, and when weights and description do not fit.
+    """
+    snapshot = read_model(path)
+    net = build(snapshot.spec if precond is None else {**snapshot.spec, "precond": precond})
+    _copy_weights(net, snapshot.state, str(path))
+    return net.eval().to(device), snapshot.info
+
+
+def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
+    """Copy a pretrained network's weights into `net`, in place; returns one line for each thing left out on purpose.
+
+    The augmentation head of a teacher (EDM pretrains with labels of the augmentation, tuning has none) is left out.
+    Anything else that differs raises UserError by name.
+    """
+    state, ours, notes = dict(snapshot.state), net.state_dict(), []
+    heads = [key for key in state if ".map_augment." in key and key not in ours]
+    for key in heads:
+        del state[key]
+    if heads:
+        notes.append(f"left out the teacher's augmentation head ({', '.join(heads)}): this run has no augmentation labels")
+    missing_head = [key for key in ours if ".map_augment." in key and key not in state]
+    if missing_head:
+        raise UserError(
+            f"the pretrained network has no augmentation head ({missing_head[0]}), but --data.augment wants one; "
+            "tune with --data.augment 0"
+        )
+    for key in sorted({key for key in (*ours, *state) if ".map_label." in key}):
+        if _shape(ours.get(key)) != _shape(state.get(key)):
+            raise UserError(
+                f"{key}: the pretrained network has {_shape(state.get(key))}, this run's has {_shape(ours.get(key))}; "
+                "--data.labels must match how the network was trained, with as many classes"
+            )
+    _copy_weights(net, state, "the pretrained network")
+    return notes
+
+
+def _copy_weights(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    ours = net.state_dict()
+    wrong = [f"missing {key}" for key in ours if key not in state]
+    wrong += [f"unexpected {key}" for key in state if key not in ours]
+    wrong += [
+        f"{key} is {_shape(state[key])} instead of {_shape(tensor)}"
+        for key, tensor in ours.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UserError(f"{source}: the weights do not fit the network: {'; '.join(wrong[:6])}{more}")
+    net.load_state_dict(state)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _read_model_file(path: Path) -> Snapshot:
+    tensors, metadata = _read_tensors(path)
+    if "ect" not in metadata:
+        hint = "it is the training state of a checkpoint" if "ect_state" in metadata else "it has no 'ect' metadata"
+        raise UserError(f"{path}: not a model file of ours: {hint}; make one with python -m ect.convert or ect.train")
+    header = _parse_header(path, metadata["ect"], ("spec", "info"))
+    return Snapshot(header["spec"], tensors, header["info"])
+
+
+def _parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object that describes one of our files. Raises UserError where it is damaged or of a later format."""
+    try:
+        header = json.loads(text)
+        if int(header["format"]) > FORMAT:
+            raise UserError(f"{path}: format {header['format']}, this version reads up to {FORMAT}; update the package")
+        if not all(isinstance(header[field], dict) for field in fields):
+            raise TypeError(f"{' and '.join(fields)} must be objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its description is damaged ({error!r}); copy or convert it again") from error
+    return dict(header)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # Clones: weights may be channels-last or share one arena, and a safetensors file holds plain contiguous tensors.
+    plain = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    with atomic(path) as temp:
+        temp.touch()
+        mode = temp.stat().st_mode  # the user's umask; safetensors would make the file private
+        try:
+            save_file(plain, temp, metadata)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from error
+        temp.chmod(mode)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file. Raises UserError where it is missing, truncated or no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            # Clones: a mapped file could not be replaced or pruned on Windows while its tensors live.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); it is missing, truncated or damaged") from error
+
+
+# --- checkpoints of a run ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run folder; the last `keep` of them stay."""
+
+    run_dir: Path
+    keep: int = 3
+
+    def save(
+        self,
+        nimg: int,
+        model_state: dict[str, Tensor],
+        spec: dict[str, Any],
+        info: dict[str, Any],
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+    ) -> Path:
+        """Write the checkpoint of `nimg` images seen, prune older ones, and return the path of its model file.
+
+        Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume needs;
+        meta is JSON-able. Killed at any point, the run folder still loads the checkpoint before.
+        """
+        for leftover in self.run_dir.glob(".*.tmp"):  # of a run killed while writing
+            leftover.unlink(missing_ok=True)
+        stem = f"checkpoint-{nimg / 1000:010.3f}"
+        state_meta = {"ect_state": json.dumps({"format": FORMAT, "meta": meta})}
+        _write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)
+        save_model(self.run_dir / f"{stem}{_MODEL}", model_state, spec, info)
+        files = {f"{stem}{kind}": _fingerprint(self.run_dir / f"{stem}{kind}") for kind in (_MODEL, _STATE)}
+        with atomic(self.run_dir / f"{stem}{_MANIFEST}") as temp:
+            temp.write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": files}, indent=1) + "\n")
+        with atomic(self.run_dir / "latest") as temp:
+            temp.write_text(f"{stem}\n")
+        self._prune(stem)
+        return self.run_dir / f"{stem}{_MODEL}"
+
+    @staticmethod
+    def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+        """(tensors, meta, path of the model file) of a checkpoint, its checksums verified.
+
+        `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is passed
+        over, with a warning, for the one before; a checkpoint that was named raises UserError.
+        """
+        path = Path(path)
+        if path.is_dir():
+            folder, stem = path, _newest(path, (_MODEL, _STATE))
+        else:
+            folder, named = path.parent, _stem(path)
+            if named is None or not path.is_file():
+                raise UserError(f"{path}: no such checkpoint; expected a run folder or its checkpoint-<kimg>{_MODEL}")
+            stem = named
+            _verify(folder, stem, (_MODEL, _STATE))
+        state_file = folder / f"{stem}{_STATE}"
+        tensors, metadata = _read_tensors(state_file)
+        meta = _parse_header(state_file, metadata.get("ect_state", "{}"), ("meta",))["meta"]
+        return tensors, meta, folder / f"{stem}{_MODEL}"
+
+    def _prune(self, newest: str) -> None:
+        """Remove what is older than the last `keep`, and what a killed save or prune left incomplete.
+
+        Checkpoints beyond `newest` are those of a run that was continued from further back: they are not ours to remove.
+        The manifest goes first and the state last, so that a half-removed checkpoint is known as one.
+        """
+        complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if stem <= newest]
+        incomplete = set(_stems(self.run_dir, _STATE)) - set(_stems(self.run_dir, _MANIFEST))
+        for stem in {*complete[: -max(self.keep, 1)], *incomplete}:
+            for kind in (_MANIFEST, _MODEL, _STATE):
+                (self.run_dir / f"{stem}{kind}").unlink(missing_ok=True)
+
+
+def _stems(run_dir: Path, kind: str) -> list[str]:
+    """Sorted names, without ending, of the checkpoints that have this kind of file."""
+    return sorted(path.name.removesuffix(kind) for path in run_dir.glob(f"checkpoint-??????.???{kind}"))
+
+
+def _stem(path: Path) -> str | None:
+    """Name of the checkpoint that a file belongs to; None for any other file."""
+    for kind in (_STATE, _MODEL, _MANIFEST):
+        if path.name.startswith("checkpoint-") and path.name.endswith(kind):
+            return path.name.removesuffix(kind)
+    return None
+
+
+def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
+    """The checkpoint that `latest` names, or the newest before it whose files are whole; warns of each one passed over."""
+    pointer = run_dir / "latest"
+    latest = pointer.read_text().strip() if pointer.is_file() else None
+    complete = set(_stems(run_dir, _MANIFEST))
+    for stem in sorted(complete | set(_stems(run_dir, _STATE)), reverse=True):
+        if latest is not None and stem > latest and stem in complete:
+            continue  # of a run that was continued from further back, or saved by one killed before it moved the pointer
+        try:
+            _verify(run_dir, stem, kinds)
+        except UserError as error:
+            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=3)
+        else:
+            return stem
+    raise UserError(f"{run_dir}: no complete checkpoint in this folder; give a run folder or a model file")
+
+
+def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
+    """Compare size and SHA-256 of a checkpoint's files with its manifest. Raises UserError naming the file that differs."""
+    manifest = folder / f"{stem}{_MANIFEST}"
+    if not manifest.is_file():
+        raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")
+    try:
+        text = manifest.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{manifest}: cannot be read ({error})") from error
+    files = _parse_header(manifest, text, ("files",))["files"]
+    for name in (f"{stem}{kind}" for kind in kinds):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: incomplete checkpoint: the file is missing")
+        found = _fingerprint(path)
+        if found != files.get(name):
+            raise UserError(f"{path}: damaged: size and SHA-256 are {found}, {manifest.name} says {files.get(name)}")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+# --- what a resume may change --------------------------------------------------------------------------------------------
+
+_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "micro_batch", "init_from", "preset"}
+_FREE_GROUPS = ("log.", "eval.")
+
+
+def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise UserError listing every option by which a resumed run would compute something else.
+
+    Args: saved, new: dataclasses.asdict of the two configurations. Logging, evaluation, device and the size of a
+    micro-batch are free, and so is total_kimg unless the learning rate falls linearly towards it.
+    """
+    old, now = _flatten(saved), _flatten(new)
+    free = set(_FREE)
+    if old.get("optim.decay") in ("constant", "rsqrt"):
+        free.add("total_kimg")
+    changed = [
+        f"--{name.replace('_', '-')}: checkpoint has {_show(old, name)}, command line says {_show(now, name)}"
+        for name in sorted(old.keys() | now.keys())
+        if old.get(name) != now.get(name) and name not in free and not name.startswith(_FREE_GROUPS)
+    ]
+    if changed:
+        raise UserError(
+            "--resume: these options change what is computed:\n  " + "\n  ".join(changed) + "\n"
+            "Resume with the checkpoint's values, or start a new run from its weights: --init-from CHECKPOINT"
+        )
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.loads(json.dumps(value, default=str))
+    return flat
+
+
+def _show(config: dict[str, Any], name: str) -> str:
+    return json.dumps(config[name]) if name in config else "nothing"
+
+
+def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
+    """SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
+    digest = hashlib.sha256()
+    for tensor in (images, labels):
+        if tensor is not None:
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def refuse_changed_data(saved: str, new: str, source: str) -> None:
+    """Raise UserError unless both fingerprints (`data_fingerprint`) agree. source: what --data.source says now."""
+    if saved != new:
+        raise UserError(
+            f"--data.source: {source} holds other images or labels than the run was started with (SHA-256 {new[:12]}..., "
+            f"checkpoint has {saved[:12]}...); put the original data back, or start a new run with --init-from"
+        )

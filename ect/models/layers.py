@@ -1,0 +1,234 @@
+"""Building blocks of the U-Nets, with the parameter names and initialisation of the public EDM checkpoints.
+
+Sources: Karras et al., "Elucidating the design space of diffusion-based generative models" (EDM, 2022); Song et al., 2021
+(DDPM++, NCSN++); Dhariwal & Nichol, 2021 (ADM).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from ect_kernels import philox
+from torch import Tensor, nn
+
+
+class MaskKey(NamedTuple):
+    """What a dropout mask is a function of, beside layer and element: one key shared by student and teacher."""
+
+    seed: Tensor
+    """int64, 0-d: changes every step."""
+    n0: Tensor | int
+    """Global index of the first sample of this micro-batch."""
+
+
+class Init(NamedTuple):
+    """Initialisation of a layer: uniform with the variance of `mode`, times a factor for weight and bias."""
+
+    mode: str
+    weight: float = 1.0
+    bias: float = 0.0
+
+    def draw(self, shape: Sequence[int], fan_in: int, fan_out: int) -> Tensor:
+        match self.mode:
+            case "xavier_uniform":
+                return math.sqrt(6 / (fan_in + fan_out)) * (torch.rand(*shape) * 2 - 1)
+            case "kaiming_uniform":
+                return math.sqrt(3 / fan_in) * (torch.rand(*shape) * 2 - 1)
+            case "kaiming_normal":
+                return math.sqrt(1 / fan_in) * torch.randn(*shape)
+        raise ValueError(f"unknown initialisation {self.mode!r}")
+
+    def weight_(self, shape: Sequence[int], fan_in: int, fan_out: int) -> nn.Parameter:
+        return nn.Parameter(self.draw(shape, fan_in, fan_out) * self.weight)
+
+    def bias_(self, features: int, fan_in: int, fan_out: int) -> nn.Parameter:
+        return nn.Parameter(self.draw([features], fan_in, fan_out) * self.bias)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b."""
+
+    def __init__(self, in_features: int, out_features: int, init: Init, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.weight = init.weight_([out_features, in_features], in_features, out_features)
+        self.bias = init.bias_(out_features, in_features, out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Module):
+    """Convolution of odd size (0: none) with an optional 2x up- or downsampling by a separable filter before it.
+
+    With fused=True and down, the filter and stride follow the convolution instead (the order NCSN++'s residual branch has).
+    """
+
+    resample_filter: Tensor | None
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, init: Init = Init("xavier_uniform"), *,
+        up: bool = False, down: bool = False, resample_filter: Sequence[int] = (1, 1), fused: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
+        self.up, self.down, self.fused = up, down, fused
+        self.weight = self.bias = None
+        if kernel:
+            fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
+            self.weight = init.weight_([out_channels, in_channels, kernel, kernel], fan_in, fan_out)
+            self.bias = init.bias_(out_channels, fan_in, fan_out)
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+        self.register_buffer("resample_filter", taps if up or down else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad = self.kernel // 2
+        if self.resample_filter is None:
+            return F.conv2d(x, self.weight, self.bias, padding=pad)
+        taps = self.resample_filter.to(x.dtype)
+        taps_pad = (taps.shape[-1] - 1) // 2
+        if self.fused and self.down:
+            x = F.conv2d(x, self.weight, padding=pad + taps_pad)
+            x = F.conv2d(x, taps.expand(self.out_channels, 1, -1, -1), stride=2, groups=self.out_channels)
+            return x + self.bias.view(1, -1, 1, 1)
+        taps = taps.expand(self.in_channels, 1, -1, -1)
+        if self.up:
+            x = F.conv_transpose2d(x, taps * 4, stride=2, padding=taps_pad, groups=self.in_channels)
+        else:
+            x = F.conv2d(x, taps, stride=2, padding=taps_pad, groups=self.in_channels)
+        return x if self.weight is None else F.conv2d(x, self.weight, self.bias, padding=pad)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over groups of at least four channels, at most 32 groups."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = max(min(32, channels // 4), 1), eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+
+
+class BlockStyle(NamedTuple):
+    """What DDPM++/NCSN++ and ADM do differently inside a residual block."""
+
+    eps: float
+    skip_scale: float
+    adaptive_scale: bool
+    """Noise embedding: scale and shift after the second norm (ADM), or an addition before it."""
+    resample_proj: bool
+    """1x1 convolution on the skip of an up- or downsampling block even when the width stays."""
+    channels_per_head: int | None
+    """None: one attention head."""
+    init: Init
+    init_zero: Init
+    init_attn: Init
+    resample_filter: tuple[int, ...] = (1, 1)
+
+
+class UNetBlock(nn.Module):
+    """Norm, SiLU, convolution, noise embedding, norm, SiLU, dropout, convolution, skip; then optional self-attention.
+
+    `layer` is the block's number in its network: the dropout mask is a function of it.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_channels: int, style: BlockStyle, *,
+        layer: int, dropout: float, attention: bool = False, up: bool = False, down: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.in_channels, self.out_channels, self.style = in_channels, out_channels, style
+        self.layer, self.dropout = layer, dropout
+        per_head = style.channels_per_head or out_channels
+        self.num_heads = out_channels // per_head if attention else 0
+        resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
+        self.norm0 = GroupNorm(in_channels, style.eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **resample)
+        self.affine = Linear(emb_channels, out_channels * (2 if style.adaptive_scale else 1), style.init)
+        self.norm1 = GroupNorm(out_channels, style.eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
+        self.skip = None
+        if out_channels != in_channels or up or down:
+            kernel = 1 if style.resample_proj or out_channels != in_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, **resample)
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, style.eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1, style.init_attn)
+            self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
+
+    def forward(self, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        embedding = self.affine(emb)[:, :, None, None]
+        if self.style.adaptive_scale:
+            scale, shift = embedding.chunk(2, dim=1)
+            h = F.silu(self.norm1(h) * (1 + scale) + shift)
+        else:
+            h = F.silu(self.norm1(h + embedding))
+        if mask is not None and self.dropout > 0:
+            h = philox.dropout(h, self.dropout, mask.seed, self.layer, mask.n0)
+        x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        if self.num_heads:
+            x = (self.proj(self.attend(self.qkv(self.norm2(x)))) + x) * self.style.skip_scale
+        return x
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Self-attention over pixels. qkv is [N, 3C, H, W]; channels are packed head-major, then c * 3 + {q, k, v}."""
+        n, c3, h, w = qkv.shape
+        packed = qkv.reshape(n, self.num_heads, c3 // 3 // self.num_heads, 3, h * w).transpose(2, 4)
+        q, k, v = packed.unbind(dim=3)  # each [N, heads, H*W, C/heads]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(2, 3).reshape(n, c3 // 3, h, w)
+
+
+class PositionalEmbedding(nn.Module):
+    """Sinusoids of the noise label, [N] -> [N, channels]: frequencies 10000^(-i/(C/2 - endpoint)), cosines first."""
+
+    def __init__(self, channels: int, endpoint: bool) -> None:
+        super().__init__()
+        self.channels, self.endpoint = channels, endpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.channels // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
+        angles = torch.outer(x, (1 / 10000) ** exponent)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Random Fourier features of the noise label, [N] -> [N, channels], cosines first; the frequencies are a buffer."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, scale: float = 16.0) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.outer(x, (2 * math.pi) * self.freqs)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def drop_labels(class_labels: Tensor, p: float, mask: MaskKey | None) -> Tensor:
+    """Zero whole label rows [N, label_dim] with probability p while training (classifier-free guidance)."""
+    if mask is None or p == 0:
+        return class_labels
+    n = class_labels.shape[0]
+    u = philox.uniform(mask.seed, philox.STREAM_LABEL_DROPOUT, mask.n0, n, 1, class_labels.device)
+    return class_labels * (u >= p).to(class_labels.dtype)
+
+
+def default_mask(module: nn.Module, mask: MaskKey | None, device: torch.device) -> MaskKey | None:
+    """The mask key of a forward pass: none in eval mode, the caller's, or one drawn from torch's global generator."""
+    if not module.training:
+        return None
+    if mask is None:
+        return MaskKey(torch.randint(2**63 - 1, (), device=device), 0)
+    return mask

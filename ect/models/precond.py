@@ -1,0 +1,70 @@
+"""Preconditioning: a denoiser D_x(x, sigma) around a U-Net F_x (EDM, section 5 and table 1; ECT, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ect.models.layers import MaskKey
+
+
+class EDMPrecond(nn.Module):
+    """D_x = c_skip x + c_out F_x(c_in x, ln(sigma) / 4), in fp32, for data of standard deviation sigma_data.
+
+    Call with x [N, C, R, R] and sigma a float, 0-d, [N] or [N, 1, 1, 1]; returns fp32 [N, C, R, R]. At sigma = 0 a sample is
+    NaN (ln 0), and only that sample.
+    """
+
+    def __init__(self, net: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.model, self.sigma_data = net, sigma_data
+
+    @property
+    def img_resolution(self) -> int:
+        return int(self.model.img_resolution)  # type: ignore[arg-type]
+
+    @property
+    def img_channels(self) -> int:
+        return int(self.model.out_channels)  # type: ignore[arg-type]
+
+    @property
+    def label_dim(self) -> int:
+        return int(self.model.label_dim)  # type: ignore[arg-type]
+
+    def shift(self) -> float:
+        """What is subtracted from sigma in c_skip and in the numerator of c_out."""
+        return 0.0
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        mask: MaskKey | None = None,
+    ) -> Tensor:
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if self.label_dim:
+            if class_labels is None:  # the unconditional label, as label dropout trains it
+                class_labels = x.new_zeros(1, self.label_dim)
+            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        total = sigma**2 + self.sigma_data**2
+        shifted = sigma - self.shift()
+        c_skip = self.sigma_data**2 / (shifted**2 + self.sigma_data**2)
+        c_out = shifted * self.sigma_data / total.sqrt()
+        c_in = 1 / total.sqrt()
+        c_noise = sigma.log().flatten() / 4
+        F_x = self.model(c_in * x, c_noise, class_labels if self.label_dim else None, augment_labels, mask)
+        return c_skip * x + c_out * F_x.to(torch.float32)
+
+
+class ECMPrecond(EDMPrecond):
+    """EDM's preconditioning while training; in eval mode shifted so that D_x(x, sigma_min) = x exactly."""
+
+    def __init__(self, net: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.003) -> None:
+        super().__init__(net, sigma_data)
+        self.sigma_min = sigma_min
+
+    def shift(self) -> float:
+        return 0.0 if self.training else self.sigma_min

@@ -1,0 +1,182 @@
+"""SongUNet: the DDPM++ and NCSN++ architectures of Song et al. (2021), as EDM reimplements them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ect.models.layers import (
+    BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, MaskKey, PositionalEmbedding, UNetBlock, default_mask,
+    drop_labels,
+)  # fmt: skip
+
+
+class SongUNet(nn.Module):
+    """F_x(x, noise_labels): [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
+
+    DDPM++ is the default; NCSN++ has embedding_type='fourier', channel_mult_noise=2, encoder_type='residual' and
+    resample_filter=[1, 3, 3, 1]. Keyword arguments, names and values are those of the public EDM checkpoints.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[int] = (1, 1),
+    ) -> None:
+        super().__init__()
+        for name, value, known in [
+            ("embedding_type", embedding_type, ("positional", "fourier")),
+            ("encoder_type", encoder_type, ("standard", "skip", "residual")),
+            ("decoder_type", decoder_type, ("standard", "skip")),
+        ]:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; known: {', '.join(known)}")
+        self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
+        self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
+        emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        init, init_zero = Init("xavier_uniform"), Init("xavier_uniform", weight=1e-5)
+        self.style = BlockStyle(
+            eps=1e-6, skip_scale=math.sqrt(0.5), adaptive_scale=False, resample_proj=True, channels_per_head=None,
+            init=init, init_zero=init_zero, init_attn=Init("xavier_uniform", weight=math.sqrt(0.2)),
+            resample_filter=tuple(resample_filter),
+        )  # fmt: skip
+        self.map_noise: nn.Module = (
+            PositionalEmbedding(noise_channels, endpoint=True)
+            if embedding_type == "positional"
+            else FourierEmbedding(noise_channels)
+        )
+        self.map_label = Linear(label_dim, noise_channels, init) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, init, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init)
+
+        self._layers = 0
+
+        def block(c_in: int, c_out: int, **options: bool) -> UNetBlock:
+            self._layers += 1
+            return UNetBlock(c_in, c_out, emb_channels, self.style, layer=self._layers - 1, dropout=dropout, **options)
+
+        widths = [model_channels * mult for mult in channel_mult]
+        self.enc, skips = self._encoder(block, widths, model_channels, num_blocks, attn_resolutions, encoder_type)
+        self.dec = self._decoder(block, widths, skips, num_blocks, attn_resolutions, decoder_type)
+
+    def _encoder(self, block, widths, model_channels, num_blocks, attn_resolutions, encoder_type):  # type: ignore[no-untyped-def]
+        enc, skips, c, c_aux = nn.ModuleDict(), [], model_channels, self.in_channels
+        filters = {"down": True, "resample_filter": self.style.resample_filter}
+        for level, width in enumerate(widths):
+            size = f"{self.img_resolution >> level}x{self.img_resolution >> level}"
+            if level == 0:
+                enc[f"{size}_conv"] = Conv2d(self.in_channels, c, 3, self.style.init)
+            else:
+                enc[f"{size}_down"] = block(c, c, down=True)
+                if encoder_type == "skip":
+                    enc[f"{size}_aux_down"] = Conv2d(c_aux, c_aux, 0, **filters)
+                    enc[f"{size}_aux_skip"] = Conv2d(c_aux, c, 1, self.style.init)
+                if encoder_type == "residual":
+                    enc[f"{size}_aux_residual"] = Conv2d(c_aux, c, 3, self.style.init, fused=True, **filters)
+                    c_aux = c
+            skips.append(c)
+            for i in range(num_blocks):
+                attention = self.img_resolution >> level in attn_resolutions
+                enc[f"{size}_block{i}"] = block(c, width, attention=attention)
+                c = width
+                skips.append(c)
+        return enc, skips
+
+    def _decoder(self, block, widths, skips, num_blocks, attn_resolutions, decoder_type):  # type: ignore[no-untyped-def]
+        dec, c, lowest = nn.ModuleDict(), widths[-1], len(widths) - 1
+        for level in range(lowest, -1, -1):
+            resolution = self.img_resolution >> level
+            size = f"{resolution}x{resolution}"
+            if level == lowest:
+                dec[f"{size}_in0"] = block(c, c, attention=True)
+                dec[f"{size}_in1"] = block(c, c)
+            else:
+                dec[f"{size}_up"] = block(c, c, up=True)
+            for i in range(num_blocks + 1):
+                attention = i == num_blocks and resolution in attn_resolutions
+                dec[f"{size}_block{i}"] = block(c + skips.pop(), widths[level], attention=attention)
+                c = widths[level]
+            if decoder_type == "skip" and level < lowest:
+                dec[f"{size}_aux_up"] = Conv2d(
+                    self.out_channels, self.out_channels, 0, up=True, resample_filter=self.style.resample_filter
+                )
+            if decoder_type == "skip" or level == 0:
+                dec[f"{size}_aux_norm"] = GroupNorm(c, eps=1e-6)
+                dec[f"{size}_aux_conv"] = Conv2d(c, self.out_channels, 3, self.style.init_zero)
+        return dec
+
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None) -> Tensor:  # fmt: skip
+        """The conditioning vector [N, emb_channels] of noise level, class and augmentation."""
+        cosines, sines = self.map_noise(noise_labels).chunk(2, dim=1)
+        emb = torch.cat([sines, cosines], dim=1)  # DDPM++ and NCSN++ put the sines first
+        if self.map_label is not None:
+            if class_labels is None:
+                raise ValueError("this network is class-conditional: class_labels [N, label_dim] are required")
+            labels = drop_labels(class_labels, self.label_dropout, mask)
+            emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        mask: MaskKey | None = None,
+    ) -> Tensor:
+        """x [N, in_channels, R, R], noise_labels [N] or [1], class_labels [N, label_dim], augment_labels [N, augment_dim].
+
+        In train mode, dropout uses `mask`; without one, a seed is drawn from torch's global generator.
+        """
+        mask = default_mask(self, mask, x.device)
+        emb = self.embed(noise_labels, class_labels, augment_labels, mask)
+        skips: list[Tensor] = []
+        aux = x
+        for name, layer in self.enc.items():
+            if name.endswith("aux_down"):
+                aux = layer(aux)
+            elif name.endswith("aux_skip"):
+                x = skips[-1] = x + layer(aux)
+            elif name.endswith("aux_residual"):
+                x = skips[-1] = aux = (x + layer(aux)) / math.sqrt(2)
+            else:
+                x = layer(x, emb, mask) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
+        out: Tensor | None = None
+        normed = x
+        for name, layer in self.dec.items():
+            if name.endswith("aux_up"):
+                out = layer(out)
+            elif name.endswith("aux_norm"):
+                normed = layer(x)
+            elif name.endswith("aux_conv"):
+                image = layer(F.silu(normed))
+                out = image if out is None else out + image
+            else:
+                if x.shape[1] != layer.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, emb, mask)
+        assert out is not None
+        return out

@@ -1,0 +1,203 @@
+"""python -m ect.sample: images from a checkpoint, as a grid, a folder of PNG files or an .npz."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from ect.checkpoint import atomic, load_model
+from ect.errors import UserError
+from ect.grid import save_grid, save_png
+from ect.sampler import SIGMA_MAX, generate
+
+_FILES = (".png", ".npz")
+_MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models
+_HEUN_STEPS = 18  # EDM's choice at 32x32: 35 network evaluations
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sample images from a consistency or diffusion model. One seed is one image, whatever the batch."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A model (.safetensors of ours, .pkl of EDM or ECT) or a run folder (its latest checkpoint)."""
+    seeds: str | None = None
+    """Seeds as a list of numbers and ranges: 0-63 or 3,7,100-199. Default: --count seeds from --seed on."""
+    seed: int = 0
+    """First seed."""
+    count: int = 64
+    """Number of images."""
+    nfe: int | None = None
+    """Network evaluations an image: 1, or 2 with the model's own mid_t (0.821 where it has none). Default: 2."""
+    mid_t: tuple[float, ...] | None = None
+    """Noise levels of the evaluations after the first, decreasing, between 0 and 80."""
+    heun: int | None = None
+    """Sample with this many steps of EDM's Heun sampler instead. Default for a diffusion model: 18."""
+    class_idx: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Class of all images, counted from 0. Default for a class-conditional model: drawn by each seed."""
+    batch: int = 64
+    """Images computed at a time."""
+    out: Path = Path("samples.png")
+    """NAME.png: a grid. NAME.npz: arrays images (uint8 NHWC), seeds, sigmas, class. Anything else: a folder of PNG files."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; exits with status 2 and one message where the user can mend it."""
+    options = tyro.cli(Options, args=args, prog="python -m ect.sample")
+    try:
+        sample(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def sample(options: Options) -> None:
+    """Generate the images and write them where `options.out` says. Raises UserError on options that do not fit."""
+    seeds = _seeds(options)
+    if options.batch < 1:
+        raise UserError(f"--batch {options.batch}: expected at least 1")
+    device = _device(options.device)
+    _prepare(options.out)
+    net, info = load_model(options.checkpoint, device=device)
+    _check_class(options.class_idx, int(net.label_dim))  # type: ignore[arg-type]
+    how = _schedule(options, net, info)
+    if "sigmas" in how:
+        print(f"{options.checkpoint}: {len(how['sigmas'])} NFE at sigma {', '.join(f'{s:g}' for s in how['sigmas'])}")
+    else:
+        print(f"{options.checkpoint}: Heun sampler, {how['heun_steps']} steps, {2 * how['heun_steps'] - 1} NFE")
+    start = time.perf_counter()
+    batches = generate(net, seeds, class_idx=options.class_idx, batch=options.batch, device=device, **how)
+    _write(options, seeds, batches, how.get("sigmas", ()), _classes(net, seeds, options.class_idx))
+    seconds = time.perf_counter() - start
+    print(f"wrote {len(seeds)} images to {options.out} in {seconds:.1f} s ({len(seeds) / seconds:,.1f} img/s)")
+
+
+def _seeds(options: Options) -> list[int]:
+    if options.seeds is None:
+        if options.count < 1:
+            raise UserError(f"--count {options.count}: expected at least 1")
+        first, last = options.seed, options.seed + options.count - 1
+        if not 0 <= first <= last < 2**63:
+            raise UserError(f"--seed {first}: expected a number from 0 on, below 2^63")
+        return list(range(first, last + 1))
+    if options.seed != Options.seed or options.count != Options.count:
+        raise UserError("--seeds says it all; leave out --seed and --count")
+    seeds: list[int] = []
+    for part in options.seeds.split(","):
+        first_text, dash, last_text = part.strip().partition("-")
+        last_text = last_text if dash else first_text
+        if not (first_text.isdecimal() and last_text.isdecimal() and int(first_text) <= int(last_text) < 2**63):
+            raise UserError(f"--seeds {options.seeds}: cannot read {part!r}; expected numbers and ranges such as 0-63,100")
+        seeds.extend(range(int(first_text), int(last_text) + 1))
+    return seeds
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); expected auto, cpu, cuda, cuda:1 or mps") from error
+
+
+def _prepare(out: Path) -> None:
+    """Make the folder that is written to, so that a bad --out fails before the work. Raises UserError."""
+    if out.suffix not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
+        raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
+    if out.suffix in _FILES and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images")
+    folder = out.parent if out.suffix in _FILES else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write into {folder} ({error.strerror}); choose another place") from error
+
+
+def _check_class(class_idx: int | None, label_dim: int) -> None:
+    if class_idx is None:
+        return
+    if label_dim == 0:
+        raise UserError(f"--class {class_idx}: this model is unconditional; leave the option out")
+    if not 0 <= class_idx < label_dim:
+        raise UserError(f"--class {class_idx}: expected 0 to {label_dim - 1}, the classes of this model")
+
+
+def _schedule(options: Options, net: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `generate`: {"sigmas": [80, ...]} or {"heun_steps": n}."""
+    nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
+    if heun is None and nfe is None and mid_t is None and type(net).__name__ == "EDMPrecond":
+        heun = _HEUN_STEPS  # a diffusion model: two evaluations would only blur
+    if heun is not None:
+        if nfe is not None or mid_t is not None:
+            raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")
+        if heun < 1:
+            raise UserError(f"--heun {heun}: expected at least 1 step")
+        return {"heun_steps": heun}
+    if nfe is None:
+        nfe = 2 if mid_t is None else len(mid_t) + 1
+    if nfe < 1:
+        raise UserError(f"--nfe {nfe}: expected at least 1 network evaluation")
+    if mid_t is None:
+        if nfe > 2:
+            raise UserError(f"--nfe {nfe}: also give its {nfe - 1} later noise levels, --mid-t, decreasing")
+        own = info.get("mid_t") or _MID_T
+        mid_t = tuple(own if isinstance(own, (list, tuple)) else [own])[: nfe - 1]
+    if len(mid_t) != nfe - 1:
+        raise UserError(f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t, got {len(mid_t)}; leave out one of the two")
+    sigmas = [SIGMA_MAX, *map(float, mid_t)]
+    if not all(high > low > 0 for high, low in itertools.pairwise(sigmas)):
+        given = " ".join(f"{t:g}" for t in mid_t)
+        raise UserError(f"--mid-t {given}: expected strictly decreasing levels between 0 and {SIGMA_MAX:g}")
+    return {"sigmas": sigmas}
+
+
+def _classes(net: nn.Module, seeds: Sequence[int], class_idx: int | None) -> list[int]:
+    """Class of each image as `generate` chooses it; -1 for an unconditional model."""
+    label_dim, shape = int(net.label_dim), [net.img_channels, net.img_resolution, net.img_resolution]  # type: ignore
+    if label_dim == 0 or class_idx is not None:
+        return [-1 if class_idx is None else class_idx] * len(seeds)
+    classes = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(shape, generator=generator)  # type: ignore[call-overload]  # the latents come first
+        classes.append(int(torch.randint(label_dim, (), generator=generator)))
+    return classes
+
+
+def _write(
+    options: Options, seeds: Sequence[int], batches: Iterator[Tensor], sigmas: Sequence[float], classes: Sequence[int]
+) -> None:
+    out = options.out
+    if out.suffix == ".png":
+        save_grid(torch.cat(list(batches)), out)
+    elif out.suffix == ".npz":
+        images = torch.cat(list(batches)).numpy()
+        arrays = {"images": images, "seeds": np.array(seeds), "sigmas": np.array(sigmas), "class": np.array(classes)}
+        with atomic(out) as temp, temp.open("wb") as file:
+            np.savez(file, **arrays)
+    else:
+        for seed, image in zip(seeds, itertools.chain.from_iterable(batches), strict=True):
+            folder = out / f"{seed - seed % 1000:06d}"
+            folder.mkdir(exist_ok=True)
+            save_png(image, folder / f"{seed:06d}.png", durable=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""From noise to images: the consistency sampler, EDM's deterministic Heun sampler, and batched generation by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+SIGMA_MAX = 80.0
+SIGMA_MIN = 0.002
+RHO = 7.0
+
+
+@torch.no_grad()
+def consistency_sample(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    sigmas: Sequence[float],
+    noises: Sequence[Tensor] | Tensor | None = None,
+) -> Tensor:
+    """Multistep consistency sampling (ECT; Song et al., 2023, algorithm 1): one denoiser call per entry of sigmas.
+
+    Args: denoiser: (x fp32 [N, C, H, W], sigma fp32 [N]) -> D_x. latents: unit normal [N, C, H, W]; multiplied by sigmas[0]
+    here. sigmas: noise levels, decreasing, e.g. [80] or [80, 0.821]. noises: noises[i] is the fresh unit noise after
+    step i (len(sigmas) - 1 of them are used); None draws them from torch's global generator.
+    Returns float64 [N, C, H, W], about [-1, 1]. Between steps everything is float64. Raises ValueError on no sigmas.
+    """
+    if len(sigmas) == 0:
+        raise ValueError("sigmas is empty; give at least the largest noise level, e.g. [80]")
+    x = latents.to(torch.float64) * sigmas[0]
+    for i, sigma in enumerate(sigmas):
+        if i > 0:
+            noise = torch.randn_like(latents) if noises is None else noises[i - 1]
+            x = x + sigma * noise.to(torch.float64)
+        x = _denoise(denoiser, x, sigma)
+    return x
+
+
+@torch.no_grad()
+def heun_sample(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    latents: Tensor,
+    num_steps: int,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+) -> Tensor:
+    """EDM's deterministic second-order sampler (Karras et al., 2022, algorithm 1): 2 num_steps - 1 denoiser calls.
+
+    Args and result as in consistency_sample. Raises ValueError if num_steps < 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+    ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    levels = [*levels.tolist(), 0.0]
+    x = latents.to(torch.float64) * levels[0]
+    for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
+        slope = (x - _denoise(denoiser, x, sigma)) / sigma
+        x_next = x + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            slope_next = (x_next - _denoise(denoiser, x_next, sigma_next)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+def _denoise(denoiser: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float) -> Tensor:
+    levels = torch.full([x.shape[0]], sigma, dtype=torch.float32, device=x.device)
+    return denoiser(x.to(torch.float32), levels).to(torch.float64)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] by floor(127.5 x + 128), the field's convention."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def generate(
+    net: nn.Module,
+    seeds: Sequence[int],
+    *,
+    sigmas: Sequence[float] | None = None,
+    heun_steps: int | None = None,
+    class_idx: int | None = None,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """Images of a preconditioned network, one per seed, in batches of uint8 [n, H, W, C] on the CPU.
+
+    Each image draws latents, class (class-conditional networks with class_idx None) and noises from a generator of its
+    own seed, so an image depends on the batch size by rounding only. Give sigmas (consistency sampler) or heun_steps.
+    """
+    if (sigmas is None) == (heun_steps is None):
+        raise ValueError("give either sigmas (consistency sampler) or heun_steps (diffusion sampler)")
+    shape = [net.img_channels, net.img_resolution, net.img_resolution]
+    extra = 0 if sigmas is None else len(sigmas) - 1
+    for start in range(0, len(seeds), batch):
+        latents, labels, noises = [], [], []
+        for seed in seeds[start : start + batch]:
+            generator = torch.Generator().manual_seed(int(seed))
+            latents.append(torch.randn(shape, generator=generator))
+            if net.label_dim:
+                drawn = torch.randint(int(net.label_dim), (), generator=generator)
+                labels.append(drawn if class_idx is None else torch.as_tensor(class_idx))
+            noises.append(torch.randn([extra, *shape], generator=generator))
+        classes = None
+        if labels:
+            classes = torch.nn.functional.one_hot(torch.stack(labels), int(net.label_dim)).float().to(device)
+
+        def denoiser(x: Tensor, sigma: Tensor, classes: Tensor | None = classes) -> Tensor:
+            return net(x, sigma, classes)
+
+        z = torch.stack(latents).to(device)
+        if sigmas is not None:
+            images = consistency_sample(denoiser, z, sigmas, torch.stack(noises, dim=1).to(device))
+        else:
+            assert heun_steps is not None
+            images = heun_sample(denoiser, z, heun_steps)
+        yield to_uint8(images).cpu()

@@ -1,0 +1,37 @@
+"""Stage, learning rate and EMA decay: pure functions of nimg, the number of training images seen before the step."""
+
+from __future__ import annotations
+
+import math
+
+from ect.config import ObjectiveConfig, OptimConfig
+
+
+def stage_at(nimg: int, cfg: ObjectiveConfig) -> int:
+    """The mapping's stage: 0 ... n_stages - 1, each stage_kimg long, the last one open-ended.
+
+    (The public code's first tick is a single step, which shifts its stages by one step; this one has no such quirk.)
+    """
+    stage_img = max(round(cfg.stage_kimg * 1000), 1)
+    return min(nimg // stage_img, cfg.n_stages - 1)
+
+
+def lr_at(nimg: int, batch: int, total_img: int, cfg: OptimConfig) -> float:
+    """Learning rate: linear warm-up (the first step is already above 0) times the decay."""
+    lr = cfg.lr
+    if cfg.warmup_kimg > 0:
+        lr *= min((nimg + batch) / (cfg.warmup_kimg * 1000), 1.0)
+    decay_img = cfg.decay_kimg * 1000
+    if cfg.decay == "linear" and nimg > decay_img:
+        lr *= max((total_img - nimg) / (total_img - decay_img), 0.0)
+    if cfg.decay == "rsqrt" and nimg > decay_img:
+        lr *= math.sqrt(decay_img / nimg)
+    return lr
+
+
+def ema_beta_at(nimg: int, batch: int, cfg: OptimConfig) -> float:
+    """Decay of the weight average for this step; during ramp-up its half-life is at most ema_rampup * nimg (EDM)."""
+    if cfg.ema_rampup is None or cfg.ema_beta == 0:
+        return cfg.ema_beta
+    halflife_img = min(batch * math.log(0.5) / math.log(cfg.ema_beta), nimg * cfg.ema_rampup)
+    return 0.5 ** (batch / halflife_img) if halflife_img > 0 else 0.0

@@ -1,0 +1,90 @@
+"""Philox4x32-10: random numbers as a pure function of (seed, counter), in integer PyTorch.
+
+Counter-based draws make noise and dropout masks independent of batch split, rank and order of evaluation: the value of an
+element follows from the 64-bit seed and the element's global index alone. Source: Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3" (SC 2011). The functions below read no value on the host, so they may run inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
+_LOW = 0xFFFFFFFF
+
+# The second counter word says what a draw is for, so that no two uses share bits. U-Net layers count up from 0; the
+# named streams count down from the top.
+STREAM_EPS = _LOW  # noise of a training image
+STREAM_T = _LOW - 1  # noise level of a training image
+STREAM_FLIP = _LOW - 2  # horizontal flips
+STREAM_AUGMENT_UNIFORM = _LOW - 3
+STREAM_AUGMENT_NORMAL = _LOW - 4
+STREAM_LABEL_DROPOUT = _LOW - 5
+
+
+def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * m, for a in [0, 2^32) held in int64 (the wrapped 64-bit product has the right bits)."""
+    product = a * m
+    return (product >> 32) & _LOW, product & _LOW
+
+
+def philox4x32(seed: Tensor | int, c0: Tensor, c1: int, c2: int = 0, c3: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32 for each counter (c0[i], c1, c2, c3).
+
+    Args: seed: 64-bit key, an int or 0-d int64 tensor. c0: int64 tensor of any shape, values in [0, 2^32). c1..c3: ints.
+    Returns: four int64 tensors of c0's shape with values in [0, 2^32).
+    """
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=c0.device)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    x0, x1, x2, x3 = c0, torch.full_like(c0, c1), torch.full_like(c0, c2), torch.full_like(c0, c3)
+    for i in range(10):
+        if i > 0:
+            k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+        hi0, lo0 = _multiply(x0, _M0)
+        hi1, lo1 = _multiply(x2, _M1)
+        x0, x1, x2, x3 = hi1 ^ x1 ^ k0, lo1, hi0 ^ x3 ^ k1, lo0
+    return x0, x1, x2, x3
+
+
+def uniform(seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device) -> Tensor:
+    """float32 [batch, per_sample], uniform in (0, 1), of the global samples n0 ... n0 + batch.
+
+    Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
+    """
+    blocks = -(-per_sample // 4)
+    first = torch.as_tensor(n0, dtype=torch.int64, device=device) * blocks
+    counters = (first + torch.arange(batch * blocks, device=device)) & _LOW
+    words = torch.stack(philox4x32(seed, counters, stream), dim=-1).view(batch, -1)[:, :per_sample]
+    return ((words >> 8).float() + 0.5) * 2.0**-24
+
+
+def normal(seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device) -> Tensor:
+    """float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
+    even = per_sample + per_sample % 2
+    u = uniform(seed, stream, n0, batch, even, device).view(batch, -1, 2)
+    radius, angle = (-2.0 * u[..., 0].log()).sqrt(), (2.0 * math.pi) * u[..., 1]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).view(batch, -1)[:, :per_sample]
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | int = 0) -> Tensor:
+    """Inverted dropout of x [N, C, H, W] (logical NCHW, any strides) with a mask that is a function of the global index.
+
+    With i the flat NHWC index of the element in the global batch (x[0] is global sample n0): the counter is
+    (i // 8 mod 2^32, layer, 0, 0); element k = i mod 8 uses the low (k even) or high (k odd) half of word k // 2 and is kept
+    where that 16-bit value is at least round(65536 p). Kept values are scaled by the exact inverse of the kept fraction.
+    """
+    threshold = round(65536 * p)
+    n, c, h, w = x.shape
+    per_sample = c * h * w
+    start = torch.as_tensor(n0, dtype=torch.int64, device=x.device) * per_sample
+    # One more block than needed: sample n0 may begin in the middle of a block.
+    counters = (start // 8 + torch.arange(n * per_sample // 8 + 2, device=x.device)) & _LOW
+    words = torch.stack(philox4x32(seed, counters, layer), dim=-1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()
+    index = start % 8 + torch.arange(n * per_sample, device=x.device)
+    keep = (halves[index] >= threshold).view(n, h, w, c).permute(0, 3, 1, 2)
+    return torch.where(keep, x * (65536.0 / (65536 - threshold)), torch.zeros((), dtype=x.dtype, device=x.device))

@@ -1,0 +1,13 @@
+"""Every test runs on one thread (a busy machine makes OpenMP spin) and with uninitialised memory filled with NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,163 @@
+"""FlatState against torch.optim, the golden trajectory, and its rules for bad gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from ect.models import ECMPrecond, SongUNet
+from ect.objective import ConsistencyObjective, Mapping
+from ect.optim import FlatState
+from tests.golden_data import MANIFEST, load, part
+
+
+def mlp() -> torch.nn.Module:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.SiLU(), torch.nn.Linear(7, 3))
+    net.register_buffer("constant", torch.ones(2))
+    return net
+
+
+def backward(net: torch.nn.Module, i: int) -> None:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(i))
+    (net(x) ** 2).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["radam", "adam"])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99)])
+def test_equals_torch_over_30_steps(name: str, betas: tuple[float, float]) -> None:
+    ours, theirs = mlp(), mlp()
+    ema = copy.deepcopy(theirs)
+    state = FlatState(ours, name, lr=1e-2, betas=betas, eps=1e-6, ema_betas=[0.9, 0.5])
+    optimizer = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam}[name](
+        theirs.parameters(), lr=1e-2, betas=betas, eps=1e-6
+    )
+    for i in range(30):  # crosses the step at which RAdam starts to rectify
+        state.zero_grad()
+        optimizer.zero_grad()
+        backward(ours, i)
+        backward(theirs, i)
+        state.step()
+        optimizer.step()
+        for average, p in zip(ema.parameters(), theirs.parameters(), strict=True):
+            average.data.lerp_(p.data, 0.1)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    got = state.ema_state_dict(0)
+    assert list(got) == list(ours.state_dict())
+    for key, want in ema.state_dict().items():
+        torch.testing.assert_close(got[key], want, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(got["0.weight"], state.ema_state_dict(1)["0.weight"])
+
+
+def test_golden_trajectory() -> None:
+    case, g = MANIFEST["trajectory"], load("trajectory")
+    net = ECMPrecond(SongUNet(**case["kwargs"])).train()
+    init = part(g, "init.")
+    net.load_state_dict(init)
+    state = FlatState(net, "radam", case["lr"], tuple(case["betas"]), case["eps"], ema_betas=[case["ema_beta"]])
+    objective = ConsistencyObjective(Mapping(q=case["q"]), c=case["c"])
+    for step in range(case["steps"]):
+        t = (objective.P_mean + objective.P_std * g["n"][step]).exp()
+        r = objective.mapping(t, step // 3)
+        loss = objective.loss(net, g["images"][step], t, r, g["eps"][step])
+        assert (loss.detach() - g["losses"][step]).norm() / g["losses"][step].norm() <= 1e-3
+        state.zero_grad()
+        loss.mean().backward()
+        state.step()
+    for got, want in [(net.state_dict(), part(g, "final.")), (state.ema_state_dict(0), part(g, "ema."))]:
+        assert set(got) == set(want)
+        moved = [(got[k] - init[k], want[k] - init[k]) for k in want]
+        error = math.sqrt(sum(float((a - b).square().sum()) for a, b in moved))
+        assert error / math.sqrt(sum(float(b.square().sum()) for _, b in moved)) <= 1e-2
+
+
+def test_parameters_and_gradients_are_aligned_views() -> None:
+    net = mlp()
+    before = [p.detach().clone() for p in net.parameters()]
+    state = FlatState(net)
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+        assert p.data_ptr() % 16 == 0 and p.grad.data_ptr() % 16 == 0
+        assert p.untyped_storage().data_ptr() == state.params.untyped_storage().data_ptr()
+    backward(net, 0)
+    for p, view in zip(net.parameters(), state.views(state.grads), strict=True):
+        assert torch.equal(p.grad, view) and view.abs().sum() > 0
+
+
+def test_gradients_set_by_others_are_honoured() -> None:
+    a, b = mlp(), mlp()
+    states = [FlatState(net, "adam", lr=1e-2) for net in (a, b)]
+    for i in range(3):
+        states[0].zero_grad()
+        b.zero_grad(set_to_none=True)  # detaches .grad from the arena
+        backward(a, i)
+        backward(b, i)
+        for state in states:
+            state.step()
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+    b.zero_grad(set_to_none=True)
+    states[1].step()
+    assert (states[1].grads == 0).all()
+
+
+def test_nonfinite_gradients_are_cleaned_and_counted() -> None:
+    net = mlp()
+    state = FlatState(net, "adam", lr=1e-3, ema_betas=[0.9])
+    state.zero_grad()
+    backward(net, 0)
+    net[0].weight.grad[0, 0] = math.nan
+    net[0].weight.grad[0, 1] = math.inf
+    net[0].weight.grad[0, 2] = -math.inf
+    state.step()
+    assert int(state.nonfinite) == 3
+    assert state.params.isfinite().all() and state.emas[0].isfinite().all()
+    assert net[0].weight.grad[0, :3].tolist() == [0.0, 1e5, -1e5]
+
+
+def test_clip_bounds_the_global_norm() -> None:
+    net = mlp()
+    state = FlatState(net, clip=0.5)
+    backward(net, 0)
+    unclipped = state.grads.clone()
+    state.step()
+    assert float(state.grad_norm) == pytest.approx(float(unclipped.norm())) and state.grad_norm > 0.5
+    torch.testing.assert_close(state.grads, unclipped * 0.5 / unclipped.norm(), rtol=1e-4, atol=1e-7)
+    state.zero_grad()
+    state.clip = 1e9
+    backward(net, 0)
+    before = state.grads.clone()
+    state.step()
+    assert torch.equal(state.grads, before)
+
+
+def test_state_survives_a_round_trip() -> None:
+    a, b = mlp(), mlp()
+    first, second = (FlatState(net, lr=1e-2, ema_betas=[0.9]) for net in (a, b))
+    for i in range(8):
+        first.zero_grad()
+        backward(a, i)
+        first.step()
+    second.load_state_tensors(first.state_tensors())
+    for state, net in ((first, a), (second, b)):
+        state.zero_grad()
+        backward(net, 9)
+        state.step()
+    assert torch.equal(first.params, second.params) and torch.equal(first.emas[0], second.emas[0])
+    incomplete = first.state_tensors()
+    incomplete.pop("exp_avg.0.weight")
+    with pytest.raises(KeyError, match=r"exp_avg\.0\.weight"):
+        second.load_state_tensors(incomplete)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("optimizer", "sgd"), ("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1), ("ema_betas", [2.0]), ("clip", 0.0)],
+)
+def test_impossible_values_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        FlatState(mlp(), **{name: value})

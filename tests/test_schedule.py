@@ -1,0 +1,41 @@
+"""Schedules are pure functions of nimg; their boundaries are pinned here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ect.config import ObjectiveConfig, OptimConfig
+from ect.schedule import ema_beta_at, lr_at, stage_at
+
+
+def test_stage_boundaries() -> None:
+    cfg = ObjectiveConfig(stage_kimg=12.8, n_stages=6)
+    assert [stage_at(n, cfg) for n in (0, 12_799, 12_800, 64_000, 76_800, 10**9)] == [0, 0, 1, 5, 5, 5]
+
+
+def test_warmup_and_linear_decay() -> None:
+    cfg = OptimConfig(lr=1.0, warmup_kimg=6.4, decay="linear", decay_kimg=38.4)
+    rates = [lr_at(n, 64, 76_800, cfg) for n in (0, 6_336, 38_400, 57_600, 76_800)]
+    assert rates == pytest.approx([0.01, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_rsqrt_decay() -> None:
+    cfg = OptimConfig(lr=1e-3, decay="rsqrt", decay_kimg=256)
+    rates = [lr_at(n, 128, 10**7, cfg) for n in (0, 256_000, 1_024_000)]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4])
+    assert lr_at(10**9, 128, 10**9, OptimConfig(lr=1e-4)) == 1e-4
+
+
+def test_ema_ramp() -> None:
+    assert ema_beta_at(0, 128, OptimConfig(ema_beta=0.9993)) == 0.9993
+    cfg = OptimConfig(ema_beta=0.995, ema_rampup=0.05)
+    assert ema_beta_at(0, 64, cfg) == 0.0
+    assert ema_beta_at(6_400, 64, cfg) == pytest.approx(0.5 ** (64 / 320))
+    assert ema_beta_at(10**9, 64, cfg) == pytest.approx(0.995)
+
+
+def test_half_lives_of_the_recipes() -> None:
+    assert math.log(0.5) / math.log(0.9999) == pytest.approx(6931, abs=1)
+    assert math.log(0.5) / math.log(0.9993) * 128 / 1000 == pytest.approx(127, abs=0.5)
