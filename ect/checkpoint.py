@@ -1,9 +1,9 @@
 """Model files and checkpoints: safetensors only, written atomically, nothing in them is ever executed.
 
-A model file holds `net.state_dict()` under EDM's parameter names; its metadata says how to build the network. A checkpoint of
-a run is three files, written in this order: `checkpoint-<kimg>.state.safetensors` (what a resume needs),
-`checkpoint-<kimg>.safetensors` (a model file with the averaged weights) and `checkpoint-<kimg>.json` (size and SHA-256 of
-the two). A checkpoint without that last file is incomplete and never loaded. `latest` names the newest one.
+A model file holds `net.state_dict()` under EDM's parameter names; its metadata says how to build the network. A
+checkpoint of a run is three files, written in this order: `checkpoint-<kimg>.state.safetensors` (what a resume needs),
+`checkpoint-<kimg>.safetensors` (a model file with the averaged weights) and `checkpoint-<kimg>.json` (size and SHA-256
+of the two). A checkpoint without that last file is incomplete and never loaded. `latest` names the newest one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from torch import Tensor, nn
 from ect import edm_pickle
 from ect.edm_pickle import Snapshot
 from ect.errors import UserError
-from ect.models import build
+from ect.models import EDMPrecond, build
+from ect.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
+
+__all__ = [
+    "Checkpoints", "atomic", "data_fingerprint", "load_model", "load_weights", "read_model", "refuse_changed_data",
+    "refuse_changed_maths", "save_model",
+]  # fmt: skip
 
 FORMAT = 1
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
@@ -36,8 +42,8 @@ _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes its place, on any error `path` stays as it was.
 
-    durable=False spares the flush to the disk: safe when the process is killed, not when the power fails. Raises UserError
-    naming `path` where the system refuses (no such folder, no permission, disk full).
+    durable=False spares the flush to the disk: safe when the process is killed, not when the power fails. Raises
+    UserError naming `path` where the system refuses (no such folder, no permission, disk full).
     """
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,7 +54,8 @@ def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
         if durable and os.name != "nt":  # Windows cannot flush a folder
             _flush(path.parent, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{path}: cannot write it ({error.strerror or error}); choose a writable place with room") from error
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot write it ({reason}); choose a writable place with room") from error
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
@@ -62,7 +69,7 @@ def _flush(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-# --- model files -------------------------------------------------------------------------------------------------------
+# --- model files ---
 
 
 def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info: dict[str, Any]) -> None:
@@ -82,8 +89,7 @@ def read_model(path: Path) -> Snapshot:
     """
     path = Path(path)
     if path.is_dir():
-        stem = _newest(path, (_MODEL,))
-        return _read_model_file(path / f"{stem}{_MODEL}")
+        return _read_model_file(path / f"{_newest(path, (_MODEL,))}{_MODEL}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a model (.safetensors or .pkl) or the folder of a run")
     if path.suffix == ".pkl":
@@ -98,7 +104,7 @@ def read_model(path: Path) -> Snapshot:
 
 def load_model(
     path: Path, precond: str | None = None, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[EDMPrecond, dict[str, Any]]:
     """(network in eval mode on `device`, its info) from whatever `read_model` reads.
 
     `precond` replaces the preconditioning that the file names: "ECMPrecond" makes an EDM teacher the start of a
@@ -121,19 +127,19 @@ def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
     for key in heads:
         del state[key]
     if heads:
-        notes.append(f"left out the teacher's augmentation head ({', '.join(heads)}): this run has no augmentation labels")
+        notes.append(f"left out the pretrained augmentation head ({', '.join(heads)}): this run uses no such labels")
     missing_head = [key for key in ours if ".map_augment." in key and key not in state]
     if missing_head:
         raise UserError(
             f"the pretrained network has no augmentation head ({missing_head[0]}), but --data.augment wants one; "
             "tune with --data.augment 0"
         )
-    for key in sorted({key for key in (*ours, *state) if ".map_label." in key}):
-        if _shape(ours.get(key)) != _shape(state.get(key)):
-            raise UserError(
-                f"{key}: the pretrained network has {_shape(state.get(key))}, this run's has {_shape(ours.get(key))}; "
-                "--data.labels must match how the network was trained, with as many classes"
-            )
+    theirs, wanted = _num_classes(state), _num_classes(ours)
+    if theirs != wanted:
+        raise UserError(
+            f"model.map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
+            "set --data.labels as the network was trained"
+        )
     _copy_weights(net, state, "the pretrained network")
     return notes
 
@@ -153,8 +159,12 @@ def _copy_weights(net: nn.Module, state: dict[str, Tensor], source: str) -> None
     net.load_state_dict(state)
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else "x".join(map(str, tensor.shape)) or "a scalar"
+def _num_classes(state: dict[str, Tensor]) -> int:
+    return next((t.shape[-1] for key, t in state.items() if key.endswith(".map_label.weight")), 0)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
 def _read_model_file(path: Path) -> Snapshot:
@@ -199,10 +209,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Clones: a mapped file could not be replaced or pruned on Windows while its tensors live.
             return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); it is missing, truncated or damaged") from error
+        raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({error})") from error
 
 
-# --- checkpoints of a run ------------------------------------------------------------------------------------------------
+# --- checkpoints of a run ---
 
 
 @dataclass(frozen=True)
@@ -223,8 +233,8 @@ class Checkpoints:
     ) -> Path:
         """Write the checkpoint of `nimg` images seen, prune older ones, and return the path of its model file.
 
-        Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume needs;
-        meta is JSON-able. Killed at any point, the run folder still loads the checkpoint before.
+        Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume
+        needs; meta is JSON-able. Killed at any point, the run folder still loads the checkpoint before.
         """
         for leftover in self.run_dir.glob(".*.tmp"):  # of a run killed while writing
             leftover.unlink(missing_ok=True)
@@ -244,8 +254,8 @@ class Checkpoints:
     def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
         """(tensors, meta, path of the model file) of a checkpoint, its checksums verified.
 
-        `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is passed
-        over, with a warning, for the one before; a checkpoint that was named raises UserError.
+        `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is
+        passed over, with a warning, for the one before; a checkpoint that was named raises UserError.
         """
         path = Path(path)
         if path.is_dir():
@@ -264,7 +274,7 @@ class Checkpoints:
     def _prune(self, newest: str) -> None:
         """Remove what is older than the last `keep`, and what a killed save or prune left incomplete.
 
-        Checkpoints beyond `newest` are those of a run that was continued from further back: they are not ours to remove.
+        Checkpoints beyond `newest` are of a run that was then continued from further back: not ours to remove.
         The manifest goes first and the state last, so that a half-removed checkpoint is known as one.
         """
         complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if stem <= newest]
@@ -288,13 +298,13 @@ def _stem(path: Path) -> str | None:
 
 
 def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
-    """The checkpoint that `latest` names, or the newest before it whose files are whole; warns of each one passed over."""
+    """The checkpoint that `latest` names, or the newest whole one before it; warns of each one passed over."""
     pointer = run_dir / "latest"
     latest = pointer.read_text().strip() if pointer.is_file() else None
     complete = set(_stems(run_dir, _MANIFEST))
     for stem in sorted(complete | set(_stems(run_dir, _STATE)), reverse=True):
         if latest is not None and stem > latest and stem in complete:
-            continue  # of a run that was continued from further back, or saved by one killed before it moved the pointer
+            continue  # the run was then continued from further back, or killed before it moved the pointer
         try:
             _verify(run_dir, stem, kinds)
         except UserError as error:
@@ -305,7 +315,7 @@ def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
 
 
 def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
-    """Compare size and SHA-256 of a checkpoint's files with its manifest. Raises UserError naming the file that differs."""
+    """Compare size and SHA-256 of a checkpoint's files with its manifest; raises UserError naming what differs."""
     manifest = folder / f"{stem}{_MANIFEST}"
     if not manifest.is_file():
         raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")
@@ -329,65 +339,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-# --- what a resume may change --------------------------------------------------------------------------------------------
-
-_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "micro_batch", "init_from", "preset"}
-_FREE_GROUPS = ("log.", "eval.")
-
-
-def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise UserError listing every option by which a resumed run would compute something else.
-
-    Args: saved, new: dataclasses.asdict of the two configurations. Logging, evaluation, device and the size of a
-    micro-batch are free, and so is total_kimg unless the learning rate falls linearly towards it.
-    """
-    old, now = _flatten(saved), _flatten(new)
-    free = set(_FREE)
-    if old.get("optim.decay") in ("constant", "rsqrt"):
-        free.add("total_kimg")
-    changed = [
-        f"--{name.replace('_', '-')}: checkpoint has {_show(old, name)}, command line says {_show(now, name)}"
-        for name in sorted(old.keys() | now.keys())
-        if old.get(name) != now.get(name) and name not in free and not name.startswith(_FREE_GROUPS)
-    ]
-    if changed:
-        raise UserError(
-            "--resume: these options change what is computed:\n  " + "\n  ".join(changed) + "\n"
-            "Resume with the checkpoint's values, or start a new run from its weights: --init-from CHECKPOINT"
-        )
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = json.loads(json.dumps(value, default=str))
-    return flat
-
-
-def _show(config: dict[str, Any], name: str) -> str:
-    return json.dumps(config[name]) if name in config else "nothing"
-
-
-def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
-    """SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
-    digest = hashlib.sha256()
-    for tensor in (images, labels):
-        if tensor is not None:
-            digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def refuse_changed_data(saved: str, new: str, source: str) -> None:
-    """Raise UserError unless both fingerprints (`data_fingerprint`) agree. source: what --data.source says now."""
-    if saved != new:
-        raise UserError(
-            f"--data.source: {source} holds other images or labels than the run was started with (SHA-256 {new[:12]}..., "
-            f"checkpoint has {saved[:12]}...); put the original data back, or start a new run with --init-from"
-        )

@@ -19,8 +19,8 @@ def make_grid(images: Tensor, columns: int | None = None, scale: int | None = No
 
     Args: images: uint8 [N, H, W, C], C = 1 or 3, N > 0. columns: default ceil(sqrt(N)). scale: whole factor of the
     nearest-neighbour enlargement; default the largest that keeps both sides within 900 pixels. pad: white pixels round
-    each image. Returns uint8 [rows (H scale + pad) + pad, columns (W scale + pad) + pad, C] on the CPU. Raises ValueError
-    on other tensors.
+    each image. Returns uint8 [rows (H scale + pad) + pad, columns (W scale + pad) + pad, C] on the CPU. Raises
+    ValueError on other tensors.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"a grid takes uint8 [N, H, W, 1 or 3], N > 0; got {images.dtype} {list(images.shape)}")
@@ -46,8 +46,6 @@ def save_png(image: Tensor, path: Path, durable: bool = True) -> None:
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temp, "PNG")
 
 
-def save_grid(
-    images: Tensor, path: Path, columns: int | None = None, scale: int | None = None, pad: int = 2
-) -> None:
+def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int | None = None, pad: int = 2) -> None:
     """`make_grid` as a PNG file, written atomically. Raises UserError where `path` cannot be written."""
     save_png(make_grid(images, columns, scale, pad), Path(path))

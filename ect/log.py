@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
@@ -75,7 +75,7 @@ class RunLog:
         self.note(name)
 
     def step(self, nimg: int, **stats: Any) -> None:
-        """Show progress: `nimg` images seen, and stats such as loss, stage, lr. Cheap; call it as often as stats are known."""
+        """Show progress: `nimg` images seen, and stats such as loss, stage and lr. Cheap: call it often."""
         now = time.monotonic()
         self.nimg = nimg
         self._seen.append((now, nimg))
@@ -90,7 +90,7 @@ class RunLog:
     def row(self, nimg: int, stats: dict[str, Any]) -> None:
         """Append {"nimg": nimg, **stats} to stats.jsonl, and the numbers to TensorBoard at step nimg.
 
-        Values are text, None or numbers (0-d tensors too); what is not finite becomes null, for JSON has no name for it.
+        Values are text, None or numbers (0-d tensors too); what is not finite becomes null: JSON has no name for it.
         """
         self.nimg = nimg
         plain = {name: _plain(value) for name, value in stats.items()}
@@ -137,17 +137,20 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _start_bar(self) -> None:
+        rest = Column(no_wrap=True, ratio=1)  # the one that gives way on a narrow terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TaskProgressColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}", markup=False, table_column=rest),
             console=self.console,
+            expand=True,
             refresh_per_second=2,  # the drawing thread shares the CPU with the training
         )
         self._task = self._bar.add_task(self._phase, total=self.total_nimg, completed=self.nimg, text="")
@@ -168,7 +171,7 @@ class RunLog:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int | None:
-    """Most bytes held so far: of the GPU by tensors, else of main memory by this process. None where nobody counts it."""
+    """Most bytes held so far: of the GPU by tensors, else of main memory by this process. None where unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -14,11 +14,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from ect.checkpoint import atomic, load_model
+from ect.device import resolve, set_threads
 from ect.errors import UserError
 from ect.grid import save_grid, save_png
+from ect.models import ECMPrecond, EDMPrecond
 from ect.sampler import SIGMA_MAX, generate
 
 _FILES = (".png", ".npz")
@@ -49,9 +51,11 @@ class Options:
     batch: int = 64
     """Images computed at a time."""
     out: Path = Path("samples.png")
-    """NAME.png: a grid. NAME.npz: arrays images (uint8 NHWC), seeds, sigmas, class. Anything else: a folder of PNG files."""
+    """NAME.png: a grid. NAME.npz: arrays images (uint8 NHWC), seeds, sigmas, class. Otherwise a folder of PNG files."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    threads: int | None = None
+    """CPU threads. None: as many as CPUs that this process may use."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -67,12 +71,14 @@ def main(args: Sequence[str] | None = None) -> None:
 def sample(options: Options) -> None:
     """Generate the images and write them where `options.out` says. Raises UserError on options that do not fit."""
     seeds = _seeds(options)
-    if options.batch < 1:
-        raise UserError(f"--batch {options.batch}: expected at least 1")
-    device = _device(options.device)
+    for name, value in (("batch", options.batch), ("threads", options.threads)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: expected at least 1")
+    device = resolve(options.device)
+    set_threads(options.threads)
     _prepare(options.out)
     net, info = load_model(options.checkpoint, device=device)
-    _check_class(options.class_idx, int(net.label_dim))  # type: ignore[arg-type]
+    _check_class(options.class_idx, net.label_dim)
     how = _schedule(options, net, info)
     if "sigmas" in how:
         print(f"{options.checkpoint}: {len(how['sigmas'])} NFE at sigma {', '.join(f'{s:g}' for s in how['sigmas'])}")
@@ -100,20 +106,11 @@ def _seeds(options: Options) -> list[int]:
         first_text, dash, last_text = part.strip().partition("-")
         last_text = last_text if dash else first_text
         if not (first_text.isdecimal() and last_text.isdecimal() and int(first_text) <= int(last_text) < 2**63):
-            raise UserError(f"--seeds {options.seeds}: cannot read {part!r}; expected numbers and ranges such as 0-63,100")
+            raise UserError(
+                f"--seeds {options.seeds}: cannot read {part!r}; expected numbers and ranges such as 0-63,100"
+            )
         seeds.extend(range(int(first_text), int(last_text) + 1))
     return seeds
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: not usable here ({reason}); expected auto, cpu, cuda, cuda:1 or mps") from error
 
 
 def _prepare(out: Path) -> None:
@@ -121,7 +118,9 @@ def _prepare(out: Path) -> None:
     if out.suffix not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
         raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
     if out.suffix in _FILES and out.is_dir():
-        raise UserError(f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images")
+        raise UserError(
+            f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images"
+        )
     folder = out.parent if out.suffix in _FILES else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,10 +138,10 @@ def _check_class(class_idx: int | None, label_dim: int) -> None:
         raise UserError(f"--class {class_idx}: expected 0 to {label_dim - 1}, the classes of this model")
 
 
-def _schedule(options: Options, net: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
+def _schedule(options: Options, net: EDMPrecond, info: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `generate`: {"sigmas": [80, ...]} or {"heun_steps": n}."""
     nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
-    if heun is None and nfe is None and mid_t is None and type(net).__name__ == "EDMPrecond":
+    if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
         heun = _HEUN_STEPS  # a diffusion model: two evaluations would only blur
     if heun is not None:
         if nfe is not None or mid_t is not None:
@@ -160,7 +159,9 @@ def _schedule(options: Options, net: nn.Module, info: dict[str, Any]) -> dict[st
         own = info.get("mid_t") or _MID_T
         mid_t = tuple(own if isinstance(own, (list, tuple)) else [own])[: nfe - 1]
     if len(mid_t) != nfe - 1:
-        raise UserError(f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t, got {len(mid_t)}; leave out one of the two")
+        raise UserError(
+            f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t, got {len(mid_t)}; leave out one of the two"
+        )
     sigmas = [SIGMA_MAX, *map(float, mid_t)]
     if not all(high > low > 0 for high, low in itertools.pairwise(sigmas)):
         given = " ".join(f"{t:g}" for t in mid_t)
@@ -168,16 +169,17 @@ def _schedule(options: Options, net: nn.Module, info: dict[str, Any]) -> dict[st
     return {"sigmas": sigmas}
 
 
-def _classes(net: nn.Module, seeds: Sequence[int], class_idx: int | None) -> list[int]:
+def _classes(net: EDMPrecond, seeds: Sequence[int], class_idx: int | None) -> list[int]:
     """Class of each image as `generate` chooses it; -1 for an unconditional model."""
-    label_dim, shape = int(net.label_dim), [net.img_channels, net.img_resolution, net.img_resolution]  # type: ignore
-    if label_dim == 0 or class_idx is not None:
+    if net.label_dim == 0 or class_idx is not None:
         return [-1 if class_idx is None else class_idx] * len(seeds)
     classes = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        torch.randn(shape, generator=generator)  # type: ignore[call-overload]  # the latents come first
-        classes.append(int(torch.randint(label_dim, (), generator=generator)))
+        torch.randn(
+            net.img_channels, net.img_resolution, net.img_resolution, generator=generator
+        )  # the latents come first
+        classes.append(int(torch.randint(net.label_dim, (), generator=generator)))
     return classes
 
 
@@ -189,7 +191,12 @@ def _write(
         save_grid(torch.cat(list(batches)), out)
     elif out.suffix == ".npz":
         images = torch.cat(list(batches)).numpy()
-        arrays = {"images": images, "seeds": np.array(seeds), "sigmas": np.array(sigmas), "class": np.array(classes)}
+        arrays: dict[str, Any] = {
+            "images": images,
+            "seeds": np.array(seeds),
+            "sigmas": np.array(sigmas),
+            "class": np.array(classes),
+        }
         with atomic(out) as temp, temp.open("wb") as file:
             np.savez(file, **arrays)
     else:

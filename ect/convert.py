@@ -1,0 +1,95 @@
+"""python -m ect.convert model.pkl model.safetensors: a public EDM or ECT snapshot as a model file, executing nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from ect import edm_pickle, models
+from ect.checkpoint import save_model
+from ect.edm_pickle import Snapshot
+from ect.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Convert an EDM or ECT snapshot (.pkl) to a model file (.safetensors). Code in the snapshot is never executed."""
+
+    source: tyro.conf.Positional[Path]
+    """The snapshot, e.g. edm-cifar10-32x32-uncond-vp.pkl or network-snapshot-000100.pkl."""
+    destination: tyro.conf.Positional[Path]
+    """The file to write; its name ends in .safetensors."""
+    key: str = "ema"
+    """Which network of the snapshot: its averaged weights are 'ema'."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; exits with status 2 and one message where the user can mend it."""
+    options = tyro.cli(Options, args=args, prog="python -m ect.convert")
+    try:
+        snapshot = convert(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(report(snapshot))
+    print(f"wrote {options.destination}")
+
+
+def convert(options: Options) -> Snapshot:
+    """Read, check and write. Raises UserError (`ect.edm_pickle.UnsafePickle` on hostile content) and then writes nothing."""
+    if options.destination.suffix != ".safetensors":
+        raise UserError(f"{options.destination}: the file to write must be named *.safetensors")
+    snapshot = edm_pickle.read(options.source, options.key)
+    check_fits(snapshot, str(options.source))
+    save_model(options.destination, snapshot.state, snapshot.spec, snapshot.info)
+    return snapshot
+
+
+def check_fits(snapshot: Snapshot, source: str) -> None:
+    """Raise UserError, naming `source` and what differs, unless the network of snapshot.spec has exactly these weights.
+
+    Costs no memory: the network is built without storage.
+    """
+    try:
+        with torch.device("meta"):
+            expected = models.build(snapshot.spec).state_dict()
+    except (UserError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(f"{source}: its description makes no network ({error})") from error
+    wrong = [f"{name} is missing" for name in expected if name not in snapshot.state]
+    for name, tensor in snapshot.state.items():
+        if name not in expected:
+            wrong.append(f"{name} is unknown")
+        elif tensor.shape != expected[name].shape:
+            wrong.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name].shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{source}: weights and description differ: {'; '.join(wrong[:4])}{more}; is the file genuine?")
+
+
+def report(snapshot: Snapshot) -> str:
+    """What was found, in a few lines."""
+    spec, info = snapshot.spec, snapshot.info
+    numel = sum(tensor.numel() for tensor in snapshot.state.values())
+    kwargs = ", ".join(f"{name}={value!r}" for name, value in spec["kwargs"].items())
+    return "\n".join(
+        [
+            f"{info['source']}: {spec['precond']} around {spec['unet']}({kwargs})",
+            f"{numel:,} weights in {len(snapshot.state)} tensors; all finite: {_all_finite(snapshot)}",
+            f"sha256 of the embedded source, which was not executed: {info['source_sha256']}",
+            f"licence: {info['license']}",
+        ]
+    )
+
+
+def _all_finite(snapshot: Snapshot) -> str:
+    bad = [name for name, tensor in snapshot.state.items() if not tensor.isfinite().all()]
+    return f"NO, {bad[0]} is not" if bad else "yes"
+
+
+if __name__ == "__main__":
+    main()

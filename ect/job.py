@@ -1,0 +1,148 @@
+"""A job: the phases of a configuration (diffusion, then consistency) in one run folder, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ect import report
+from ect.checkpoint import atomic, load_model
+from ect.config import Config, PretrainConfig
+from ect.data import load
+from ect.device import resolve, set_threads
+from ect.errors import UserError
+from ect.grid import save_png
+from ect.log import RunLog
+from ect.metrics import make_evaluator
+from ect.metrics.quality import QualityRow, Sampler, consistency_samplers, heun_samplers, quality_rows
+from ect.options import run_folder, to_dict
+from ect.sampler import generate
+from ect.trainer import StopSignal, Trainer
+
+HEUN_STEPS = (18, 5, 2)
+STRIP_SEEDS = range(20)
+STRIP_WIDTH = 900  # pixels, about
+
+
+def new_run_dir(cfg: Config) -> Path:
+    """--run-dir if it is new or empty, else the next free runs/<number>-<preset>; the folder is created."""
+    if cfg.run_dir is not None:
+        path = cfg.run_dir.expanduser()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    root = Path("runs")
+    root.mkdir(exist_ok=True)
+    number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
+    while True:
+        path = root / f"{number:05d}-{cfg.preset}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:  # another job took the number
+            number += 1
+
+
+def pretrain_config(cfg: Config) -> Config:
+    """The diffusion phase as a configuration of its own."""
+    phase = cfg.pretrain
+    return replace(
+        cfg, total_kimg=phase.total_kimg, objective=phase.objective, optim=phase.optim, pretrain=PretrainConfig()
+    )
+
+
+@dataclass
+class Job:
+    """`run` trains all phases and reports; it returns False if a signal stopped it before the end.
+
+    Raises UserError where options, data and files do not fit.
+    """
+
+    cfg: Config
+    console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        cfg = self.cfg
+        set_threads(cfg.threads)
+        self.device = resolve(cfg.device)
+        self.dataset = load(cfg.data)
+        self.stop = StopSignal()
+        self.seconds: dict[str, float] = {}
+        self.run_dir = new_run_dir(cfg) if cfg.resume is None else run_folder(cfg.resume)
+        self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device) if cfg.eval.samples else None
+        for note in self.evaluator.notes if self.evaluator is not None else []:
+            self.console.print(note, markup=False, highlight=False)
+
+    def run(self) -> bool:
+        cfg, models = self.cfg, []
+        if cfg.pretrain.total_kimg > 0 and cfg.init_from is None:
+            teacher = self.train("pretraining", pretrain_config(cfg), self.run_dir / "pretrain")
+            if teacher is None:
+                return False
+            models.append((teacher, heun_samplers(HEUN_STEPS)))
+            cfg = replace(cfg, init_from=teacher)
+        name = "tuning" if cfg.init_from is not None else "training"
+        model = self.train(name, cfg, self.run_dir)
+        if model is None:
+            return False
+        consistency = cfg.objective.kind == "consistency"
+        samplers = consistency_samplers(cfg.eval.mid_t) if consistency else heun_samplers(HEUN_STEPS)
+        models.append((model, samplers))
+        self.finish(models)
+        return True
+
+    def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
+        """One phase, from its last checkpoint if it has one. Returns its model file, or None if stopped before its end."""
+        run_dir.mkdir(exist_ok=True)
+        resume = None
+        if self.cfg.resume is not None and (run_dir / "latest").is_file():
+            named = self.cfg.resume.expanduser()
+            resume = named if named.is_file() and named.parent == run_dir else run_dir
+        cfg = replace(cfg, resume=resume)
+        trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop)
+        if resume is None:
+            saved = self.cfg if run_dir == self.run_dir else cfg
+            with atomic(run_dir / "config.json") as temp:
+                temp.write_text(json.dumps(to_dict(replace(saved, resume=None)), indent=1) + "\n", encoding="utf-8")
+        total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None
+        log = RunLog(run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device)
+        with self.stop.watch(), log:
+            for note in trainer.notes:
+                log.note(note)
+            log.phase(name)
+            path = trainer.run(log)
+        self.seconds[name] = trainer.seconds
+        if trainer.state.nonfinite > 0:
+            self.console.print(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
+        return path if trainer.nimg >= total_img else None
+
+    def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> None:
+        """Samples side by side (samples.png), the table on the console, results.json and results.md."""
+        begin, cfg = time.monotonic(), self.cfg.eval
+        rows: list[QualityRow] = []
+        pictures: dict[str, Tensor] = {}
+        for path, samplers in models:
+            net, _ = load_model(path, device=self.device)
+            for sampler in samplers:
+                how = {"sigmas": sampler.sigmas, "heun_steps": sampler.heun_steps}
+                images = torch.cat(list(generate(net, STRIP_SEEDS, device=self.device, **how)))
+                pictures[f"{sampler.name} (NFE {sampler.nfe})"] = images
+            if self.evaluator is not None and self.evaluator.available:
+                rows += quality_rows(
+                    net, self.evaluator, samplers, samples=cfg.samples, batch=cfg.batch, device=self.device
+                )
+        scale = max(STRIP_WIDTH // (len(STRIP_SEEDS) * self.dataset.resolution), 1)
+        save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
+        self.seconds["evaluation"] = time.monotonic() - begin
+        columns = self.evaluator.columns if self.evaluator is not None else ()
+        report.write(self.run_dir, rows, columns, self.seconds)
+        report.show(self.console, rows, columns, self.seconds)
+        self.console.print(f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False)

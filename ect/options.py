@@ -1,0 +1,151 @@
+"""From a command line to a Config and back: presets, overrides, config.json, and checks that name the option."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from ect.config import PRESETS, Config
+from ect.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The configuration of `python -m ect.train argv`: preset (or the resumed run's config.json), then overrides.
+
+    tyro answers --help and unknown or ill-typed options itself, with the option meant, and exits with status 2.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--resume", type=Path)
+    known, _ = first.parse_known_args(list(argv))
+    if known.resume is not None:
+        default = load(run_folder(known.resume))
+    else:
+        default = preset(known.preset or "digits")
+    about = "Train or tune: a preset, and any field of it. With no argument: the digits demo.\nPresets: " + ", ".join(PRESETS)
+    cfg = tyro.cli(Config, args=list(argv), default=default, prog="python -m ect.train", description=about)
+    check(cfg)
+    return cfg
+
+
+def preset(name: str) -> Config:
+    """PRESETS[name]; raises UserError that says what was meant."""
+    if name in PRESETS:
+        return PRESETS[name]
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"--preset {name}: no such preset{meant} Known: {', '.join(PRESETS)}")
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder of --resume's value, a run folder or a file in one. Raises UserError if it holds no config.json."""
+    path = path.expanduser()
+    folder = path if path.is_dir() else path.parent
+    if not path.exists() or not (folder / "config.json").is_file():
+        raise UserError(f"--resume {path}: expected a run folder (with its config.json) or a checkpoint inside one")
+    return folder
+
+
+def load(folder: Path) -> Config:
+    """The configuration a run was started with, from its config.json."""
+    path = folder / "config.json"
+    try:
+        return from_dict(Config, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a configuration this version can read ({error})") from error
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """JSON-able form of a configuration."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The inverse of to_dict. Raises KeyError or TypeError where fields are missing or unknown."""
+    hints = typing.get_type_hints(cls)
+    unknown = values.keys() - hints.keys()
+    if unknown:
+        raise KeyError(f"unknown fields {sorted(unknown)}")
+    return cls(**{name: _convert(hints[name], value) for name, value in values.items()})
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value)
+    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is not None and Path in choices:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def describe(cfg: Config) -> str:
+    """The resolved configuration, an option a line, ready to be pasted after `python -m ect.train`."""
+    lines = []
+
+    def walk(value: Any, prefix: str) -> None:
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            name = f"{prefix}{field.name.replace('_', '-')}"
+            if dataclasses.is_dataclass(item):
+                walk(item, f"{name}.")
+            elif field.name not in ("dry_run",):
+                text = " ".join(map(str, item)) if isinstance(item, tuple) else str(item)
+                lines.append(f"--{name} {text}")
+
+    walk(cfg, "")
+    return "\n".join(lines)
+
+
+def check(cfg: Config) -> None:
+    """Raises UserError naming the first option whose value is impossible."""
+    micro = cfg.micro_batch
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("--batch", cfg.batch, cfg.batch >= 1, "at least 1"),
+        ("--micro-batch", micro, micro is None or (micro >= 1 and cfg.batch % micro == 0), f"a divisor of --batch {cfg.batch}"),
+        ("--total-kimg", cfg.total_kimg, cfg.total_kimg > 0, "greater than 0"),
+        ("--seed", cfg.seed, 0 <= cfg.seed < 2**31, "from 0 to 2^31 - 1"),
+        ("--threads", cfg.threads, cfg.threads is None or cfg.threads >= 1, "at least 1"),
+        ("--data.augment", cfg.data.augment, 0 <= cfg.data.augment <= 1, "a probability"),
+        ("--net.dropout", cfg.net.dropout, 0 <= cfg.net.dropout < 1, "a probability below 1"),
+        ("--net.label-dropout", cfg.net.label_dropout, 0 <= cfg.net.label_dropout < 1, "a probability below 1"),
+        ("--net.sigma-data", cfg.net.sigma_data, cfg.net.sigma_data > 0, "greater than 0"),
+        ("--net.model-channels", cfg.net.model_channels, cfg.net.model_channels >= 4 and cfg.net.model_channels % 4 == 0,
+         "a multiple of 4"),
+        ("--net.num-blocks", cfg.net.num_blocks, cfg.net.num_blocks >= 1, "at least 1"),
+        ("--log.keep", cfg.log.keep, cfg.log.keep >= 1, "at least 1"),
+        ("--eval.samples", cfg.eval.samples, cfg.eval.samples == 0 or cfg.eval.samples >= 2, "0 (off) or at least 2"),
+        ("--eval.batch", cfg.eval.batch, cfg.eval.batch >= 1, "at least 1"),
+        ("--eval.mid-t", cfg.eval.mid_t, all(a > b > 0 for a, b in zip((80.0, *cfg.eval.mid_t), cfg.eval.mid_t, strict=False)),
+         "noise levels that fall from 80 towards 0"),
+    ]  # fmt: skip
+    for prefix, objective, optim in [
+        ("", cfg.objective, cfg.optim), ("pretrain.", cfg.pretrain.objective, cfg.pretrain.optim),
+    ]:  # fmt: skip
+        clip = optim.clip
+        rules += [
+            (f"--{prefix}objective.q", objective.q, objective.q > 1, "greater than 1"),
+            (f"--{prefix}objective.c", objective.c, objective.c >= 0, "0 or greater"),
+            (f"--{prefix}objective.k", objective.k, objective.k >= 0, "0 or greater"),
+            (f"--{prefix}objective.P-std", objective.P_std, objective.P_std > 0, "greater than 0"),
+            (f"--{prefix}objective.n-stages", objective.n_stages, objective.n_stages >= 1, "at least 1"),
+            (f"--{prefix}objective.stage-kimg", objective.stage_kimg, objective.stage_kimg > 0, "greater than 0"),
+            (f"--{prefix}optim.lr", optim.lr, optim.lr > 0, "greater than 0"),
+            (f"--{prefix}optim.betas", optim.betas, all(0 <= b < 1 for b in optim.betas), "from 0 to below 1"),
+            (f"--{prefix}optim.eps", optim.eps, optim.eps >= 0, "0 or greater"),
+            (f"--{prefix}optim.clip", clip, clip is None or clip > 0, "greater than 0"),
+            (f"--{prefix}optim.ema-beta", optim.ema_beta, 0 <= optim.ema_beta < 1, "from 0 to below 1"),
+        ]
+    for option, value, ok, expected in rules:
+        if not ok:
+            raise UserError(f"{option} {value}: expected {expected}")

@@ -1,0 +1,78 @@
+"""The end of a job: samples of every sampler side by side, and one table of their quality and cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ect.checkpoint import atomic
+from ect.grid import make_grid
+from ect.metrics.evaluator import Column
+from ect.metrics.quality import QualityRow, quality_table
+
+_TITLE_HEIGHT = 24  # pixels
+
+
+def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
+    """Rows of images uint8 [n, H, W, C], each under its title, as one picture uint8 [height, width, 3]."""
+    font = ImageFont.load_default(size=15)
+    parts = []
+    for title, images in rows.items():
+        strip = make_grid(images, columns=len(images), scale=scale).expand(-1, -1, 3)
+        head = Image.new("RGB", (strip.shape[1], _TITLE_HEIGHT), "white")
+        ImageDraw.Draw(head).text((2, 3), title, fill="black", font=font)
+        pixels = torch.frombuffer(bytearray(head.tobytes()), dtype=torch.uint8)
+        parts += [pixels.view(_TITLE_HEIGHT, strip.shape[1], 3), strip]
+    return torch.cat(parts)
+
+
+def quality(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the table: sampler, NFE, metrics, images a second."""
+    headers, cells = quality_table(rows, columns)
+    rates = [f"{row.samples * len(row.values) / row.seconds:.0f}" for row in rows]
+    return [*headers, "images/s"], [[*row, rate] for row, rate in zip(cells, rates, strict=True)]
+
+
+def wall_clock(seconds: dict[str, float]) -> str:
+    return "Wall clock: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+
+
+def show(console: Console, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float]) -> None:
+    """The table and the wall clock of each phase, on the console."""
+    if rows:
+        headers, cells = quality(rows, columns)
+        table = Table(title=_title(rows), title_justify="left")
+        for i, name in enumerate(headers):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+    console.print(wall_clock(seconds), highlight=False)
+
+
+def write(run_dir: Path, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float]) -> None:
+    """results.json and results.md (the table in Markdown) in the run folder, atomically."""
+    result = {"rows": [row.as_json() for row in rows], "seconds": seconds}
+    with atomic(run_dir / "results.json") as temp:
+        temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = []
+    if rows:
+        headers, cells = quality(rows, columns)
+        lines = [_title(rows) + ":", "", _line(headers), "|---|" + "---:|" * (len(headers) - 1), *map(_line, cells), ""]
+    with atomic(run_dir / "results.md") as temp:
+        temp.write_text("\n".join([*lines, wall_clock(seconds) + ".", ""]), encoding="utf-8")
+
+
+def _title(rows: Sequence[QualityRow]) -> str:
+    return f"Quality of {rows[0].samples} samples each"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

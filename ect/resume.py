@@ -1,0 +1,70 @@
+"""What a resume may change, and what would make it another run: options and data, refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from torch import Tensor
+
+from ect.errors import UserError
+
+_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "micro_batch", "init_from", "preset"}
+_FREE_GROUPS = ("log.", "eval.")
+
+
+def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise UserError listing every option by which a resumed run would compute something else.
+
+    Args: saved, new: dataclasses.asdict of the two configurations. Logging, evaluation, device and the size of a
+    micro-batch are free, and so is total_kimg unless the learning rate falls linearly towards it.
+    """
+    old, now = _flatten(saved), _flatten(new)
+    free = set(_FREE)
+    if old.get("optim.decay") in ("constant", "rsqrt"):
+        free.add("total_kimg")
+    changed = [
+        f"--{name.replace('_', '-')}: checkpoint has {_show(old, name)}, command line says {_show(now, name)}"
+        for name in sorted(old.keys() | now.keys())
+        if old.get(name) != now.get(name) and name not in free and not name.startswith(_FREE_GROUPS)
+    ]
+    if changed:
+        raise UserError(
+            "--resume: these options change what is computed:\n  " + "\n  ".join(changed) + "\n"
+            "Resume with the checkpoint's values, or start a new run from its weights: --init-from CHECKPOINT"
+        )
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.loads(json.dumps(value, default=str))
+    return flat
+
+
+def _show(config: dict[str, Any], name: str) -> str:
+    return json.dumps(config[name]) if name in config else "nothing"
+
+
+def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
+    """SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
+    digest = hashlib.sha256()
+    for tensor in (images, labels):
+        if tensor is not None:
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def refuse_changed_data(saved: str, new: str, source: str) -> None:
+    """Raise UserError unless both fingerprints (`data_fingerprint`) agree. source: what --data.source says now."""
+    if saved != new:
+        raise UserError(
+            f"--data.source: {source} holds other images or labels than the run was started with (SHA-256 {new[:12]}, "
+            f"checkpoint has {saved[:12]}); put the original data back, or start a new run with --init-from"
+        )

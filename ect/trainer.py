@@ -1,0 +1,257 @@
+"""Trainer: builds a run from its configuration, loops over steps, keeps intervals, resumes and stops cleanly."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ect import checkpoint, schedule
+from ect.config import Config, NetConfig, ObjectiveConfig
+from ect.data import Dataset, ImageStream
+from ect.data.augment import AugmentPipe
+from ect.errors import UserError
+from ect.log import RunLog, peak_memory
+from ect.metrics.evaluator import Evaluator
+from ect.models import EDMPrecond, build
+from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
+from ect.optim import FlatState
+from ect.options import to_dict
+from ect.sampler import SIGMA_MAX, generate
+from ect.step import TrainStep
+
+GRID_SEEDS = range(64)
+GRID_HEUN_STEPS = 18
+
+
+def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
+    """What ect.models.build needs for a new network of the configured architecture."""
+    kwargs: dict[str, Any] = {
+        "img_resolution": dataset.resolution, "in_channels": dataset.channels, "out_channels": dataset.channels,
+        "label_dim": dataset.label_dim, "augment_dim": augment_dim, "model_channels": cfg.model_channels,
+        "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
+        "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
+    }  # fmt: skip
+    if cfg.arch == "ncsnpp":
+        kwargs |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
+        kwargs |= {"resample_filter": [1, 3, 3, 1]}
+    unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
+    return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
+
+
+def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
+    if cfg.kind == "diffusion":
+        return DiffusionObjective(sigma_data, cfg.P_mean, cfg.P_std)
+    mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
+    return ConsistencyObjective(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+
+
+@dataclass
+class StopSignal:
+    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step."""
+
+    requested: bool = False
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in previous.items():
+                signal.signal(number, old)
+
+
+@dataclass
+class Tally:
+    """Sums since the last row of statistics, on the device: reading them waits for it."""
+
+    loss: Tensor
+    steps: int = 0
+
+    def add(self, loss: Tensor) -> None:
+        self.loss = self.loss + loss
+        self.steps += 1
+
+
+@dataclass
+class Trainer:
+    """One phase of training (diffusion or consistency) in its own run folder.
+
+    Args: cfg: the configuration; resume and init_from are honoured. run_dir: existing folder. dataset: images and labels.
+    device: where to train. evaluator: judges samples at eval intervals; None: no evaluation. stop: shared by the phases
+    of a job. Raises UserError where checkpoint, data and options do not fit. `notes` says what was left out on purpose.
+    """
+
+    cfg: Config
+    run_dir: Path
+    dataset: Dataset
+    device: torch.device
+    evaluator: Evaluator | None = None
+    stop: StopSignal = field(default_factory=StopSignal)
+    nimg: int = 0
+
+    def __post_init__(self) -> None:
+        cfg = self.cfg
+        self.total_img = round(cfg.total_kimg * 1000)
+        self.consistency = cfg.objective.kind == "consistency"
+        self.path: Path | None = None
+        """Model file of the last checkpoint."""
+        self.notes: list[str] = []
+        self._seconds, self._since = 0.0, time.monotonic()
+        torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
+        self.spec, self.net = self._build()
+        self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.state = FlatState(
+            self.net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
+            ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
+        )  # fmt: skip
+        self.step = TrainStep(
+            self.net, build_objective(cfg.objective, self.spec["sigma_data"]), self.state,
+            ImageStream(self.dataset, cfg.seed, self.device), seed=cfg.seed, batch=cfg.batch,
+            micro_batch=cfg.micro_batch, xflip=cfg.data.xflip, augment=cfg.data.augment,
+        )  # fmt: skip
+        self.tally = Tally(torch.zeros((), device=self.device))
+        self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
+        self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
+        if cfg.resume is not None:
+            self._resume(cfg.resume)
+
+    def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
+        """The network in train mode: of the checkpoint's architecture with --init-from, else new."""
+        cfg = self.cfg
+        if cfg.resume is not None:
+            spec = checkpoint.read_model(checkpoint.Checkpoints.load(cfg.resume)[2]).spec
+            return spec, build(spec).to(self.device).train()
+        precond = "ECMPrecond" if self.consistency else "EDMPrecond"
+        augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
+        if cfg.init_from is None:
+            spec = network_spec(cfg.net, precond, self.dataset, augment_dim)
+            return spec, build(spec).to(self.device).train()
+        snapshot = checkpoint.read_model(cfg.init_from)
+        kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": self.dataset.label_dim}
+        kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}
+        spec = {**snapshot.spec, "precond": precond, "kwargs": kwargs}
+        expected = (kwargs["img_resolution"], kwargs["in_channels"])
+        if expected != (self.dataset.resolution, self.dataset.channels):
+            raise UserError(
+                f"--init-from {cfg.init_from}: the network is for {expected[0]}x{expected[0]} images with {expected[1]} "
+                f"channel(s), --data.source {cfg.data.source} has {self.dataset.resolution}x{self.dataset.resolution} with "
+                f"{self.dataset.channels}; choose data or checkpoint to match, or resize with --data.resolution"
+            )
+        net = build(spec)
+        self.notes += checkpoint.load_weights(net, snapshot)
+        return spec, net.to(self.device).train()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of this phase, over all its resumptions."""
+        return self._seconds + time.monotonic() - self._since
+
+    def run(self, log: RunLog) -> Path:
+        """Train to total_kimg or to a stop signal; returns the last checkpoint's model file."""
+        self.log, cfg, every = log, self.cfg, self.cfg.log
+        if self.path is None:
+            self.grids()
+            self.path = self.save()
+        row_time, row_nimg = time.monotonic(), self.nimg
+        while self.nimg < self.total_img and not self.stop.requested:
+            stage = schedule.stage_at(self.nimg, cfg.objective)
+            self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
+            self.state.ema_betas[0] = schedule.ema_beta_at(self.nimg, cfg.batch, cfg.optim)
+            self.tally.add(self.step(self.nimg, stage))
+            before, self.nimg = self.nimg, self.nimg + cfg.batch
+            last = self.nimg >= self.total_img
+
+            def due(kimg: float, before: int = before, last: bool = last) -> bool:
+                interval = round(kimg * 1000)
+                return last or (interval > 0 and self.nimg // interval > before // interval)
+
+            if due(every.stats_kimg):
+                row = self.row(stage, (time.monotonic() - row_time) / (self.nimg - row_nimg) * 1000)
+                shown = {"loss": row["loss"], "stage": stage} if self.consistency else {"loss": row["loss"]}
+                self.log.step(self.nimg, **shown)
+                row_time, row_nimg = time.monotonic(), self.nimg
+            if due(every.sample_kimg):
+                self.grids()
+            if due(every.eval_kimg) and not last and self.evaluator is not None:
+                self.evaluate()
+            if due(every.checkpoint_kimg) or self.stop.requested:
+                self.path = self.save()
+        return self.path
+
+    def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:
+        """Write the statistics since the last row; the loss is their mean over steps."""
+        row = {
+            "loss": float(self.tally.loss) / self.tally.steps,
+            "stage": stage, "lr": self.state.lr, "ema_beta": self.state.ema_betas[0],
+            "grad_norm": float(self.state.grad_norm), "nonfinite": int(self.state.nonfinite),
+            "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
+        }  # fmt: skip
+        self.log.row(self.nimg, row)
+        self.tally = Tally(torch.zeros((), device=self.device))
+        return row
+
+    def average(self) -> EDMPrecond:
+        """The network with the averaged weights, in eval mode."""
+        self.ema_net.load_state_dict(self.state.ema_state_dict(0))
+        return self.ema_net
+
+    def sampler_options(self) -> dict[str, dict[str, Any]]:
+        """How this phase's network is sampled for its grids: name -> arguments of ect.sampler.generate."""
+        if not self.consistency:
+            return {"heun18": {"heun_steps": GRID_HEUN_STEPS}}
+        mid_t = self.cfg.eval.mid_t
+        return {f"nfe{n + 1}": {"sigmas": [SIGMA_MAX, *mid_t[:n]]} for n in range(len(mid_t) + 1)}
+
+    def grids(self) -> None:
+        net = self.average()
+        for name, options in self.sampler_options().items():
+            self.log.grid(name, torch.cat(list(generate(net, GRID_SEEDS, batch=64, device=self.device, **options))))
+
+    def evaluate(self) -> None:
+        """Judge the averaged weights, one row of statistics a sampler."""
+        assert self.evaluator is not None
+        net, seeds = self.average(), range(self.cfg.eval.samples)
+        for name, options in self.sampler_options().items():
+            images = generate(net, seeds, batch=self.cfg.eval.batch, device=self.device, **options)
+            metrics = self.evaluator.evaluate(images)
+            self.log.row(self.nimg, {f"{name}/{metric}": value for metric, value in metrics.items()})
+
+    def save(self) -> Path:
+        info = {
+            "preset": self.cfg.preset, "objective": self.cfg.objective.kind, "nimg": self.nimg,
+            "data": self.dataset.name, "mid_t": list(self.cfg.eval.mid_t),
+        }  # fmt: skip
+        tensors = self.state.state_tensors() | {"tally_loss": self.tally.loss, "grad_norm": self.state.grad_norm}
+        meta = {"nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps, "config": to_dict(self.cfg), "data": self.fingerprint}
+        return self.checkpoints.save(self.nimg, self.state.ema_state_dict(0), self.spec, info, tensors, meta)
+
+    def _resume(self, source: Path) -> None:
+        tensors, meta, self.path = checkpoint.Checkpoints.load(source)
+        checkpoint.refuse_changed_maths(meta["config"], to_dict(self.cfg))
+        checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
+        self.state.load_state_tensors(tensors)
+        self.state.grad_norm = tensors["grad_norm"].to(self.device)
+        self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
+        self.nimg, self._seconds = meta["nimg"], meta["seconds"]
