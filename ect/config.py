@@ -202,7 +202,9 @@ _RECIPES = {
         data=replace(_CIFAR10_DATA, augment=0.12),
         net=NetConfig(dropout=0.13),
         objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),
-        optim=OptimConfig(optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, ema_beta=0.5 ** (512 / 500e3), ema_rampup=0.05),
+        optim=OptimConfig(
+            optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, ema_beta=0.5 ** (512 / 500e3), ema_rampup=0.05
+        ),
         log=LogConfig(stats_kimg=51.2, sample_kimg=2560.0, checkpoint_kimg=2560.0),
     ),
 }

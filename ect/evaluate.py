@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,14 +23,24 @@ from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
 from ect.device import resolve
 from ect.errors import UserError
-from ect.metrics.choice import make_evaluator
-from ect.metrics.evaluator import Column, Evaluator
-from ect.metrics.fidelity import FidelityOptions
+from ect.metrics import (
+    Evaluator,
+    FidelityOptions,
+    QualityRow,
+    Sampler,
+    consistency_samplers,
+    heun_samplers,
+    make_evaluator,
+    quality_rows,
+    quality_table,
+)
 from ect.models import EDMPrecond
-from ect.report import Row, Sampler, consistency_samplers, heun_samplers, measure
 from ect.sampler import SIGMA_MAX
 
 _MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models
+_SAMPLES = 50_000  # as published figures have it
+_DIGITS_SAMPLES = 3_000  # enough for 1,797 digits
+_WIDTH = 120  # columns, where there is no terminal that has a width
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,8 @@ class Options:
     """Reference images: 'digits', or a path as for ect.train. Default: the digits for a model of the digits."""
     resolution: int | None = None
     """Resize and centre-crop a folder of images to this size (pixels)."""
-    samples: int = 50_000
-    """Generated images a repeat."""
+    samples: int | None = None
+    """Generated images a repeat. Default: 50,000; for the digits 3,000."""
     mid_t: tuple[float, ...] | None = None
     """Noise levels of the evaluations after the first, decreasing. Default: the model's own, else 0.821."""
     heun: tuple[int, ...] = ()
@@ -70,46 +79,25 @@ class Options:
     download: bool = True
     """Fetch weights that are neither given nor cached."""
     run_dir: Path | None = None
-    """Folder for metrics.json and the cache of the reference. Default: evaluation-<model> beside the model."""
+    """Folder for metrics.json and torch-fidelity's cache of the reference. Default: runs/evaluation-<model>."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """One sampler's figures, a row for each repeat; repeat i made its images from first_seeds[i] on."""
-
-    sampler: Sampler
-    first_seeds: tuple[int, ...]
-    repeats: tuple[Row, ...]
-
-    def mean(self, column: str) -> float:
-        """Mean over the repeats."""
-        return fmean(row.metrics[column] for row in self.repeats)
-
-    def minimum(self, column: str) -> float:
-        """Minimum over the repeats (EDM's published FIDs are minima of three)."""
-        return min(row.metrics[column] for row in self.repeats)
-
-    def cell(self, column: Column) -> str:
-        """'mean (minimum)' of several repeats, the figure of one, '-' where it is missing."""
-        if column.missing is not None:
-            return "-"
-        mean = f"{self.mean(column.name):.4g}"
-        return mean if len(self.repeats) == 1 else f"{mean} ({self.minimum(column.name):.4g})"
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; exits with status 2 and one message where the user can mend it."""
     options = tyro.cli(Options, args=args, prog="python -m ect.evaluate")
     try:
-        evaluate(options, Console())
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, _WIDTH)
+        evaluate(options, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def evaluate(options: Options, console: Console) -> list[Quality]:
+def evaluate(options: Options, console: Console) -> list[QualityRow]:
     """Rate the model, print the table and write metrics.json. Raises UserError on what the user can mend."""
     _check_numbers(options)
     device = resolve(options.device)
@@ -119,11 +107,12 @@ def evaluate(options: Options, console: Console) -> list[Quality]:
     data = _reference(options, net, info)
     run_dir = _run_dir(options)
     files = FidelityOptions(options.weights, options.vgg, options.dinov2, options.reference, options.download)
-    evaluator = make_evaluator(data, EvalConfig(samples=options.samples), run_dir, options=files, device=device)
-    rows = []
-    if evaluator.available:
-        rows = _rate(options, net, evaluator, samplers, device, console)
-    _print(console, options, evaluator, rows or [Quality(sampler, (), ()) for sampler in samplers])
+    samples = options.samples
+    if samples is None:
+        samples = _DIGITS_SAMPLES if data is not None and data.name == "digits" else _SAMPLES
+    evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
+    rows = _rate(options, samples, net, evaluator, samplers, device, console)
+    _print(console, options, evaluator, rows or [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers])
     if not rows:
         raise UserError(f"{options.model}: no metric can be computed; the lines below the table say what each needs")
     _write(run_dir / "metrics.json", options, net, info, evaluator, rows)
@@ -135,7 +124,7 @@ def _check_numbers(options: Options) -> None:
     for name, value, least in (("repeats", options.repeats, 1), ("batch", options.batch, 1), ("seed", options.seed, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: expected at least {least}")
-    if options.seed + options.repeats * options.samples > 2**63:
+    if options.seed + options.repeats * (options.samples or _SAMPLES) > 2**63:
         raise UserError(f"--seed {options.seed}: the last image's seed must be below 2^63")
     if options.reference is not None and options.data is not None:
         raise UserError("--reference replaces the images of --data; leave out one of the two")
@@ -174,7 +163,10 @@ def _reference(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Datas
 
 
 def _run_dir(options: Options) -> Path:
-    run_dir = options.run_dir or options.model.parent / f"evaluation-{options.model.stem}"
+    run_dir = options.run_dir
+    if run_dir is None:
+        model = options.model.resolve()
+        run_dir = Path("runs") / f"evaluation-{model.name if model.is_dir() else f'{model.parent.name}-{model.stem}'}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -184,73 +176,53 @@ def _run_dir(options: Options) -> Path:
 
 def _rate(
     options: Options,
+    samples: int,
     net: EDMPrecond,
     evaluator: Evaluator,
     samplers: list[Sampler],
     device: torch.device,
     console: Console,
-) -> list[Quality]:
-    """All repeats of all samplers; in each repeat they start from the same latents."""
-    first_seeds = tuple(options.seed + i * options.samples for i in range(options.repeats))
-    result = []
+) -> list[QualityRow]:
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(samplers) * options.repeats)
-        for sampler in samplers:
-            repeats: list[Row] = []
-            for first in first_seeds:
-                progress.update(task, description=f"{sampler.label}, {len(repeats) + 1} of {options.repeats}")
-                repeats += measure(
-                    net,
-                    [sampler],
-                    evaluator,
-                    samples=options.samples,
-                    batch=options.batch,
-                    device=device,
-                    first_seed=first,
-                )
-                progress.advance(task)
-            result.append(Quality(sampler, first_seeds, tuple(repeats)))
-    return result
+        task = progress.add_task("rating", total=samples * options.repeats * len(samplers))
+        return quality_rows(
+            net,
+            evaluator,
+            samplers,
+            samples=samples,
+            repeats=options.repeats,
+            seed=options.seed,
+            batch=options.batch,
+            device=device,
+            on_images=lambda count: progress.advance(task, count),
+        )
 
 
-def _print(console: Console, options: Options, evaluator: Evaluator, rows: list[Quality]) -> None:
+def _print(console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow]) -> None:
+    headers, cells = quality_table(rows, evaluator.columns)
     spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
-    table = Table(title=Text(f"{options.model}: {spread} {options.samples:,} samples"), title_justify="left")
-    for i, header in enumerate(["sampler", "NFE", *(column.name for column in evaluator.columns)]):
+    table = Table(title=Text(f"{options.model}: {spread} {rows[0].samples:,} samples"), title_justify="left")
+    for i, header in enumerate(headers):
         table.add_column(Text(header), justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(Text(row.sampler.label), str(row.sampler.nfe), *map(row.cell, evaluator.columns))
+    for row in cells:
+        table.add_row(*map(Text, row))
     console.print(table)
     for note in evaluator.notes:
         console.print(Text(f"- {note}"))
 
 
 def _write(
-    path: Path, options: Options, net: EDMPrecond, info: dict[str, Any], evaluator: Evaluator, rows: list[Quality]
+    path: Path, options: Options, net: EDMPrecond, info: dict[str, Any], evaluator: Evaluator, rows: list[QualityRow]
 ) -> None:
     weights = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    names = [column.name for column in evaluator.available]
     report = {
         "format": 1,
         "model": {"path": str(options.model), "weights_sha256": weights.hexdigest(), "info": info},
-        "samples": options.samples,
         "used": evaluator.used,
         "missing": {column.name: column.missing for column in evaluator.columns if column.missing is not None},
-        "rows": [
-            {
-                "sampler": row.sampler.label,
-                "nfe": row.sampler.nfe,
-                "options": row.sampler.options,
-                "first_seeds": row.first_seeds,
-                "images_per_second": fmean(repeat.images_per_second for repeat in row.repeats),
-                "mean": {name: row.mean(name) for name in names},
-                "minimum": {name: row.minimum(name) for name in names},
-                "repeats": [repeat.metrics for repeat in row.repeats],
-            }
-            for row in rows
-        ],
+        "rows": [row.as_json() for row in rows],
     }
     with atomic(path) as temp:
         temp.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

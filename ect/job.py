@@ -20,9 +20,9 @@ from ect.device import resolve, set_threads
 from ect.errors import UserError
 from ect.grid import save_png
 from ect.log import RunLog
-from ect.metrics import make_evaluator
-from ect.metrics.quality import QualityRow, Sampler, consistency_samplers, heun_samplers, quality_rows
+from ect.metrics.choice import make_evaluator
 from ect.options import run_folder, to_dict
+from ect.report import Row, Sampler, consistency_samplers, heun_samplers
 from ect.sampler import generate
 from ect.trainer import StopSignal, Trainer
 
@@ -36,7 +36,9 @@ def new_run_dir(cfg: Config) -> Path:
     if cfg.run_dir is not None:
         path = cfg.run_dir.expanduser()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}")
+            raise UserError(
+                f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}"
+            )
         path.mkdir(parents=True, exist_ok=True)
         return path
     root = Path("runs")
@@ -77,7 +79,9 @@ class Job:
         self.stop = StopSignal()
         self.seconds: dict[str, float] = {}
         self.run_dir = new_run_dir(cfg) if cfg.resume is None else run_folder(cfg.resume)
-        self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device) if cfg.eval.samples else None
+        self.evaluator = (
+            make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device) if cfg.eval.samples else None
+        )
         for note in self.evaluator.notes if self.evaluator is not None else []:
             self.console.print(note, markup=False, highlight=False)
 
@@ -127,22 +131,22 @@ class Job:
     def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> None:
         """Samples side by side (samples.png), the table on the console, results.json and results.md."""
         begin, cfg = time.monotonic(), self.cfg.eval
-        rows: list[QualityRow] = []
+        rows: list[Row] = []
         pictures: dict[str, Tensor] = {}
         for path, samplers in models:
             net, _ = load_model(path, device=self.device)
             for sampler in samplers:
-                how = {"sigmas": sampler.sigmas, "heun_steps": sampler.heun_steps}
-                images = torch.cat(list(generate(net, STRIP_SEEDS, device=self.device, **how)))
-                pictures[f"{sampler.name} (NFE {sampler.nfe})"] = images
+                images = torch.cat(list(generate(net, STRIP_SEEDS, device=self.device, **sampler.options)))
+                pictures[f"{sampler.label} (NFE {sampler.nfe})"] = images
             if self.evaluator is not None and self.evaluator.available:
-                rows += quality_rows(
-                    net, self.evaluator, samplers, samples=cfg.samples, batch=cfg.batch, device=self.device
+                rows += report.measure(
+                    net, samplers, self.evaluator, samples=cfg.samples, batch=cfg.batch, device=self.device
                 )
         scale = max(STRIP_WIDTH // (len(STRIP_SEEDS) * self.dataset.resolution), 1)
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
-        columns = self.evaluator.columns if self.evaluator is not None else ()
-        report.write(self.run_dir, rows, columns, self.seconds)
-        report.show(self.console, rows, columns, self.seconds)
-        self.console.print(f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False)
+        report.write(self.run_dir, rows, cfg.samples, self.seconds)
+        report.show(self.console, rows, cfg.samples, self.seconds)
+        self.console.print(
+            f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False
+        )

@@ -1,7 +1,7 @@
 """What is learnt: noise levels, the mapping t -> r, weightings, and the consistency and diffusion objectives.
 
-Everything here takes a denoiser, a callable (x [N, C, H, W], sigma [N]) -> D_x, not a network. Source: Geng et al., "Consistency
-models made easy" (ECT, arXiv 2406.14548), sections 3 and 4; Karras et al., 2022 (EDM) for the diffusion loss.
+Everything here takes a denoiser, a callable (x [N, C, H, W], sigma [N]) -> D_x, not a network. Sources: Geng et al.,
+"Consistency models made easy" (ECT, arXiv 2406.14548), sections 3 and 4; Karras et al., 2022 (EDM) for the diffusion loss.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ def parse(argv: Sequence[str]) -> Config:
     first.add_argument("--preset")
     first.add_argument("--resume", type=Path)
     known, _ = first.parse_known_args(list(argv))
-    if known.resume is not None:
-        default = load(run_folder(known.resume))
-    else:
-        default = preset(known.preset or "digits")
-    about = "Train or tune: a preset, and any field of it. With no argument: the digits demo.\nPresets: " + ", ".join(PRESETS)
+    default = load(run_folder(known.resume)) if known.resume else preset(known.preset or "digits")
+    known_presets = ", ".join(PRESETS)
+    about = (
+        f"Train or tune: a preset, and any field of it. With no argument: the digits demo.\nPresets: {known_presets}"
+    )
     cfg = tyro.cli(Config, args=list(argv), default=default, prog="python -m ect.train", description=about)
     check(cfg)
     return cfg

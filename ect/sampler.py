@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ect.models import EDMPrecond
 
 SIGMA_MAX = 80.0
 SIGMA_MIN = 0.002
@@ -56,7 +59,7 @@ def heun_sample(
     levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     levels = [*levels.tolist(), 0.0]
     x = latents.to(torch.float64) * levels[0]
-    for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
+    for sigma, sigma_next in pairwise(levels):
         slope = (x - _denoise(denoiser, x, sigma)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
@@ -77,7 +80,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def generate(
-    net: nn.Module,
+    net: EDMPrecond,
     seeds: Sequence[int],
     *,
     sigmas: Sequence[float] | None = None,
@@ -101,12 +104,12 @@ def generate(
             generator = torch.Generator().manual_seed(int(seed))
             latents.append(torch.randn(shape, generator=generator))
             if net.label_dim:
-                drawn = torch.randint(int(net.label_dim), (), generator=generator)
+                drawn = torch.randint(net.label_dim, (), generator=generator)
                 labels.append(drawn if class_idx is None else torch.as_tensor(class_idx))
             noises.append(torch.randn([extra, *shape], generator=generator))
         classes = None
         if labels:
-            classes = torch.nn.functional.one_hot(torch.stack(labels), int(net.label_dim)).float().to(device)
+            classes = torch.nn.functional.one_hot(torch.stack(labels), net.label_dim).float().to(device)
 
         def denoiser(x: Tensor, sigma: Tensor, classes: Tensor | None = classes) -> Tensor:
             return net(x, sigma, classes)

@@ -31,7 +31,7 @@ class TrainStep:
         self.net, self.objective, self.state, self.stream = net, objective, state, stream
         self.seed, self.batch, self.micro_batch = seed, batch, micro_batch or batch
         self.xflip = xflip
-        self.augment = AugmentPipe(augment) if augment > 0 else None
+        self.augment = AugmentPipe(augment).to(state.params.device) if augment > 0 else None
 
     def __call__(self, nimg: int, stage: int) -> Tensor:
         self.state.zero_grad()

@@ -243,8 +243,12 @@ class Trainer:
             "preset": self.cfg.preset, "objective": self.cfg.objective.kind, "nimg": self.nimg,
             "data": self.dataset.name, "mid_t": list(self.cfg.eval.mid_t),
         }  # fmt: skip
-        tensors = self.state.state_tensors() | {"tally_loss": self.tally.loss, "grad_norm": self.state.grad_norm}
-        meta = {"nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps, "config": to_dict(self.cfg), "data": self.fingerprint}
+        tensors = self.state.state_tensors()
+        tensors |= {"tally_loss": self.tally.loss, "grad_norm": self.state.grad_norm}
+        meta = {
+            "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
+            "config": to_dict(self.cfg), "data": self.fingerprint,
+        }  # fmt: skip
         return self.checkpoints.save(self.nimg, self.state.ema_state_dict(0), self.spec, info, tensors, meta)
 
     def _resume(self, source: Path) -> None:

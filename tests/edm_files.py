@@ -21,7 +21,16 @@ import torch
 from torch import nn
 
 SOURCE = "class EDMPrecond: pass\n"
-PLAIN_STATE = ("_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+SMALL: dict[str, Any] = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=0, model_channels=8)
+SMALL |= dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.13)
+PLAIN_STATE = (
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)
 
 
 class Persistent:
@@ -41,12 +50,15 @@ class Call:
     def __init__(self, function: Callable[..., object], *args: object) -> None:
         self.function, self.args = function, args
 
+    def __call__(self) -> None:
+        """Only what is callable can be pickled as a function: the result of a call may be called in turn."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return self.function, self.args
 
 
 class Storage:
-    """A storage whose nested file is `blob`."""
+    """Pickles as a storage whose nested file is `blob`."""
 
     def __init__(self, blob: bytes) -> None:
         self.blob = blob
@@ -55,8 +67,8 @@ class Storage:
         return torch.storage._load_from_bytes, (self.blob,)
 
 
-class ViewOf:
-    """A tensor with any claim about its geometry."""
+class View:
+    """Pickles as a tensor with any claim about its geometry."""
 
     def __init__(self, storage: object, offset: Any, size: Any, stride: Any, *more: Any) -> None:
         self.args = (storage, offset, size, stride, *(more or (False, OrderedDict())))
@@ -131,18 +143,38 @@ def module_state(parameters: dict[str, Any], modules: dict[str, Any], **attribut
     }
 
 
-def from_net(net: nn.Module, class_name: str, spec: dict[str, Any], **options: Any) -> Persistent:
-    """A network of ours as a persistent object of class `class_name`, made with the arguments in `spec`."""
+def with_state(module: Persistent, **state: Any) -> Persistent:
+    """`module` with more, or other, attributes."""
+    module.state.update(state)
+    return module
+
+
+def small_net(
+    kwargs: dict[str, Any] = SMALL,
+    *,
+    precond: str = "EDMPrecond",
+    unet: str = "SongUNet",
+    source: str = SOURCE,
+    weight: object = None,
+    **state: Any,
+) -> Persistent:
+    """The least that reads as a network: a few tensors. `kwargs` made the U-Net, `state` replaces attributes of it."""
+    parameters = {"weight": nn.Parameter(WEIGHT.clone()) if weight is None else weight}
+    inner = Persistent(unet, {**module_state(parameters, {}), "_init_args": (), "_init_kwargs": kwargs, **state})
+    return Persistent(precond, module_state({}, {"model": inner}), source)
+
+
+def from_net(net: nn.Module, spec: dict[str, Any]) -> Persistent:
+    """A network of ours as an object of EDM's or ECT's class, made with the arguments in `spec`."""
     kwargs = dict(spec["kwargs"])
-    unet = from_module(net.get_submodule("model"))
-    unet.state |= {"_init_args": (), "_init_kwargs": dict(kwargs)}
+    unet = with_state(from_module(net.get_submodule("model")), _init_args=(), _init_kwargs=dict(kwargs))
     resolution, channels, label_dim = (kwargs.pop(name) for name in ("img_resolution", "in_channels", "label_dim"))
     del kwargs["out_channels"]
-    given = dict(img_resolution=resolution, img_channels=channels, label_dim=label_dim, model_type=spec["unet"], **kwargs)
-    own = dict(img_resolution=resolution, img_channels=channels, label_dim=label_dim, sigma_min=0, sigma_max=float("inf"))
+    own = dict(img_resolution=resolution, img_channels=channels, label_dim=label_dim)
+    given = {**own, "model_type": spec["unet"], **kwargs}
+    own |= dict(use_fp16=False, sigma_min=0, sigma_max=float("inf"))
     own |= {name: spec[name] for name in ("sigma_data", "sigma_min") if name in spec}
-    state = module_state({}, {"model": unet}, _init_args=(), _init_kwargs=given, use_fp16=False, **own)
-    return Persistent(class_name, state, **options)
+    return Persistent(spec["precond"], module_state({}, {"model": unet}, _init_args=(), _init_kwargs=given, **own))
 
 
 def from_module(module: nn.Module) -> Any:

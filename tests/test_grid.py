@@ -47,6 +47,7 @@ def test_colours_stay_in_their_channels(tmp_path: Path) -> None:
         ((1, 8, 8), None, (900, 900)),
         ((256, 64, 64), None, (1058, 1058)),  # never made smaller
         ((5, 8, 8), 1, (180, 892)),  # 22 times: the height decides
+        ((5, 16, 8), 1, (92, 892)),  # 11 times
         ((2, 4, 8), None, (886, 224)),
     ],
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ect.errors import UserError
 from ect.models import DhariwalUNet, ECMPrecond, EDMPrecond, SongUNet, build
-from ect.models.layers import MaskKey
+from ect.models.layers import MaskKey, drop_labels
 from tests.golden_data import MANIFEST, load, part, rel_l2
 
 CLASSES = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -23,7 +24,7 @@ def test_network_matches_golden(name: str) -> None:
     net.load_state_dict(state)
     x = g["x"].requires_grad_()
     y = net(x, g["noise_labels"], g.get("class_labels"), g.get("augment_labels"))
-    assert rel_l2(y, g["y"]) <= 1e-5
+    assert rel_l2(y.detach(), g["y"]) <= 1e-5
     (y * g["grad_y"]).sum().backward()
     assert rel_l2(x.grad, g["grad_x"]) <= 1e-4
     norms = torch.stack([p.grad.norm() for p in net.parameters()])
@@ -137,15 +138,9 @@ def test_class_labels(unet: type) -> None:
     D = EDMPrecond(net)
     assert not torch.equal(D.eval()(x, 1.0, labels), D(x, 1.0))
     torch.testing.assert_close(D(x, 1.0, torch.zeros(64, 3)), D(x, 1.0))
-    out = D.train()(x, 1.0, labels, mask=MaskKey(torch.tensor(1), 0))
-    full, none = D.eval()(x, 1.0, labels), D(x, 1.0)
-    # dropout of the network itself is off here (p = 0.1 default is the U-Net's): compare only with p = 0
-    assert out.shape == full.shape == none.shape
 
 
 def test_label_dropout_drops_whole_rows_at_its_rate() -> None:
-    from ect.models.layers import drop_labels
-
     labels = torch.ones(20_000, 3)
     kept = drop_labels(labels, 0.3, MaskKey(torch.tensor(5), 0))
     assert set(kept.unique().tolist()) == {0.0, 1.0}
@@ -162,13 +157,16 @@ def test_skip_variants_build_and_run() -> None:
 
 
 def test_build_from_description() -> None:
-    spec = {"precond": "ECMPrecond", "sigma_min": 0.002, "unet": "SongUNet", "kwargs": {**TINY, "attn_resolutions": [4]}}
+    spec = {
+        "precond": "ECMPrecond",
+        "sigma_min": 0.002,
+        "unet": "SongUNet",
+        "kwargs": {**TINY, "attn_resolutions": [4]},
+    }
     D = build(spec)
     assert isinstance(D, ECMPrecond) and (D.sigma_min, D.sigma_data) == (0.002, 0.5)
     assert (D.img_resolution, D.img_channels, D.label_dim) == (8, 1, 0)
     assert type(build({**spec, "precond": "EDMPrecond"})) is EDMPrecond
-    from ect.errors import UserError
-
     for wrong in ({"unet": "os.system"}, {"precond": "VPPrecond"}, {"kwargs": {**TINY, "widht": 3}}):
         with pytest.raises(UserError, match=r"unknown|fit"):
             build({**spec, **wrong})

@@ -1,1 +1,23 @@
-"""Quality of generated images: `choice.make_evaluator` picks the metrics that suit a data set."""
+"""Quality of generated images: `make_evaluator` picks the metrics for a data set, `quality_rows` rates a network."""
+
+from __future__ import annotations
+
+from ect.metrics.choice import make_evaluator
+from ect.metrics.evaluator import Column, Evaluator
+from ect.metrics.features import digits_distance
+from ect.metrics.fidelity import FidelityOptions
+from ect.metrics.quality import QualityRow, Sampler, consistency_samplers, heun_samplers, quality_rows, quality_table
+
+__all__ = [
+    "Column",
+    "Evaluator",
+    "FidelityOptions",
+    "QualityRow",
+    "Sampler",
+    "consistency_samplers",
+    "digits_distance",
+    "heun_samplers",
+    "make_evaluator",
+    "quality_rows",
+    "quality_table",
+]

@@ -25,7 +25,9 @@ def build(spec: dict[str, Any]) -> EDMPrecond:
     if unet not in _UNETS:
         raise UserError(f"unknown network {unet!r} in the model's description; known: {', '.join(_UNETS)}")
     if precond not in ("EDMPrecond", "ECMPrecond"):
-        raise UserError(f"unknown preconditioning {precond!r} in the model's description; known: EDMPrecond, ECMPrecond")
+        raise UserError(
+            f"unknown preconditioning {precond!r} in the model's description; known: EDMPrecond, ECMPrecond"
+        )
     try:
         net = _UNETS[unet](**spec["kwargs"])
     except (KeyError, TypeError, ValueError) as error:

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ect.models.layers import (
-    BlockStyle, Conv2d, GroupNorm, Init, Linear, MaskKey, PositionalEmbedding, UNetBlock, default_mask, drop_labels,
+    BlockStyle,
+    Conv2d,
+    GroupNorm,
+    Init,
+    Linear,
+    MaskKey,
+    PositionalEmbedding,
+    UNetBlock,
+    default_mask,
+    drop_labels,
 )  # fmt: skip
 
 
@@ -84,7 +93,9 @@ class DhariwalUNet(nn.Module):
         self.out_norm = GroupNorm(c, eps=1e-5)
         self.out_conv = Conv2d(c, out_channels, 3, init_zero)
 
-    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None) -> Tensor:  # fmt: skip
+    def embed(
+        self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None
+    ) -> Tensor:
         """The conditioning vector [N, emb_channels] of noise level, augmentation and class."""
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:

@@ -77,7 +77,8 @@ class Conv2d(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
         self.up, self.down, self.fused = up, down, fused
-        self.weight = self.bias = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         if kernel:
             fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
             self.weight = init.weight_([out_channels, in_channels, kernel, kernel], fan_in, fan_out)
@@ -87,21 +88,25 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", taps if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        pad = self.kernel // 2
         if self.resample_filter is None:
-            return F.conv2d(x, self.weight, self.bias, padding=pad)
+            return self.convolve(x)
         taps = self.resample_filter.to(x.dtype)
-        taps_pad = (taps.shape[-1] - 1) // 2
+        pad, channels = (taps.shape[-1] - 1) // 2, x.shape[1]
         if self.fused and self.down:
-            x = F.conv2d(x, self.weight, padding=pad + taps_pad)
-            x = F.conv2d(x, taps.expand(self.out_channels, 1, -1, -1), stride=2, groups=self.out_channels)
-            return x + self.bias.view(1, -1, 1, 1)
-        taps = taps.expand(self.in_channels, 1, -1, -1)
+            x = self.convolve(x, pad)  # the bias passes the filter unchanged: its taps sum to 1
+            return F.conv2d(x, taps.expand(self.out_channels, 1, -1, -1), stride=2, groups=self.out_channels)
+        taps = taps.expand(channels, 1, -1, -1)
         if self.up:
-            x = F.conv_transpose2d(x, taps * 4, stride=2, padding=taps_pad, groups=self.in_channels)
+            x = F.conv_transpose2d(x, taps * 4, stride=2, padding=pad, groups=channels)
         else:
-            x = F.conv2d(x, taps, stride=2, padding=taps_pad, groups=self.in_channels)
-        return x if self.weight is None else F.conv2d(x, self.weight, self.bias, padding=pad)
+            x = F.conv2d(x, taps, stride=2, padding=pad, groups=channels)
+        return self.convolve(x)
+
+    def convolve(self, x: Tensor, extra_pad: int = 0) -> Tensor:
+        """The convolution alone, or x itself where there is none."""
+        if self.weight is None:
+            return x
+        return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2 + extra_pad)
 
 
 class GroupNorm(nn.Module):
@@ -149,16 +154,16 @@ class UNetBlock(nn.Module):
         self.layer, self.dropout = layer, dropout
         per_head = style.channels_per_head or out_channels
         self.num_heads = out_channels // per_head if attention else 0
-        resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
+        taps = style.resample_filter
         self.norm0 = GroupNorm(in_channels, style.eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **resample)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, up=up, down=down, resample_filter=taps)
         self.affine = Linear(emb_channels, out_channels * (2 if style.adaptive_scale else 1), style.init)
         self.norm1 = GroupNorm(out_channels, style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
         self.skip = None
         if out_channels != in_channels or up or down:
             kernel = 1 if style.resample_proj or out_channels != in_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, **resample)
+            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, up=up, down=down, resample_filter=taps)
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, style.eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, style.init_attn)

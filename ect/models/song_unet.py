@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ect.models.layers import (
-    BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, MaskKey, PositionalEmbedding, UNetBlock, default_mask,
+    BlockStyle,
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    MaskKey,
+    PositionalEmbedding,
+    UNetBlock,
+    default_mask,
     drop_labels,
 )  # fmt: skip
 
@@ -79,20 +88,24 @@ class SongUNet(nn.Module):
         self.enc, skips = self._encoder(block, widths, model_channels, num_blocks, attn_resolutions, encoder_type)
         self.dec = self._decoder(block, widths, skips, num_blocks, attn_resolutions, decoder_type)
 
-    def _encoder(self, block, widths, model_channels, num_blocks, attn_resolutions, encoder_type):  # type: ignore[no-untyped-def]
-        enc, skips, c, c_aux = nn.ModuleDict(), [], model_channels, self.in_channels
-        filters = {"down": True, "resample_filter": self.style.resample_filter}
+    def _encoder(
+        self, block: Callable[..., UNetBlock], widths: list[int], model_channels: int, num_blocks: int,
+        attn_resolutions: Sequence[int], encoder_type: str,
+    ) -> tuple[nn.ModuleDict, list[int]]:  # fmt: skip
+        enc, c, c_aux = nn.ModuleDict(), model_channels, self.in_channels
+        skips: list[int] = []
+        init, taps = self.style.init, self.style.resample_filter
         for level, width in enumerate(widths):
             size = f"{self.img_resolution >> level}x{self.img_resolution >> level}"
             if level == 0:
-                enc[f"{size}_conv"] = Conv2d(self.in_channels, c, 3, self.style.init)
+                enc[f"{size}_conv"] = Conv2d(self.in_channels, c, 3, init)
             else:
                 enc[f"{size}_down"] = block(c, c, down=True)
                 if encoder_type == "skip":
-                    enc[f"{size}_aux_down"] = Conv2d(c_aux, c_aux, 0, **filters)
-                    enc[f"{size}_aux_skip"] = Conv2d(c_aux, c, 1, self.style.init)
+                    enc[f"{size}_aux_down"] = Conv2d(c_aux, c_aux, 0, down=True, resample_filter=taps)
+                    enc[f"{size}_aux_skip"] = Conv2d(c_aux, c, 1, init)
                 if encoder_type == "residual":
-                    enc[f"{size}_aux_residual"] = Conv2d(c_aux, c, 3, self.style.init, fused=True, **filters)
+                    enc[f"{size}_aux_residual"] = Conv2d(c_aux, c, 3, init, down=True, resample_filter=taps, fused=True)
                     c_aux = c
             skips.append(c)
             for i in range(num_blocks):
@@ -102,7 +115,10 @@ class SongUNet(nn.Module):
                 skips.append(c)
         return enc, skips
 
-    def _decoder(self, block, widths, skips, num_blocks, attn_resolutions, decoder_type):  # type: ignore[no-untyped-def]
+    def _decoder(
+        self, block: Callable[..., UNetBlock], widths: list[int], skips: list[int], num_blocks: int,
+        attn_resolutions: Sequence[int], decoder_type: str,
+    ) -> nn.ModuleDict:  # fmt: skip
         dec, c, lowest = nn.ModuleDict(), widths[-1], len(widths) - 1
         for level in range(lowest, -1, -1):
             resolution = self.img_resolution >> level
@@ -125,7 +141,9 @@ class SongUNet(nn.Module):
                 dec[f"{size}_aux_conv"] = Conv2d(c, self.out_channels, 3, self.style.init_zero)
         return dec
 
-    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None) -> Tensor:  # fmt: skip
+    def embed(
+        self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None
+    ) -> Tensor:
         """The conditioning vector [N, emb_channels] of noise level, class and augmentation."""
         cosines, sines = self.map_noise(noise_labels).chunk(2, dim=1)
         emb = torch.cat([sines, cosines], dim=1)  # DDPM++ and NCSN++ put the sines first

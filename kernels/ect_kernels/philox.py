@@ -32,7 +32,9 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _LOW, product & _LOW
 
 
-def philox4x32(seed: Tensor | int, c0: Tensor, c1: int, c2: int = 0, c3: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    seed: Tensor | int, c0: Tensor, c1: int, c2: int = 0, c3: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32 for each counter (c0[i], c1, c2, c3).
 
     Args: seed: 64-bit key, an int or 0-d int64 tensor. c0: int64 tensor of any shape, values in [0, 2^32). c1..c3: ints.
@@ -50,7 +52,9 @@ def philox4x32(seed: Tensor | int, c0: Tensor, c1: int, c2: int = 0, c3: int = 0
     return x0, x1, x2, x3
 
 
-def uniform(seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device) -> Tensor:
+def uniform(
+    seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device
+) -> Tensor:
     """float32 [batch, per_sample], uniform in (0, 1), of the global samples n0 ... n0 + batch.
 
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
@@ -62,7 +66,9 @@ def uniform(seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_s
     return ((words >> 8).float() + 0.5) * 2.0**-24
 
 
-def normal(seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device) -> Tensor:
+def normal(
+    seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device
+) -> Tensor:
     """float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
     even = per_sample + per_sample % 2
     u = uniform(seed, stream, n0, batch, even, device).view(batch, -1, 2)

@@ -1,0 +1,122 @@
+"""The quality table: one row a sampler, one column a metric, each repeat with seeds of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from ect.metrics.evaluator import Column, Evaluator
+from ect.sampler import SIGMA_MAX, generate
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One way to draw images: the consistency sampler at `sigmas`, or `heun_steps` of EDM's Heun sampler."""
+
+    name: str
+    nfe: int
+    """Network evaluations an image."""
+    sigmas: tuple[float, ...] | None = None
+    heun_steps: int | None = None
+
+
+def consistency_samplers(mid_t: Sequence[float]) -> list[Sampler]:
+    """The consistency sampler at 1, 2, ... len(mid_t) + 1 evaluations: sigma 80 first, then mid_t in order."""
+    sigmas = (SIGMA_MAX, *mid_t)
+    return [Sampler("consistency", nfe, sigmas=sigmas[:nfe]) for nfe in range(1, len(sigmas) + 1)]
+
+
+def heun_samplers(steps: Sequence[int]) -> list[Sampler]:
+    """EDM's Heun sampler: n steps take 2 n - 1 evaluations."""
+    return [Sampler(f"diffusion, Heun {n} steps", 2 * n - 1, heun_steps=n) for n in steps]
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """The figures of one sampler."""
+
+    sampler: Sampler
+    samples: int
+    """Images a repeat."""
+    first_seeds: tuple[int, ...]
+    """Repeat i uses the seeds first_seeds[i] ... first_seeds[i] + samples - 1, an image each."""
+    values: tuple[dict[str, float], ...]
+    """One evaluation a repeat, by column name."""
+    seconds: float
+    """Wall-clock of the sampling, all repeats together."""
+
+    def mean(self, column: str) -> float:
+        """Mean over the repeats."""
+        return fmean(value[column] for value in self.values)
+
+    def minimum(self, column: str) -> float:
+        """Minimum over the repeats (EDM's published FIDs are minima of three)."""
+        return min(value[column] for value in self.values)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-able: all of the above, with mean and minimum of each column."""
+        names = self.values[0]
+        summary = {"mean": {n: self.mean(n) for n in names}, "minimum": {n: self.minimum(n) for n in names}}
+        return asdict(self) | summary
+
+
+def quality_rows(
+    net: nn.Module,
+    evaluator: Evaluator,
+    samplers: Sequence[Sampler],
+    *,
+    samples: int,
+    repeats: int = 1,
+    seed: int = 0,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    on_images: Callable[[int], None] = lambda count: None,
+) -> list[QualityRow]:
+    """Rate `net` with each sampler; in each repeat all of them start from the same latents.
+
+    Args: net: preconditioned network in eval mode on `device`. samples: images a repeat. seed: of the first image of the
+    first repeat. batch: images a forward pass. on_images: called with the number of images just made.
+    No rows where the evaluator has no column to fill: the images would be made for nothing.
+    """
+    if not evaluator.available:
+        return []
+    first_seeds = tuple(seed + i * samples for i in range(repeats))
+    rows = []
+    for sampler in samplers:
+        values, seconds = [], 0.0
+        for first in first_seeds:
+            start, images = time.perf_counter(), []
+            for some in generate(
+                net,
+                range(first, first + samples),
+                sigmas=sampler.sigmas,
+                heun_steps=sampler.heun_steps,
+                batch=batch,
+                device=device,
+            ):
+                images.append(some)
+                on_images(len(some))
+            seconds += time.perf_counter() - start
+            values.append(evaluator.evaluate(images))
+        rows.append(QualityRow(sampler, samples, first_seeds, tuple(values), seconds))
+    return rows
+
+
+def quality_table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
+    """(headers, cells) as text. A cell is 'mean (minimum)' of several repeats, or one figure, or '-' where missing."""
+    headers = ["sampler", "NFE", *(column.name for column in columns)]
+    cells = [[row.sampler.name, str(row.sampler.nfe), *(_cell(row, column) for column in columns)] for row in rows]
+    return headers, cells
+
+
+def _cell(row: QualityRow, column: Column) -> str:
+    if column.missing is not None:
+        return "-"
+    mean = f"{row.mean(column.name):.4g}"
+    return mean if len(row.values) == 1 else f"{mean} ({row.minimum(column.name):.4g})"
