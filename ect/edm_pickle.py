@@ -110,7 +110,8 @@ def _network(data: bytes, key: str) -> _Persistent:
     if type(root) is not dict:
         raise UnsafePickle(f"holds {describe(root)}; expected a dictionary with the network under {key!r}")
     if key not in root:
-        raise UnsafePickle(f"has no {key!r}; it holds {', '.join(show(str(name)) for name in list(root)[:8])}")
+        names = ", ".join(show(str(name)) for name in list(root)[:8])
+        raise UnsafePickle(f"has no {key!r}; it holds {names or 'nothing'}")
     if type(root[key]) is not _Persistent:
         raise UnsafePickle(f"{key!r} is {describe(root[key])}; expected a network")
     return root[key]
@@ -159,8 +160,6 @@ _TABLE: dict[str, Callable[..., object] | None] = {
     "torch.nn.modules.container.Sequential": lambda: _Container(),
     "builtins.getattr": _bound_method,
     "builtins.set": make_set,
-    "__builtin__.getattr": _bound_method,  # protocol 2 keeps the names of Python 2
-    "__builtin__.set": make_set,
 }
 
 

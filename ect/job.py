@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from ect import report
 from ect.checkpoint import atomic, load_model
@@ -20,9 +19,8 @@ from ect.device import resolve, set_threads
 from ect.errors import UserError
 from ect.grid import save_png
 from ect.log import RunLog
-from ect.metrics.choice import make_evaluator
+from ect.metrics import QualityRow, Sampler, consistency_samplers, heun_samplers, make_evaluator, quality_rows
 from ect.options import run_folder, to_dict
-from ect.report import Row, Sampler, consistency_samplers, heun_samplers
 from ect.sampler import generate
 from ect.trainer import StopSignal, Trainer
 
@@ -131,22 +129,23 @@ class Job:
     def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> None:
         """Samples side by side (samples.png), the table on the console, results.json and results.md."""
         begin, cfg = time.monotonic(), self.cfg.eval
-        rows: list[Row] = []
-        pictures: dict[str, Tensor] = {}
+        rows: list[QualityRow] = []
+        pictures = {"data": self.dataset.images[: len(STRIP_SEEDS)]}
         for path, samplers in models:
             net, _ = load_model(path, device=self.device)
             for sampler in samplers:
-                images = torch.cat(list(generate(net, STRIP_SEEDS, device=self.device, **sampler.options)))
-                pictures[f"{sampler.label} (NFE {sampler.nfe})"] = images
-            if self.evaluator is not None and self.evaluator.available:
-                rows += report.measure(
-                    net, samplers, self.evaluator, samples=cfg.samples, batch=cfg.batch, device=self.device
+                images = generate(net, STRIP_SEEDS, device=self.device, **sampler.options())
+                pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
+            if self.evaluator is not None:
+                rows += quality_rows(
+                    net, self.evaluator, samplers, samples=cfg.samples, batch=cfg.batch, device=self.device
                 )
         scale = max(STRIP_WIDTH // (len(STRIP_SEEDS) * self.dataset.resolution), 1)
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
-        report.write(self.run_dir, rows, cfg.samples, self.seconds)
-        report.show(self.console, rows, cfg.samples, self.seconds)
+        columns = self.evaluator.columns if self.evaluator is not None else ()
+        report.write(self.run_dir, rows, columns, self.seconds)
+        report.show(self.console, rows, columns, self.seconds)
         self.console.print(
             f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False
         )

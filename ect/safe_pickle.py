@@ -167,7 +167,7 @@ class Machine:
     def _global(self, module: object, name: object) -> Global:
         if type(module) is not str or type(name) is not str:
             raise UnsafePickle(f"asks for a global named by {describe(module)} and {describe(name)}")
-        full = f"{module}.{name}"
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"  # protocol 2 keeps the name of Python 2
         if full not in self.table:
             raise UnsafePickle(
                 f"asks for {show(full)}, which no EDM or ECT snapshot needs. Nothing was executed; "

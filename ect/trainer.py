@@ -22,16 +22,16 @@ from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.log import RunLog, peak_memory
-from ect.metrics.evaluator import Evaluator
+from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
 from ect.models import EDMPrecond, build
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
 from ect.options import to_dict
-from ect.sampler import SIGMA_MAX, generate
+from ect.sampler import generate
 from ect.step import TrainStep
 
 GRID_SEEDS = range(64)
-GRID_HEUN_STEPS = 18
+GRID_HEUN_STEPS = (18,)
 
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
@@ -217,26 +217,26 @@ class Trainer:
         self.ema_net.load_state_dict(self.state.ema_state_dict(0))
         return self.ema_net
 
-    def sampler_options(self) -> dict[str, dict[str, Any]]:
-        """How this phase's network is sampled for its grids: name -> arguments of ect.sampler.generate."""
-        if not self.consistency:
-            return {"heun18": {"heun_steps": GRID_HEUN_STEPS}}
-        mid_t = self.cfg.eval.mid_t
-        return {f"nfe{n + 1}": {"sigmas": [SIGMA_MAX, *mid_t[:n]]} for n in range(len(mid_t) + 1)}
+    def samplers(self) -> list[Sampler]:
+        """How this phase's network is sampled for its grids."""
+        return consistency_samplers(self.cfg.eval.mid_t) if self.consistency else heun_samplers(GRID_HEUN_STEPS)
 
     def grids(self) -> None:
         net = self.average()
-        for name, options in self.sampler_options().items():
-            self.log.grid(name, torch.cat(list(generate(net, GRID_SEEDS, batch=64, device=self.device, **options))))
+        for sampler in self.samplers():
+            images = generate(net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, **sampler.options())
+            self.log.grid(f"nfe{sampler.nfe}", torch.cat(list(images)))
 
     def evaluate(self) -> None:
-        """Judge the averaged weights, one row of statistics a sampler."""
+        """Judge the averaged weights: one row of statistics, a figure for each sampler and metric."""
         assert self.evaluator is not None
-        net, seeds = self.average(), range(self.cfg.eval.samples)
-        for name, options in self.sampler_options().items():
-            images = generate(net, seeds, batch=self.cfg.eval.batch, device=self.device, **options)
-            metrics = self.evaluator.evaluate(images)
-            self.log.row(self.nimg, {f"{name}/{metric}": value for metric, value in metrics.items()})
+        cfg = self.cfg.eval
+        rows = quality_rows(
+            self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device
+        )
+        figures = {f"nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]}
+        if figures:
+            self.log.row(self.nimg, figures)
 
     def save(self) -> Path:
         info = {

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
 import copyreg
 import functools
-import importlib
 import io
 import os
 import pickle
 import random
+import re
 import struct
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ from torch import nn
 from ect.edm_pickle import _TABLE, UnsafePickle, read
 from ect.errors import UserError
 from tests import edm_files as edm
-from tests.edm_files import Call, Persistent, Storage, View, small_net
+from tests.edm_files import Call, Storage, View, small_net
 
 GLOBALS = [*_TABLE, "torch.storage._load_from_bytes"]
-SYSTEM = f"{os.system.__module__}.system"  # posix or nt
 
 
 @pytest.fixture
@@ -68,24 +68,21 @@ def in_storage(code: str, zipped: bool) -> Storage:
     return Storage(edm.blob_of(Call(eval, code), zipped))
 
 
+def at_once(code: str) -> str:
+    return f'"{sys.executable}" -c "{code}"'
+
+
 PAYLOADS: dict[str, tuple[Callable[[str], object], str]] = {
-    "os.system": (lambda code: Call(os.system, f"{_python()} -c \"{code}\""), f"asks for {SYSTEM}"),
-    "eval": (lambda code: Call(eval, code), "asks for builtins.eval"),
-    "exec": (lambda code: Call(exec, code), "asks for builtins.exec"),
-    "nested": (lambda code: {"a": [(Call(list, Call(map, eval, [code])),)]}, "asks for builtins.list"),
-    "partial": (lambda code: Call(functools.partial(eval, code)), "asks for functools.partial"),
+    "os.system": (lambda code: Call(os.system, at_once(code)), f"asks for {os.system.__module__}.system,"),
+    "eval": (lambda code: Call(eval, code), "asks for builtins.eval,"),
+    "exec": (lambda code: Call(exec, code), "asks for builtins.exec,"),
+    "nested": (lambda code: {"a": [(Call(list, Call(map, eval, [code])),)]}, "asks for builtins.list,"),
+    "partial": (lambda code: Call(functools.partial(eval, code)), "asks for functools.partial,"),
     "getattr": (by_getattr, "builtins.getattr: an attribute of the global torch._utils._rebuild_tensor_v2"),
-    "import": (lambda code: Call(Call(getattr, Call(importlib.import_module, "builtins"), "eval"), code), "import_module"),
-    "storage": (lambda code: in_storage(code, False), "torch.storage._load_from_bytes: asks for builtins.eval"),
-    "zip": (lambda code: in_storage(code, True), "torch.storage._load_from_bytes: asks for builtins.eval"),
-    "source": (lambda code: Persistent("AugmentPipe", {}, f"{code}\n", version=7), "expected type 'class', version 6"),
+    "import": (lambda code: Call(Call(getattr, Call(import_module, "builtins"), "eval"), code), "importlib.import_module,"),
+    "storage": (lambda code: in_storage(code, False), "torch.storage._load_from_bytes: asks for builtins.eval,"),
+    "zip": (lambda code: in_storage(code, True), "torch.storage._load_from_bytes: asks for builtins.eval,"),
 }  # fmt: skip
-
-
-def _python() -> str:
-    import sys
-
-    return sys.executable
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -94,13 +91,306 @@ def _python() -> str:
 def test_code_is_not_executed(path: Path, canary: Path, name: str, where: str, protocol: int) -> None:
     make, says = PAYLOADS[name]
     payload = make(f"open({str(canary)!r}, 'w').close()")
-    nets = {
+    files = {
         "loss_fn": {"loss_fn": payload, "ema": small_net()},
         "attribute": {"ema": small_net(skip_scale=payload)},
         "weight": {"ema": small_net(weight=payload)},
     }
-    data = edm.dump(nets[where], protocol)
-    if name != "os.system" or where == "loss_fn":  # each file really is hostile (starting a shell takes long)
-        edm.load_unsafely(data)
-        canary.unlink()
+    data = edm.dump(files[where], protocol)
+    edm.load_unsafely(data)
+    canary.unlink()  # so the file really is hostile
     assert says in refusal(path, data)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_embedded_source_is_not_executed(path: Path, canary: Path, protocol: int) -> None:
+    data = edm.edm_snapshot(small_net(source=f"open({str(canary)!r}, 'w').close()"), protocol)
+    edm.load_unsafely(data)
+    canary.unlink()
+    path.write_bytes(data)
+    assert torch.equal(read(path).state["model.weight"], edm.WEIGHT)
+
+
+def raw(body: bytes) -> bytes:
+    return b"\x80\x04" + body + b"."
+
+
+def named(name: str) -> bytes:
+    """The opcode that pushes a global."""
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+ATTACHMENTS = [
+    (b"}(\x8c\x04evilK\x01ub", "sets the state (BUILD) of"),
+    (b"N}(\x8c\x04evilK\x01u\x86b", "sets the state (BUILD) of"),
+    (b"\x8c\x04evilK\x01s", "adds items (SETITEM) to"),
+    (b"(\x8c\x04evilK\x01u", "adds items (SETITEMS) to"),
+    (b"K\x01a", "adds items (APPEND) to"),
+    (b"(K\x01e", "adds items (APPENDS) to"),
+    (b"(K\x01\x90", "adds items (ADDITEMS) to"),
+]
+
+
+@pytest.mark.parametrize("name", GLOBALS)
+def test_nothing_can_be_attached_to_a_global(path: Path, name: str) -> None:
+    for state, says in ATTACHMENTS:
+        assert f"{says} the global {name}" in refusal(path, raw(named(name) + state))
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "evil")
+
+
+def test_attaching_to_a_global_is_a_real_attack() -> None:
+    pickle.loads(raw(named("torch._utils._rebuild_tensor_v2") + ATTACHMENTS[0][0]))
+    assert torch._utils._rebuild_tensor_v2.evil == 1
+    del torch._utils._rebuild_tensor_v2.evil
+
+
+@pytest.mark.parametrize("target", [b"N", b"}", b"]", b")", b"K\x01", b"\x8c\x01a"])
+def test_build_on_plain_values(path: Path, target: bytes) -> None:
+    assert "sets the state (BUILD) of a value of type" in refusal(path, raw(target + b"}b"))
+
+
+HOSTILE_ARGUMENTS: list[bytes] = [
+    b")", b"N\x85", b"K\x01\x85", b"]\x85", b"}\x85", b"\x8c\x03abc\x85", b"C\x03abc\x85", b"NN\x86", b"NNN\x87", b"]]\x86",
+    b"(NNNNt", b"(NNNNNNNNNt", b"}}\x86", b"\x8c\x01aN\x86", b"ccollections\nOrderedDict\n\x85",
+    b"cnumpy\ndtype\n\x8c\x02f8\x85RN\x86", b"cnumpy\ndtype\n\x8c\x02f8\x85RC\x01a\x86",
+    b"cnumpy\ndtype\n\x8c\x02f8\x85R)bC\x08abcdefgh\x86", b"cnumpy\ndtype\n\x8c\x02f8\x85RNN\x86bC\x08abcdefgh\x86",
+    b"\x8a\xff" + b"\x7f" * 255 + b"\x85", b"](K\x01K\x02e\x85", b"(ccollections\nOrderedDict\n)RK\x01))t",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GLOBALS)
+def test_arguments_that_do_not_fit(path: Path, name: str) -> None:
+    for arguments in HOSTILE_ARGUMENTS:
+        says = refusal(path, raw(named(name) + arguments + b"R"))
+        harmless = "holds a value of type" in says or "holds nothing" in says  # it took them, and built a plain value
+        assert name in says or harmless
+
+
+@pytest.mark.parametrize("name", GLOBALS)
+def test_too_many_arguments(path: Path, name: str) -> None:
+    says = refusal(path, raw(named(name) + b"(" + b"K\x01" * 9 + b"tR"))
+    if name == "torch.device":  # takes any, and keeps them
+        assert "holds a value of type tuple" in says
+    elif name.startswith("torch.") and _TABLE.get(name, name) is None:
+        assert f"calls the global {name}, which is no function" in says
+    else:
+        assert f"calls {name} with arguments that do not fit" in says
+
+
+@pytest.mark.parametrize("function", [b"N", b"\x8c\x04eval", b"}", b"cbuiltins\nset\n)R", b"ctorch\nfloat32\n"])
+@pytest.mark.parametrize("call", [b")R", b")\x81"])
+def test_only_functions_of_the_table_are_called(path: Path, function: bytes, call: bytes) -> None:
+    assert says_no_function(refusal(path, raw(function + call)))
+    assert says_no_function(refusal(path, raw(named("builtins.set") + b"N" + call[1:])))
+
+
+def says_no_function(message: str) -> bool:
+    return message.startswith("calls ") and "no function of a snapshot" in message
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_extension_codes(path: Path, canary: Path, cached: bool) -> None:
+    copyreg.add_extension("builtins", "eval", 0x70)
+    try:
+        code = f"open({str(canary)!r}, 'w').close()".encode()
+        body = b"\x8c" + bytes([len(code)]) + code + b"\x85R"
+        if cached:
+            pickle.loads(raw(b"\x82\x70" + body))
+            canary.unlink()
+        assert "instruction EXT1" in refusal(path, raw(b"\x82\x70" + body))
+        assert "instruction EXT2" in refusal(path, raw(b"\x83\x70\x00" + body))
+        assert "instruction EXT4" in refusal(path, raw(b"\x84\x70\x00\x00\x00" + body))
+    finally:
+        copyreg.remove_extension("builtins", "eval", 0x70)
+        copyreg.clear_extension_cache()
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"K\x01Q", "instruction BINPERSID"),
+        (b"Pid\n", "instruction PERSID"),
+        (b"(iposix\nsystem\n", "instruction INST"),
+        (b"(cposix\nsystem\no", "asks for posix.system,"),
+        (b"(ccollections\nOrderedDict\no", "instruction OBJ"),
+        (b"ccollections\nOrderedDict\n)}\x92", "instruction NEWOBJ_EX"),
+        (b"\x8c\x05posixN\x93", "named by a value of type str and a value of type NoneType"),
+        (b"\x8c\x07a\x1b[31m\n\x8c\x01b\x93", "asks for 'a\\x1b[31m\\n.b',"),
+        (b"ctorch.nn\nfunctional.__builtins__\n", "asks for torch.nn.functional.__builtins__,"),
+        (b"(Na", "IndexError"),
+        (b"0", "IndexError"),
+        (b"t", "IndexError"),
+        (b"h\x05", "KeyError"),
+        (b"}(NNu", "uses a value of type NoneType as a key"),
+        (b"})Ns", "uses a value of type tuple as a key"),
+        (b"(N\x91", "uses a value of type NoneType as a key"),
+        (b"}(K\x01u", "ValueError"),
+    ],
+)
+def test_instructions(path: Path, body: bytes, says: str) -> None:
+    assert says in refusal(path, raw(body))
+
+
+# --- tensors and storages --------------------------------------------------------------------------------------------
+
+
+FLOATS = Storage(edm.blob_of(edm.storage_of(torch.arange(6.0))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((FLOATS, 0, (1 << 40,), (0,)), "a tensor of 1099511627776 elements on a storage of 6"),
+        ((FLOATS, 0, (4, 3), (0, 1)), "a tensor of 12 elements on a storage of 6"),
+        ((FLOATS, 1, (2, 3), (3, 1)), "outside its storage of 6"),
+        ((FLOATS, 6, (), ()), "outside its storage of 6"),
+        ((FLOATS, 0, (2, 2), (5, 1)), "outside its storage of 6"),
+        ((FLOATS, 0, (2,), (1 << 62,)), "outside its storage of 6"),
+        ((FLOATS, -1, (2,), (1,)), "no counts"),
+        ((FLOATS, 0, (-2,), (1,)), "no counts"),
+        ((FLOATS, 5, (2,), (-1,)), "no counts"),
+        ((FLOATS, 0, (1 << 70,), (0,)), "no counts"),
+        ((FLOATS, 0, (True,), (1,)), "no counts"),
+        ((FLOATS, 0.0, (2,), (1,)), "no counts"),
+        ((FLOATS, 0, (2.0,), (1,)), "no counts"),
+        ((FLOATS, 0, (2, 3), (1,)), "2 sizes and 1 strides"),
+        ((FLOATS, 0, (1,) * 100, (1,) * 100), "100 sizes"),
+        ((FLOATS, 0, 6, 1), "where a list is expected"),
+        ((FLOATS, 0, (6,), (1,), False, {"hook": 1}), "hooks"),
+        ((FLOATS, 0, (6,), (1,), False, {}, {"conj": True}), "metadata"),
+        ((b"abc", 0, (6,), (1,)), "without storage"),
+        ((torch.zeros(6), 0, (6,), (1,)), "without storage"),
+    ],
+)
+def test_tensors_stay_in_their_storage(path: Path, arguments: tuple[Any, ...], says: str) -> None:
+    message = refusal(path, edm.dump({"ema": small_net(weight=View(*arguments))}))
+    assert re.search(says, message) and "_rebuild_tensor_v2" in message
+
+
+def zip_with(changes: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """The new form of a storage of 6 floats, with other contents in some members (b"" leaves one out)."""
+    source, target = zipfile.ZipFile(io.BytesIO(edm.blob_of(edm.storage_of(torch.arange(6.0)), True))), io.BytesIO()
+    with zipfile.ZipFile(target, "w", compression) as archive:
+        for name in source.namelist():
+            data = changes.get(name.partition("/")[2], source.read(name))
+            if data:
+                archive.writestr(name, data)
+    return target.getvalue()
+
+
+LEGACY = edm.blob_of(edm.storage_of(torch.arange(6.0)))
+LARGE = edm.blob_of(edm.storage_of(torch.zeros(10_000)))
+SIX = struct.pack("<q", 6)
+STORAGE_PICKLE = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu%stQ."
+
+
+@pytest.mark.parametrize(
+    ("blob", "says"),
+    [
+        (b"", "do not fit"),
+        (b"abc", "do not fit"),
+        (pickle.dumps([1, 2], 2), "do not fit"),
+        (pickle.dumps(5, 2) * 2, "torch.save has not written"),
+        (LEGACY[:-1], "a storage of 24 bytes, of which 23 are there"),
+        (LEGACY + b"x", "a storage of 24 bytes, of which 25 are there"),
+        (LEGACY.replace(SIX, struct.pack("<q", 1 << 40)), "two different sizes"),
+        (LEGACY.replace(SIX, struct.pack("<q", -6)), "two different sizes"),
+        (edm.blob_of({"a": 1}), "a value of type dict instead of a storage"),
+        (edm.blob_of(nn.Linear(1, 1)), "asks for torch.nn.modules.linear.Linear,"),
+        (edm.blob_of(torch.zeros(2)), "asks for torch._utils._rebuild_tensor_v2,"),
+        (edm.blob_of(edm.storage_of(torch.zeros(2, dtype=torch.complex64))), "asks for torch.ComplexFloatStorage,"),
+        (edm.blob_of([1], True), "a value of type list instead of a storage"),
+        (zip_with({}, zipfile.ZIP_DEFLATED), "compressed data"),
+        (zip_with({"data/0": bytes(23)}), "a storage of 24 bytes, of which 23 are there"),
+        (zip_with({"data/0": b""}), "do not fit"),
+        (zip_with({"data.pkl": b""}), "do not fit"),
+        (zip_with({"data.pkl": STORAGE_PICKLE % b"\x8a\x06\xff\xff\xff\xff\xff\x7f"}), "bytes, of which 24 are there"),
+        (zip_with({"data.pkl": STORAGE_PICKLE % b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f"}), "no known type or size"),
+        (zip_with({"data.pkl": STORAGE_PICKLE % b"\x8a\x01\xff"}), "no known type or size"),
+        (
+            zip_with({"data.pkl": STORAGE_PICKLE.replace(b"torch\nFloatStorage", b"os\nsystem") % b"K\x06"}),
+            "asks for os.system,",
+        ),
+        (zip_with({"data.pkl": b"\x80\x02)Q."}), "unknown persistent id"),
+        (zip_with({"data.pkl": STORAGE_PICKLE % b"K\x06K\x01"}), "unknown persistent id"),
+        (b"PK\x03\x04" + bytes(100), "do not fit"),
+        ("text", "a storage given as a value of type str"),
+    ],
+)
+def test_damaged_and_hostile_storages(path: Path, blob: Any, says: str) -> None:
+    message = refusal(path, edm.dump({"ema": small_net(weight=View(Storage(blob), 0, (6,), (1,)))}))
+    assert says in message and "torch.storage._load_from_bytes" in message
+
+
+def test_parameters_hold_tensors(path: Path) -> None:
+    weight = Call(torch._utils._rebuild_parameter, [1.0], True, OrderedDict())
+    assert "_rebuild_parameter: a parameter without tensor" in refusal(
+        path, edm.dump({"ema": small_net(weight=weight)})
+    )
+
+
+# --- size, depth and damage ------------------------------------------------------------------------------------------
+
+
+DEEP = 300_000
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"}" + b")" + b"\x85" * DEEP + b"K\x01s", "uses a value of type tuple as a key"),
+        (b"\x8f(" + b")" + b"\x85" * DEEP + b"\x90", "uses a value of type tuple as a key"),
+        (b")" + b"\x85" * DEEP, "holds a value of type tuple"),
+        (b"]" * DEEP + b"a" * (DEEP - 1), "holds a value of type list"),
+        (b"(" * DEEP + b"t" * DEEP, "holds a value of type tuple"),
+        (named("torch.Size") + b")" + b"\x85" * DEEP + b"R", "holds a value of type tuple"),
+        (b"]" + b"2" * 3, "instruction DUP"),
+        (b"]q\x00" + b"](h\x00h\x00eq\x00" * 60, "holds a value of type list"),
+        (b"N" * (1 << 21), "more instructions than any known snapshot"),
+        (b"\x8e" + struct.pack("<Q", 1 << 62) + b"abc", "truncated, damaged"),
+        (b"\x8d" + struct.pack("<Q", 1 << 62) + b"abc", "truncated, damaged"),
+        (b"\x8e" + b"\xff" * 8 + b"abc", "truncated, damaged"),
+        (b"\x8b\xff\xff\xff\x7fabc", "truncated, damaged"),
+        (b"\x8b\xff\xff\xff\xffabc", "truncated, damaged"),
+        (b"\x95" + b"\xff" * 8 + b"Nr\xff\xff\xff\xff", "holds a value of type NoneType"),
+        (b"}\x8b\x10\x27\x00\x00" + b"\x7f" * 10_000 + b"Ns", "has no 'ema'|truncated, damaged"),
+    ],
+)
+def test_bombs(path: Path, body: bytes, says: str) -> None:
+    assert re.search(says, refusal(path, raw(body)))
+
+
+@pytest.mark.parametrize(
+    ("value", "call"),
+    [
+        (b"](" + b"K\x01" * 50_000 + b"e", named("builtins.set")),
+        (b"](" + b"K\x01" * 50_000 + b"e", named("torch.Size")),
+        (b"X\x00\x00\x10\x00" + bytes(1 << 20), named("torch.device")),
+        (b"B" + struct.pack("<I", len(LARGE)) + LARGE, named("torch.storage._load_from_bytes")),
+    ],
+)
+def test_using_data_over_and_over(path: Path, value: bytes, call: bytes) -> None:
+    body = value + b"\x85q\x000" + b"](" + (call + b"h\x00R") * 5000 + b"e"
+    assert "uses its data over and over" in refusal(path, raw(body))
+
+
+def test_every_truncation_is_reported(path: Path) -> None:
+    data = edm.ect_snapshot(small_net())
+    for end in range(len(data)):
+        assert refusal(path, data[:end])
+
+
+def test_random_damage_never_escapes(path: Path) -> None:
+    data, draw, survived = edm.ect_snapshot(small_net()), random.Random(0), 0
+    for _ in range(1500):
+        damaged = bytearray(data)
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            damaged[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read(path)
+            survived += 1
+        except UnsafePickle:
+            pass
+    assert 0 < survived < 1500

@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
 
 from ect.metrics.evaluator import Column, Evaluator
+from ect.models import EDMPrecond
 from ect.sampler import SIGMA_MAX, generate
 
 
@@ -25,16 +25,23 @@ class Sampler:
     sigmas: tuple[float, ...] | None = None
     heun_steps: int | None = None
 
+    def options(self) -> dict[str, Any]:
+        """Arguments of ect.sampler.generate."""
+        return {"heun_steps": self.heun_steps} if self.sigmas is None else {"sigmas": self.sigmas}
+
 
 def consistency_samplers(mid_t: Sequence[float]) -> list[Sampler]:
     """The consistency sampler at 1, 2, ... len(mid_t) + 1 evaluations: sigma 80 first, then mid_t in order."""
     sigmas = (SIGMA_MAX, *mid_t)
-    return [Sampler("consistency", nfe, sigmas=sigmas[:nfe]) for nfe in range(1, len(sigmas) + 1)]
+    return [
+        Sampler(f"consistency, {nfe} step{'s' if nfe > 1 else ''}", nfe, sigmas=sigmas[:nfe])
+        for nfe in range(1, len(sigmas) + 1)
+    ]
 
 
 def heun_samplers(steps: Sequence[int]) -> list[Sampler]:
     """EDM's Heun sampler: n steps take 2 n - 1 evaluations."""
-    return [Sampler(f"diffusion, Heun {n} steps", 2 * n - 1, heun_steps=n) for n in steps]
+    return [Sampler(f"diffusion, {n} Heun steps", 2 * n - 1, heun_steps=n) for n in steps]
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class QualityRow:
 
 
 def quality_rows(
-    net: nn.Module,
+    net: EDMPrecond,
     evaluator: Evaluator,
     samplers: Sequence[Sampler],
     *,
@@ -92,14 +99,8 @@ def quality_rows(
         values, seconds = [], 0.0
         for first in first_seeds:
             start, images = time.perf_counter(), []
-            for some in generate(
-                net,
-                range(first, first + samples),
-                sigmas=sampler.sigmas,
-                heun_steps=sampler.heun_steps,
-                batch=batch,
-                device=device,
-            ):
+            seeds = range(first, first + samples)
+            for some in generate(net, seeds, batch=batch, device=device, **sampler.options()):
                 images.append(some)
                 on_images(len(some))
             seconds += time.perf_counter() - start

@@ -30,6 +30,8 @@ class WeightFile:
     filename: str
     url: str
     megabytes: int
+    training: str = ""
+    """The option's name when training, as a remark."""
 
     def find(self, given: Path | None, download: bool) -> Path:
         """`given`, else the file in torch's cache, else a download into that cache if `download`.
@@ -51,7 +53,7 @@ class WeightFile:
             except (OSError, UserError) as error:
                 failure = f", and the download failed ({error})"
         raise Unavailable(
-            f"{self.what} weights not found{failure}: pass {self.option} PATH, or put {self.filename} "
+            f"{self.what} weights not found{failure}: pass {self.option} PATH{self.training}, or put {self.filename} "
             f"({self.megabytes} MB) into {cached.parent} from {self.url}"
         )
 
@@ -62,6 +64,7 @@ INCEPTION = WeightFile(
     "weights-inception-2015-12-05-6726825d.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     96,
+    " (to ect.train: --eval.weights PATH)",
 )
 VGG16 = WeightFile(
     "VGG16", "--vgg", "vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", 528

@@ -1,0 +1,138 @@
+"""python -m ect.convert: snapshot in, model file out, and one clear message where that cannot be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ect import models
+from ect.checkpoint import load_model
+from ect.convert import Options, check_fits, convert, main
+from ect.edm_pickle import Snapshot, UnsafePickle
+from ect.errors import UserError
+from tests import edm_files as edm
+from tests.edm_files import SMALL, Call
+
+SPEC: dict[str, Any] = {
+    "precond": "EDMPrecond",
+    "sigma_data": 0.5,
+    "unet": "SongUNet",
+    "kwargs": {**SMALL, "augment_dim": 9},
+}
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    net = models.build(SPEC).eval()
+    for value in net.state_dict().values():
+        value.normal_(0, 0.2)
+    return net
+
+
+@pytest.fixture
+def source(tmp_path: Path, net: nn.Module) -> Path:
+    path = tmp_path / "model.pkl"
+    path.write_bytes(edm.edm_snapshot(edm.from_net(net, SPEC)))
+    return path
+
+
+def test_conversion(source: Path, net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    target = source.with_suffix(".safetensors")
+    main([str(source), str(target)])
+    report = capsys.readouterr().out
+    numel = sum(value.numel() for value in net.state_dict().values())
+    for part in ("EDMPrecond around SongUNet(img_resolution=8, ", f"{numel:,} weights", "all finite: yes", str(target)):
+        assert part in report
+    with safe_open(target, "pt") as file:
+        header = json.loads(file.metadata()["ect"])
+    assert header["spec"]["kwargs"].items() >= SPEC["kwargs"].items()
+    assert header["info"]["source_sha256"] in report and header["info"]["license"] in report
+    loaded, info = load_model(target)
+    assert info == header["info"]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(loaded(x, 3.0), net(x, 3.0))
+
+
+def test_command_line_in_a_process_of_its_own(source: Path) -> None:
+    source.write_bytes(edm.dump({"ema": Call(eval, "1")}))
+    command = [sys.executable, "-m", "ect.convert", str(source), str(source.with_suffix(".safetensors"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {source}: asks for builtins.eval") and "Traceback" not in done.stderr
+    assert done.stdout == "" and not source.with_suffix(".safetensors").exists()
+
+
+def test_another_key(source: Path, net: nn.Module) -> None:
+    source.write_bytes(edm.dump({"net": edm.from_net(net, SPEC)}))
+    target = source.with_suffix(".safetensors")
+    with pytest.raises(UnsafePickle, match="has no 'ema'; it holds net"):
+        convert(Options(source, target))
+    assert convert(Options(source, target, key="net")).info["key"] == "net"
+
+
+@pytest.mark.parametrize("target", ["model.pkl", "model"])
+def test_the_target_is_a_safetensors_file(source: Path, target: str) -> None:
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="must be named"):
+        convert(Options(source, source.with_name(target)))
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["weight", "norm0.weight"])
+def test_numbers_that_are_not_finite_are_reported(
+    source: Path, net: nn.Module, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"model.enc.8x8_{'conv' if name == 'weight' else 'block0'}.{name}"
+    net.state_dict()[name].view(-1)[0] = float("nan")
+    source.write_bytes(edm.edm_snapshot(edm.from_net(net, SPEC)))
+    main([str(source), str(source.with_suffix(".safetensors"))])
+    assert f"all finite: NO, {name} is not" in capsys.readouterr().out
+
+
+def test_mismatch_is_named(source: Path, net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = edm.from_net(net, SPEC)
+    wrong.state["_modules"]["model"].state["_init_kwargs"]["model_channels"] = 16
+    source.write_bytes(edm.edm_snapshot(wrong))
+    target = source.with_suffix(".safetensors")
+    with pytest.raises(SystemExit) as caught:
+        main([str(source), str(target)])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.startswith(f"error: {source}: weights and description differ: ")
+    assert "model.map_layer0.weight is [32, 8] instead of [64, 16]" in message and " more" in message
+    assert not target.exists()
+
+
+def test_missing_and_unknown_weights_are_named(net: nn.Module) -> None:
+    state = dict(net.state_dict())
+    check_fits(Snapshot(SPEC, state, {}), "file")
+    state["model.extra"] = state.pop("model.map_layer0.bias")
+    with pytest.raises(
+        UserError, match=r"model.map_layer0.bias is missing; model.extra is unknown; is the file genuine"
+    ):
+        check_fits(Snapshot(SPEC, state, {}), "file")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {name: value}
+        for name in ("img_resolution", "in_channels", "out_channels", "model_channels", "channel_mult_emb", "channel_mult_noise")
+        for value in (0, 1, 3, 65535)
+    ]
+    + [{"channel_mult": value} for value in ([], [0], [0, 1], [65535] * 15, [1] * 15)]
+    + [{"resample_filter": value} for value in ([], [0], [1] * 15)]
+    + [{"label_dim": 65535}, {"augment_dim": 1}, {"encoder_type": "other"}, {"num_blocks": 0}, {"attn_resolutions": []}],
+)  # fmt: skip
+@pytest.mark.parametrize("unet", ["SongUNet", "DhariwalUNet"])
+def test_impossible_descriptions(net: nn.Module, unet: str, kwargs: dict[str, Any]) -> None:
+    spec = {**SPEC, "unet": unet, "kwargs": {**SMALL, **kwargs}}
+    with pytest.raises(UserError, match="^file: (weights and description differ|its description makes no network)"):
+        check_fits(Snapshot(spec, dict(net.state_dict()), {}), "file")

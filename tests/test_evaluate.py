@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ect import evaluate
+from ect.checkpoint import save_model
+from ect.config import DataConfig, EvalConfig
+from ect.data import Dataset, load
+from ect.metrics import (
+    Column,
+    QualityRow,
+    consistency_samplers,
+    digits_distance,
+    heun_samplers,
+    make_evaluator,
+    quality_rows,
+    quality_table,
+)
+from ect.metrics.evaluator import Evaluator
+from ect.metrics.features import DigitsEvaluator
+from ect.metrics.fidelity import FidelityEvaluator
+from ect.models import EDMPrecond, build
+from ect.sampler import generate
+
+
+def model_file(path: Path, channels: int = 1, resolution: int = 8, **info: Any) -> tuple[Path, EDMPrecond]:
+    spec = {
+        "precond": "ECMPrecond",
+        "sigma_data": 0.5,
+        "sigma_min": 0.003,
+        "unet": "SongUNet",
+        "kwargs": {
+            "img_resolution": resolution, "in_channels": channels, "out_channels": channels, "model_channels": 8,
+            "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [],
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    net = build(spec).eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    save_model(path, net.state_dict(), spec, info)
+    return path, net
+
+
+@pytest.fixture
+def digits_model(tmp_path: Path) -> Path:
+    return model_file(tmp_path / "model.safetensors", data="digits", mid_t=[0.821])[0]
+
+
+class MeanPixel(Evaluator):
+    """Figures that a test can compute by itself."""
+
+    columns = (Column("mean", "lower"), Column("absent", "higher", missing="no reason"))
+    used = {"what": "pixels"}  # noqa: RUF012
+
+    def evaluate(self, images: Any) -> dict[str, float]:
+        return {"mean": torch.cat(list(images)).double().mean().item()}
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    evaluate.main([*map(str, args), "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([*map(str, args), "--device", "cpu"])
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_samplers_count_their_evaluations() -> None:
+    rows = [*consistency_samplers([0.821, 0.2]), *heun_samplers([18, 2])]
+    assert [row.nfe for row in rows] == [1, 2, 3, 35, 3]
+    assert [row.sigmas for row in rows] == [(80.0,), (80.0, 0.821), (80.0, 0.821, 0.2), None, None]
+    assert [row.heun_steps for row in rows] == [None, None, None, 18, 2]
+
+
+def test_rows_rate_the_images_of_their_seeds(tmp_path: Path) -> None:
+    _, net = model_file(tmp_path / "model.safetensors")
+    seen: list[int] = []
+    rows = quality_rows(
+        net, MeanPixel(), consistency_samplers([0.821]), samples=5, repeats=2, seed=7, batch=3, on_images=seen.append
+    )
+    assert [row.first_seeds for row in rows] == [(7, 12), (7, 12)]
+    assert seen == [3, 2] * 4
+    for row, sigmas in zip(rows, ([80.0], [80.0, 0.821]), strict=True):
+        for first, values in zip(row.first_seeds, row.values, strict=True):
+            images = torch.cat(list(generate(net, range(first, first + 5), sigmas=sigmas, batch=5)))
+            assert values["mean"] == pytest.approx(images.double().mean().item(), abs=0.01)
+    assert rows[0].values[0] != rows[0].values[1]  # each repeat has seeds of its own
+
+
+def test_nothing_is_sampled_where_nothing_can_be_rated(tmp_path: Path) -> None:
+    class Blind(MeanPixel):
+        columns = (Column("absent", "higher", missing="no reason"),)
+
+    _, net = model_file(tmp_path / "model.safetensors")
+    assert quality_rows(net, Blind(), consistency_samplers([]), samples=5, on_images=pytest.fail) == []
+
+
+def test_table_has_mean_and_minimum_and_a_dash() -> None:
+    (sampler,) = consistency_samplers([])
+    row = QualityRow(sampler, 10, (0, 10, 20), ({"mean": 3.0}, {"mean": 1.0}, {"mean": 2.0}), 1.0)
+    headers, cells = quality_table([row], MeanPixel.columns)
+    assert headers == ["sampler", "NFE", "mean", "absent"]
+    assert cells == [["consistency", "1", "2 (1)", "-"]]
+    once = QualityRow(sampler, 10, (0,), ({"mean": 3.14159},), 1.0)
+    assert quality_table([once], MeanPixel.columns)[1] == [["consistency", "1", "3.142", "-"]]
+    assert row.as_json() | {"sampler": None} == {
+        "sampler": None,
+        "samples": 10,
+        "first_seeds": (0, 10, 20),
+        "values": ({"mean": 3.0}, {"mean": 1.0}, {"mean": 2.0}),
+        "seconds": 1.0,
+        "mean": {"mean": 2.0},
+        "minimum": {"mean": 1.0},
+    }
+    assert MeanPixel().notes == ["absent: no reason"]
+
+
+def test_one_and_two_evaluations_of_a_random_net_differ(
+    digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(
+        capsys, digits_model, "--samples", "40", "--repeats", "2", "--seed", "3", "--heun", "2", "--run-dir", tmp_path / "r"
+    )  # fmt: skip
+    report = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    one, two, heun = report["rows"]
+    assert [row["sampler"]["nfe"] for row in report["rows"]] == [1, 2, 3]
+    assert one["first_seeds"] == two["first_seeds"] == heun["first_seeds"] == [3, 43]
+    for name in ("FDc", "FDp"):
+        figures = {row["values"][0][name] for row in report["rows"]}
+        assert len(figures) == 3
+        assert one["minimum"][name] == min(value[name] for value in one["values"])
+        assert one["minimum"][name] < one["mean"][name]
+        assert f"{two['mean'][name]:.4g} ({two['minimum'][name]:.4g})" in out
+    assert report["model"]["info"]["data"] == "digits"
+    assert report["missing"] == {}
+
+
+def test_digits_figures_are_those_of_the_generated_images(
+    digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, digits_model, "--samples", "30", "--repeats", "1", "--mid-t", "1.5", "--run-dir", tmp_path / "r")
+    _, two = json.loads((tmp_path / "r" / "metrics.json").read_text())["rows"]
+    assert two["sampler"]["sigmas"] == [80.0, 1.5]
+    _, net = model_file(tmp_path / "again.safetensors")
+    images = torch.cat(list(generate(net, range(30), sigmas=[80.0, 1.5])))
+    fdc, fdp = digits_distance(images, load(DataConfig("digits")).images)
+    assert two["mean"]["FDc"] == pytest.approx(fdc, rel=1e-6)
+    assert two["mean"]["FDp"] == pytest.approx(fdp, rel=1e-6)
+
+
+def test_report_names_the_weights(digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hashes = []
+    other, net = model_file(tmp_path / "other.safetensors", data="digits")
+    with torch.no_grad():
+        next(net.parameters()).add_(1)
+    changed = tmp_path / "changed.safetensors"
+    save_model(changed, net.state_dict(), json.loads(_metadata(other))["spec"], {"data": "digits"})
+    for path in (digits_model, other, changed):
+        run(capsys, path, "--samples", "4", "--repeats", "1", "--mid-t", "--run-dir", tmp_path / "r")
+        hashes.append(json.loads((tmp_path / "r" / "metrics.json").read_text())["model"]["weights_sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def _metadata(path: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()["ect"]
+
+
+def test_default_folder_and_sample_counts(
+    digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "_DIGITS_SAMPLES", 6)
+    run(capsys, digits_model, "--repeats", "1")
+    (report,) = (tmp_path / "runs").glob("evaluation-*-model/metrics.json")
+    assert json.loads(report.read_text())["rows"][0]["samples"] == 6
+    assert report.parent.name == f"evaluation-{tmp_path.name}-model"
+
+
+def test_missing_weights_give_dashes_notes_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    path, _ = model_file(tmp_path / "model.safetensors", data="digits")
+    photos = Dataset("photos", torch.zeros(8, 8, 8, 1, dtype=torch.uint8), None)
+    monkeypatch.setattr(evaluate, "load", lambda cfg: photos)
+    with pytest.raises(SystemExit):
+        evaluate.main(
+            [str(path), "--data", "photos", "--no-download", "--run-dir", str(tmp_path / "r"), "--device", "cpu"]
+        )
+    printed = capsys.readouterr()
+    out = " ".join(printed.out.split())
+    assert "FID, KID, IS: Inception weights not found: pass --weights PATH" in out
+    assert "precision, recall: VGG16 weights not found: pass --vgg PATH" in out
+    assert [line.split("│")[2].strip() for line in printed.out.splitlines() if "consistency" in line] == ["1", "2"]
+    assert all(line.count(" - ") == 5 for line in printed.out.splitlines() if "consistency" in line)
+    assert "no metric can be computed" in printed.err
+    assert not (tmp_path / "r" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--repeats", "0"], "--repeats 0: expected at least 1"),
+        (["--batch", "0"], "--batch 0: expected at least 1"),
+        (["--seed", "-1"], "--seed -1: expected at least 0"),
+        (["--seed", str(2**63)], "below 2^63"),
+        (["--samples", "1"], "1 generated images cannot be rated; expected at least 2"),
+        (["--heun", "5", "0"], "--heun 5 0: expected at least 1 step"),
+        (["--mid-t", "0.5", "0.8"], "--mid-t 0.5 0.8: expected strictly decreasing levels between 0 and 80"),
+        (["--mid-t", "90"], "--mid-t 90: expected strictly decreasing"),
+        (["--data", "digits", "--reference", "stats.npz"], "--reference replaces the images of --data"),
+        (["--reference", "nothing.npz"], "--reference nothing.npz: cannot be read"),
+    ],
+)
+def test_impossible_options_are_named(
+    args: list[str], message: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, digits_model, "--run-dir", tmp_path / "r", *args)
+
+
+def test_run_dir_that_cannot_be_made(digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot make this folder" in fails(capsys, digits_model, "--run-dir", tmp_path / "file" / "r")
+
+
+def test_data_must_be_named_and_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unknown, _ = model_file(tmp_path / "unknown.safetensors", channels=3, resolution=16)
+    assert "does not say what it was trained on; give those images, --data PATH" in fails(capsys, unknown)
+    cifar, _ = model_file(tmp_path / "cifar.safetensors", channels=3, resolution=16, data="cifar10")
+    assert "it was trained on 'cifar10'; give those images, --data PATH" in fails(capsys, cifar)
+    message = fails(capsys, cifar, "--data", "digits")
+    assert "images are 8x8 with 1 channels, the model's are 16x16 with 3 channels" in message
+    assert "--resolution 16" in message
+
+
+def test_a_model_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such file" in fails(capsys, tmp_path / "nothing.safetensors")
+
+
+def test_choice_of_metrics(tmp_path: Path) -> None:
+    def images(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    cfg = EvalConfig(samples=10)
+    assert isinstance(make_evaluator(Dataset("digits", images(9, 8, 8, 1), None), cfg, tmp_path), DigitsEvaluator)
+    other = make_evaluator(Dataset("digits", images(9, 16, 16, 3), None), cfg, tmp_path)  # a folder of that name
+    assert isinstance(other, FidelityEvaluator)
