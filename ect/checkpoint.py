@@ -236,8 +236,9 @@ class Checkpoints:
         Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume
         needs; meta is JSON-able. Killed at any point, the run folder still loads the checkpoint before.
         """
-        for leftover in self.run_dir.glob(".*.tmp"):  # of a run killed while writing
-            leftover.unlink(missing_ok=True)
+        for pattern in (".*.tmp", ".tmp*"):  # what a kill while writing left: of `atomic`, of safetensors
+            for leftover in self.run_dir.glob(pattern):
+                leftover.unlink(missing_ok=True)
         stem = f"checkpoint-{nimg / 1000:010.3f}"
         state_meta = {"ect_state": json.dumps({"format": FORMAT, "meta": meta})}
         _write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)

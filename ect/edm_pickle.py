@@ -74,7 +74,7 @@ def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapsh
     except UnsafePickle as error:
         raise UnsafePickle(f"{path}: {error}") from error.__cause__
     except Exception as error:  # whatever a damaged file trips over, callers see one kind of error
-        cause = f"{type(error).__name__}: {show(str(error))}"
+        cause = f"{type(error).__name__}: {show(str(error))}; it begins with {data[:12]!r}"
         raise UnsafePickle(f"{path}: truncated, damaged or no EDM/ECT snapshot ({cause}); download it again") from error
     digest = hashlib.sha256(net.source.encode("utf-8", "surrogatepass")).hexdigest()
     info = {"source": path.name, "key": key, "class": net.class_name, "source_sha256": digest, "license": LICENSE}
@@ -100,8 +100,6 @@ def _network(data: bytes, key: str) -> _Persistent:
         raise UnsafePickle(not_a_snapshot)
     if not data:
         raise UnsafePickle("the file is empty; download it again")
-    if data[0] != 0x80 or data[1:2] not in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise UnsafePickle(f"no pickle of protocol 2 to 5 (it begins with {data[:12]!r}); expected a snapshot (.pkl)")
     budget = Budget(work=2 * len(data) + (1 << 20))
     table = {**_TABLE, "torch.storage._load_from_bytes": lambda blob: load_storage(blob, budget)}
     root = Machine(table, budget).run(io.BytesIO(data))

@@ -201,7 +201,8 @@ def _rate(
 def _print(console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow]) -> None:
     headers, cells = quality_table(rows, evaluator.columns)
     spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
-    table = Table(title=Text(f"{options.model}: {spread} {rows[0].samples:,} samples"), title_justify="left")
+    console.print(Text(f"{options.model}: {spread} {rows[0].samples:,} samples"))
+    table = Table()
     for i, header in enumerate(headers):
         table.add_column(Text(header), justify="left" if i == 0 else "right")
     for row in cells:

@@ -72,7 +72,9 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The inverse of to_dict. Raises KeyError or TypeError where fields are missing or unknown."""
+    """The inverse of to_dict. Raises KeyError or TypeError where fields are unknown or of another shape."""
+    if not isinstance(values, dict):
+        raise TypeError(f"expected an object, found {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     unknown = values.keys() - hints.keys()
     if unknown:
@@ -90,18 +92,22 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def describe(cfg: Config) -> str:
-    """The resolved configuration, an option a line, ready to be pasted after `python -m ect.train`."""
+    """The resolved configuration, an option a line, ready to be pasted after `python -m ect.train`; unset ones are comments."""
     lines = []
 
     def walk(value: Any, prefix: str) -> None:
         for field in dataclasses.fields(value):
-            item = getattr(value, field.name)
-            name = f"{prefix}{field.name.replace('_', '-')}"
+            item, name = getattr(value, field.name), field.name.replace("_", "-")
             if dataclasses.is_dataclass(item):
-                walk(item, f"{name}.")
-            elif field.name not in ("dry_run",):
+                walk(item, f"{prefix}{name}.")
+            elif item is None:
+                lines.append(f"# --{prefix}{name} is not set")
+            elif isinstance(item, bool):
+                if name != "dry-run":
+                    lines.append(f"--{prefix}{name}" if item else f"--{prefix}no-{name}")
+            else:
                 text = " ".join(map(str, item)) if isinstance(item, tuple) else str(item)
-                lines.append(f"--{name} {text}")
+                lines.append(f"--{prefix}{name} {text}")
 
     walk(cfg, "")
     return "\n".join(lines)

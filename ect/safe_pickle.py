@@ -18,8 +18,8 @@ from typing import Any
 from ect.errors import UserError
 
 _LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "INT", "LONG", "FLOAT", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING", "BININT", "BININT1", "BININT2", "LONG1",
+    "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, Callable[[], object]] = {
@@ -109,16 +109,16 @@ class Machine:
         elif op in _TUPLES:
             items = [stack.pop() for _ in range(_TUPLES[op])]
             stack.append(tuple(reversed(items)))
-        elif op in ("BINPUT", "LONG_BINPUT"):
+        elif op in ("PUT", "BINPUT", "LONG_BINPUT"):
             self._memo[arg] = stack[-1]
         elif op == "MEMOIZE":
             self._memo[len(self._memo)] = stack[-1]
-        elif op in ("BINGET", "LONG_BINGET"):
+        elif op in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(self._memo[arg])
         elif op == "MARK":
             self._below.append(stack)
             self._stack = []
-        elif op in ("TUPLE", "FROZENSET", "APPENDS", "ADDITEMS", "SETITEMS", "POP_MARK"):
+        elif op in ("TUPLE", "LIST", "DICT", "FROZENSET", "APPENDS", "ADDITEMS", "SETITEMS", "POP_MARK"):
             self._stack = self._below.pop()
             self._close_mark(op, stack)
         elif op not in ("PROTO", "FRAME"):
@@ -127,6 +127,11 @@ class Machine:
     def _close_mark(self, op: str, items: list[Any]) -> None:
         if op == "TUPLE":
             self._stack.append(tuple(items))
+        elif op == "LIST":
+            self._stack.append(items)
+        elif op == "DICT":
+            self._stack.append({})
+            self._set_items(op, items)
         elif op == "FROZENSET":
             self._stack.append(make_set(items))
         elif op == "APPENDS":
@@ -162,7 +167,8 @@ class Machine:
         elif op == "BINPERSID" and self.persistent is not None:
             stack.append(self.persistent(stack.pop()))
         else:
-            raise UnsafePickle(f"uses the pickle instruction {op}, which no EDM or ECT snapshot needs")
+            what = f"{op} {show(arg)}" if type(arg) is str else op
+            raise UnsafePickle(f"uses the pickle instruction {what}, which no EDM or ECT snapshot needs")
 
     def _global(self, module: object, name: object) -> Global:
         if type(module) is not str or type(name) is not str:

@@ -176,9 +176,8 @@ def _classes(net: EDMPrecond, seeds: Sequence[int], class_idx: int | None) -> li
     classes = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        torch.randn(
-            net.img_channels, net.img_resolution, net.img_resolution, generator=generator
-        )  # the latents come first
+        # The latents come first.
+        torch.randn(net.img_channels, net.img_resolution, net.img_resolution, generator=generator)
         classes.append(int(torch.randint(net.label_dim, (), generator=generator)))
     return classes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,9 @@ def test_conversion(source: Path, net: nn.Module, capsys: pytest.CaptureFixture[
 def test_command_line_in_a_process_of_its_own(source: Path) -> None:
     source.write_bytes(edm.dump({"ema": Call(eval, "1")}))
     command = [sys.executable, "-m", "ect.convert", str(source), str(source.with_suffix(".safetensors"))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {source}: asks for builtins.eval") and "Traceback" not in done.stderr
     assert done.stdout == "" and not source.with_suffix(".safetensors").exists()
@@ -120,19 +123,22 @@ def test_missing_and_unknown_weights_are_named(net: nn.Module) -> None:
         check_fits(Snapshot(SPEC, state, {}), "file")
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {name: value}
-        for name in ("img_resolution", "in_channels", "out_channels", "model_channels", "channel_mult_emb", "channel_mult_noise")
-        for value in (0, 1, 3, 65535)
-    ]
-    + [{"channel_mult": value} for value in ([], [0], [0, 1], [65535] * 15, [1] * 15)]
-    + [{"resample_filter": value} for value in ([], [0], [1] * 15)]
-    + [{"label_dim": 65535}, {"augment_dim": 1}, {"encoder_type": "other"}, {"num_blocks": 0}, {"attn_resolutions": []}],
-)  # fmt: skip
+COUNTS = ["img_resolution", "in_channels", "out_channels", "model_channels", "channel_mult_emb", "channel_mult_noise"]
+IMPOSSIBLE = [{name: value} for name in COUNTS for value in (0, 3, 65535)]
+IMPOSSIBLE += [{"channel_mult": value} for value in ([], [0], [0, 1], [65535] * 15, [1] * 15)]
+IMPOSSIBLE += [{"resample_filter": value} for value in ([], [0], [1] * 15)]
+IMPOSSIBLE += [
+    {"label_dim": 65535},
+    {"augment_dim": 1},
+    {"encoder_type": "other"},
+    {"num_blocks": 0},
+    {"attn_resolutions": []},
+]
+
+
+@pytest.mark.parametrize("kwargs", IMPOSSIBLE)
 @pytest.mark.parametrize("unet", ["SongUNet", "DhariwalUNet"])
 def test_impossible_descriptions(net: nn.Module, unet: str, kwargs: dict[str, Any]) -> None:
     spec = {**SPEC, "unet": unet, "kwargs": {**SMALL, **kwargs}}
-    with pytest.raises(UserError, match="^file: (weights and description differ|its description makes no network)"):
+    with pytest.raises(UserError, match=r"^file: (weights and description differ|its description makes no network)"):
         check_fits(Snapshot(spec, dict(net.state_dict()), {}), "file")

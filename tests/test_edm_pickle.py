@@ -286,7 +286,7 @@ def test_training_state_is_refused_with_a_hint(path: Path, zipped: bool) -> None
 
 
 @pytest.mark.parametrize(
-    ("data", "says"), [(b"", "empty"), (b"<!DOCTYPE html>", "no pickle.*<!DOCTYPE"), (b"(lp0\n.", "protocol 2 to 5")]
+    ("data", "says"), [(b"", "empty"), (b"<!DOCTYPE html>", "no EDM/ECT snapshot.*<!DOCTYPE"), (b"a b c", "no EDM")]
 )
 def test_files_that_are_no_pickle(path: Path, data: bytes, says: str) -> None:
     write(path, data)

@@ -110,9 +110,9 @@ def test_table_has_mean_and_minimum_and_a_dash() -> None:
     row = QualityRow(sampler, 10, (0, 10, 20), ({"mean": 3.0}, {"mean": 1.0}, {"mean": 2.0}), 1.0)
     headers, cells = quality_table([row], MeanPixel.columns)
     assert headers == ["sampler", "NFE", "mean", "absent"]
-    assert cells == [["consistency", "1", "2 (1)", "-"]]
+    assert cells == [["consistency, 1 step", "1", "2 (1)", "-"]]
     once = QualityRow(sampler, 10, (0,), ({"mean": 3.14159},), 1.0)
-    assert quality_table([once], MeanPixel.columns)[1] == [["consistency", "1", "3.142", "-"]]
+    assert quality_table([once], MeanPixel.columns)[1] == [["consistency, 1 step", "1", "3.142", "-"]]
     assert row.as_json() | {"sampler": None} == {
         "sampler": None,
         "samples": 10,

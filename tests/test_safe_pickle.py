@@ -24,6 +24,7 @@ from torch import nn
 
 from ect.edm_pickle import _TABLE, UnsafePickle, read
 from ect.errors import UserError
+from ect.safe_pickle import Budget, Machine
 from tests import edm_files as edm
 from tests.edm_files import Call, Storage, View, small_net
 
@@ -85,7 +86,7 @@ PAYLOADS: dict[str, tuple[Callable[[str], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("where", ["loss_fn", "attribute", "weight"])
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_code_is_not_executed(path: Path, canary: Path, name: str, where: str, protocol: int) -> None:
@@ -109,6 +110,18 @@ def test_embedded_source_is_not_executed(path: Path, canary: Path, protocol: int
     canary.unlink()
     path.write_bytes(data)
     assert torch.equal(read(path).state["model.weight"], edm.WEIGHT)
+
+
+def test_plain_values_of_all_protocols() -> None:
+    value = {
+        "a": [1, 2.5, None, True, -(1 << 80), "\u00e9", b"\xff", (), (1,), (1, 2, 3, 4)],
+        7: ({"x"}, frozenset({1})),
+    }
+    for protocol in range(6):
+        data = io.BytesIO(pickle.dumps((value, value), protocol))
+        table = {"builtins.set": set, "builtins.frozenset": frozenset, "_codecs.encode": str.encode}
+        first, second = Machine(table, Budget(work=10_000)).run(data)
+        assert first == value and first is second
 
 
 def raw(body: bytes) -> bytes:
@@ -163,8 +176,7 @@ HOSTILE_ARGUMENTS: list[bytes] = [
 def test_arguments_that_do_not_fit(path: Path, name: str) -> None:
     for arguments in HOSTILE_ARGUMENTS:
         says = refusal(path, raw(named(name) + arguments + b"R"))
-        harmless = "holds a value of type" in says or "holds nothing" in says  # it took them, and built a plain value
-        assert name in says or harmless
+        assert name in says or re.search("holds (a value of type|nothing)", says)  # refused, or built a plain value
 
 
 @pytest.mark.parametrize("name", GLOBALS)
@@ -181,12 +193,8 @@ def test_too_many_arguments(path: Path, name: str) -> None:
 @pytest.mark.parametrize("function", [b"N", b"\x8c\x04eval", b"}", b"cbuiltins\nset\n)R", b"ctorch\nfloat32\n"])
 @pytest.mark.parametrize("call", [b")R", b")\x81"])
 def test_only_functions_of_the_table_are_called(path: Path, function: bytes, call: bytes) -> None:
-    assert says_no_function(refusal(path, raw(function + call)))
-    assert says_no_function(refusal(path, raw(named("builtins.set") + b"N" + call[1:])))
-
-
-def says_no_function(message: str) -> bool:
-    return message.startswith("calls ") and "no function of a snapshot" in message
+    for body in (function + call, named("builtins.set") + b"N" + call[1:]):
+        assert re.match("calls .* which is no function of a snapshot", refusal(path, raw(body)))
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -211,7 +219,7 @@ def test_extension_codes(path: Path, canary: Path, cached: bool) -> None:
     [
         (b"K\x01Q", "instruction BINPERSID"),
         (b"Pid\n", "instruction PERSID"),
-        (b"(iposix\nsystem\n", "instruction INST"),
+        (b"(iposix\nsystem\n", "instruction INST posix system"),
         (b"(cposix\nsystem\no", "asks for posix.system,"),
         (b"(ccollections\nOrderedDict\no", "instruction OBJ"),
         (b"ccollections\nOrderedDict\n)}\x92", "instruction NEWOBJ_EX"),
@@ -333,7 +341,7 @@ def test_parameters_hold_tensors(path: Path) -> None:
 # --- size, depth and damage ------------------------------------------------------------------------------------------
 
 
-DEEP = 300_000
+DEEP = 200_000  # more than the C stack holds
 
 
 @pytest.mark.parametrize(
@@ -347,7 +355,6 @@ DEEP = 300_000
         (named("torch.Size") + b")" + b"\x85" * DEEP + b"R", "holds a value of type tuple"),
         (b"]" + b"2" * 3, "instruction DUP"),
         (b"]q\x00" + b"](h\x00h\x00eq\x00" * 60, "holds a value of type list"),
-        (b"N" * (1 << 21), "more instructions than any known snapshot"),
         (b"\x8e" + struct.pack("<Q", 1 << 62) + b"abc", "truncated, damaged"),
         (b"\x8d" + struct.pack("<Q", 1 << 62) + b"abc", "truncated, damaged"),
         (b"\x8e" + b"\xff" * 8 + b"abc", "truncated, damaged"),
@@ -375,15 +382,21 @@ def test_using_data_over_and_over(path: Path, value: bytes, call: bytes) -> None
     assert "uses its data over and over" in refusal(path, raw(body))
 
 
+def test_too_many_instructions() -> None:
+    with pytest.raises(UnsafePickle, match="more instructions than any known snapshot"):
+        Machine({}, Budget(work=0, opcodes=5)).run(io.BytesIO(raw(b"NNNN")))
+    assert Machine({}, Budget(work=0, opcodes=6)).run(io.BytesIO(raw(b"NNNN"))) is None
+
+
 def test_every_truncation_is_reported(path: Path) -> None:
     data = edm.ect_snapshot(small_net())
-    for end in range(len(data)):
+    for end in range(0, len(data), 3):
         assert refusal(path, data[:end])
 
 
 def test_random_damage_never_escapes(path: Path) -> None:
     data, draw, survived = edm.ect_snapshot(small_net()), random.Random(0), 0
-    for _ in range(1500):
+    for _ in range(1000):
         damaged = bytearray(data)
         for _ in range(draw.choice([1, 1, 2, 5])):
             damaged[draw.randrange(len(data))] = draw.randrange(256)
@@ -393,4 +406,4 @@ def test_random_damage_never_escapes(path: Path) -> None:
             survived += 1
         except UnsafePickle:
             pass
-    assert 0 < survived < 1500
+    assert 0 < survived < 1000

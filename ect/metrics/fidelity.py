@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from ect.metrics.weights import DINOV2, INCEPTION, VGG16, Unavailable, WeightFil
 
 MIN_IMAGES = 4  # precision and recall look at the 3 nearest neighbours of an image
 _BATCH = 64  # images a forward pass of an extractor
+_SPLIT = 100  # images a split of IS, at least: of a single image it would be 1 whatever the image
 _REFERENCE = "reference"
 _INCEPTION = "inception-v3-compat"
 _KEYS = {
@@ -152,7 +155,7 @@ class FidelityEvaluator(Evaluator):
                 cuda=cuda,
                 batch_size=_BATCH,
                 kid_subset_size=min(1000, len(samples), len(self._reference)),
-                isc_splits=min(10, len(samples)),
+                isc_splits=min(10, max(len(samples) // _SPLIT, 1)),
                 save_cpu_ram=True,  # reads images in this process, and takes distances in chunks
                 verbose=False,
                 **{_FLAGS[name]: True for name in network.columns},
@@ -181,14 +184,23 @@ def read_statistics(path: Path) -> dict[str, np.ndarray]:
     expected = "expected EDM's statistics, an .npz with mu [2048] and sigma [2048, 2048] such as cifar10-32x32.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            mu, sigma = file["mu"], file["sigma"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+            mu, sigma = file["mu"].astype(np.float32), file["sigma"].astype(np.float64)  # torch-fidelity's types
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"--reference {path}: cannot be read ({error}); {expected}") from error
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         raise UserError(f"--reference {path}: mu is {list(mu.shape)}, sigma {list(sigma.shape)}; {expected}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"--reference {path}: holds NaN or infinite values; {expected}")
-    return {"mu": mu.astype(np.float32), "sigma": sigma.astype(np.float64)}  # the types torch-fidelity compares
+    return {"mu": mu, "sigma": sigma}
 
 
 def _write_statistics(statistics: dict[str, np.ndarray], cache: Path) -> None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ class WeightFile:
             try:
                 fetch(self.url, cached)
                 return cached
-            except (OSError, UserError) as error:
+            except (OSError, HTTPException, UserError) as error:
                 failure = f", and the download failed ({error})"
         raise Unavailable(
             f"{self.what} weights not found{failure}: pass {self.option} PATH{self.training}, or put {self.filename} "
@@ -79,10 +80,13 @@ DINOV2 = WeightFile(
 
 
 def fetch(url: str, path: Path) -> None:
-    """Download a file, atomically. Raises OSError or UserError where that fails; `path` then stays as it was."""
+    """Download a file, atomically. Raises OSError, HTTPException or UserError where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, atomic(path) as temp, temp.open("wb") as file:
         shutil.copyfileobj(response, file)
+        expected = response.headers["Content-Length"]
+        if expected is not None and file.tell() != int(expected):
+            raise OSError(f"{url} ended after {file.tell()} of {expected} bytes")
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +95,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     Raises UserError unless it is a plain state dict, name -> floating-point tensor (integer counters may be among
     them), with finite values only.
     """
-    expected = "expected a plain state dict as torch.save writes it: tensors by name"
+    expected = "expected a plain state dict as torch.save writes it, tensors by name; download the file again"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
@@ -102,7 +106,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(f"{path}: entry {name!r} is {type(tensor).__name__}; {expected}")
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values; download the file again")
+            raise UserError(f"{path}: {name} holds NaN or infinite values; {expected}")
     return state
 
 

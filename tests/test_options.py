@@ -1,0 +1,117 @@
+"""The command line: presets, overrides, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ect.config import PRESETS, Config
+from ect.errors import UserError
+from ect.options import check, describe, from_dict, load, parse, preset, run_folder, to_dict
+from ect.train import main
+
+
+def test_default_is_the_digits() -> None:
+    assert parse([]) == PRESETS["digits"]
+
+
+def test_any_field_is_overridden() -> None:
+    args = "--preset cifar10-200k --objective.q 4 --optim.clip 1.5 --data.labels --net.channel-mult 1 2 --seed 3"
+    cfg = parse(args.split())
+    want = PRESETS["cifar10-200k"]
+    want = replace(want, objective=replace(want.objective, q=4.0), optim=replace(want.optim, clip=1.5), seed=3)
+    want = replace(want, data=replace(want.data, labels=True), net=replace(want.net, channel_mult=(1, 2)))
+    assert cfg == want
+    assert parse(["--pretrain.optim.lr", "0.5"]).pretrain.optim.lr == 0.5
+
+
+def test_the_one_hour_recipe() -> None:
+    cfg = PRESETS["cifar10-1h"]
+    assert cfg.total_kimg * 1000 == 8_000 * 128 and cfg.batch == 128
+    assert (cfg.objective.q, cfg.objective.n_stages, cfg.optim.ema_beta, cfg.net.dropout) == (256, 1, 0.9993, 0.2)
+    assert (cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.data.xflip) == ("radam", 1e-4, (0.9, 0.999), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kimg"), [("cifar10-100k", 12_800), ("cifar10-200k", 25_600), ("cifar10-400k", 51_200)]
+)
+def test_the_staged_recipes(name: str, kimg: int) -> None:
+    cfg = PRESETS[name]
+    assert cfg.total_kimg == kimg == cfg.objective.stage_kimg * cfg.objective.n_stages
+    assert (cfg.objective.q, cfg.objective.n_stages, cfg.optim.ema_beta) == (2, 8, 0.9999)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sound_and_survive_json(name: str) -> None:
+    cfg = PRESETS[name]
+    check(cfg)
+    assert cfg.preset == name
+    assert from_dict(Config, json.loads(json.dumps(to_dict(cfg)))) == cfg
+    options = [word for line in describe(cfg).splitlines() if line[0] != "#" for word in line.split()]
+    assert parse(options) == cfg
+
+
+def test_unknown_preset_says_what_was_meant() -> None:
+    with pytest.raises(UserError, match=r"cifar10-1hr.*did you mean cifar10-1h\?.*Known: digits"):
+        preset("cifar10-1hr")
+    with pytest.raises(UserError, match="--preset xyz: no such preset Known"):
+        preset("xyz")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--objectiv.q", "4"], "objective.q"),
+        (["--objective.q", "four"], "objective.q"),
+        (["--net.arch", "unet"], "ddpmpp"),
+    ],
+)
+def test_unknown_or_ill_typed_options_say_what_was_meant(args: list[str], said: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit) as stop:
+        parse(args)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch", "0"), ("--micro-batch", "7"), ("--total-kimg", "0"), ("--seed", "-1"), ("--threads", "0"),
+        ("--data.augment", "1.5"), ("--net.dropout", "1.0"), ("--net.label-dropout", "-0.1"), ("--net.sigma-data", "0"),
+        ("--net.model-channels", "6"), ("--net.num-blocks", "0"), ("--log.keep", "0"), ("--eval.samples", "1"),
+        ("--eval.batch", "0"), ("--eval.mid-t", "90"), ("--objective.q", "1"), ("--objective.c", "-0.1"),
+        ("--objective.k", "-1"), ("--objective.P-std", "0"), ("--objective.n-stages", "0"), ("--objective.stage-kimg", "0"),
+        ("--optim.lr", "0"), ("--optim.eps", "-1"), ("--optim.clip", "0"), ("--optim.ema-beta", "1"),
+        ("--pretrain.optim.lr", "-1"), ("--pretrain.objective.q", "0.5"),
+    ],
+)  # fmt: skip
+def test_impossible_values_name_the_option(option: str, value: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert main([option, value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and option in error and "expected" in error
+
+
+def test_dry_run_prints_and_needs_no_torch() -> None:
+    code = "import sys; from ect.train import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--preset", "cifar10-1h", "--dry-run"], capture_output=True, text=True, check=True
+    )
+    assert "--objective.q 256.0" in done.stdout and "--total-kimg 1024.0" in done.stdout
+
+
+def test_resume_needs_a_run_folder(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"--resume .*expected a run folder"):
+            run_folder(path)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
+    assert run_folder(tmp_path) == tmp_path
+    assert parse(["--resume", str(tmp_path)]).objective.q == 256
+    for damage in ("{", '{"preset": "digits", "speed": 3}', "[]"):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(UserError, match=r"config\.json: not a configuration"):
+            load(tmp_path)

@@ -1,0 +1,160 @@
+"""TrainStep: accumulation equals one batch, draws follow the global index, every option reaches the maths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ect.config import DataConfig
+from ect.data import ImageStream, load
+from ect.models import EDMPrecond, build
+from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
+from ect.optim import FlatState
+from ect.step import TrainStep
+from ect.trainer import network_spec
+from tests.tiny import NET
+
+DATA = load(DataConfig(labels=True))
+
+
+def make(objective: Objective | None = None, **options: Any) -> TrainStep:
+    torch.manual_seed(0)
+    net_options = options.pop("net", {})
+    dataset = options.pop("dataset", replace(DATA, labels=None))
+    spec = network_spec(replace(NET, **net_options), "ECMPrecond", dataset, 9 if options.get("augment") else 0)
+    net = build(spec).train()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    state = FlatState(net, "adam", lr=1e-3)
+    step = {"seed": 1, "batch": 12, **options}
+    return TrainStep(net, objective or ConsistencyObjective(), state, ImageStream(dataset, 1), **step)
+
+
+@pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])
+@pytest.mark.parametrize(
+    "options", [{}, {"xflip": True, "augment": 0.5, "dataset": DATA, "net": {"label_dropout": 0.3}}]
+)
+@pytest.mark.parametrize("micro_batch", [1, 3, 6])
+def test_accumulation_equals_one_batch(objective: Objective, options: dict, micro_batch: int) -> None:
+    whole, parts = make(objective, **options), make(objective, **options, micro_batch=micro_batch)
+    for nimg in (0, 12):
+        assert float(parts(nimg, 3)) == pytest.approx(float(whole(nimg, 3)), rel=1e-5)
+        torch.testing.assert_close(parts.state.grads, whole.state.grads, rtol=1e-3, atol=2e-4)
+
+
+def test_the_loss_is_the_reference_objective_of_the_prepared_images() -> None:
+    step = make(net={"dropout": 0.0})
+    seed = torch.tensor((1 << 32) | 3)
+    captured: dict[str, torch.Tensor] = {}
+
+    class Spy:
+        def train_loss(self, denoiser, y, normal, eps, stage):  # type: ignore[no-untyped-def]
+            captured.update(y=y, normal=normal, eps=eps)
+            return ConsistencyObjective().train_loss(denoiser, y, normal, eps, stage)
+
+    step.objective = Spy()  # type: ignore[assignment]
+    got = step.loss(36, 0, seed, 2)
+    images, _ = step.stream.batch(36, 12)
+    assert torch.equal(captured["y"], images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    t = (-1.1 + 2.0 * captured["normal"]).exp()
+    objective = ConsistencyObjective()
+    want = objective.loss(step.net, captured["y"], t, objective.mapping(t, 2), captured["eps"])
+    torch.testing.assert_close(got, want)
+
+
+def test_draws_change_with_step_seed_and_sample() -> None:
+    losses = {(seed, nimg): float(make(seed=seed)(nimg, 3)) for seed in (1, 2) for nimg in (0, 12)}
+    assert len(set(losses.values())) == 4
+    assert losses[1, 12] == float(make(seed=1)(12, 3))
+
+
+def test_flips_and_augmentation_change_the_images_and_label_them() -> None:
+    seed = torch.tensor(5)
+    images, _ = DATA.images[:64], None
+    plain, _ = make().prepare(images, 0, seed)
+    flipped, labels = make(xflip=True).prepare(images, 0, seed)
+    assert labels is None
+    mirrored = (flipped == plain.flip(3)).flatten(1).all(1)
+    same = (flipped == plain).flatten(1).all(1)
+    assert (mirrored | same).all() and 16 < int((mirrored & ~same).sum()) < 48
+    augmented, labels = make(augment=0.5).prepare(images, 0, seed)
+    assert labels is not None and labels.shape == (64, 9)
+    untouched = (labels == 0).all(1)
+    assert 0 < int(untouched.sum()) < 64
+    assert torch.equal(augmented[untouched], plain[untouched])
+    assert not torch.equal(augmented[~untouched], plain[~untouched])
+
+
+def test_labels_reach_the_network() -> None:
+    step, seen = make(dataset=DATA), []
+    forward = step.net.model.forward
+    step.net.model.forward = lambda *args: seen.append(args[2]) or forward(*args)  # type: ignore[func-returns-value]
+    step(0, 0)
+    assert len(seen) == 2 and torch.equal(seen[0], step.stream.batch(0, 12)[1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_student_and_teacher_share_the_mask_and_agree_at_r_equal_t(dropout: float) -> None:
+    class Same:
+        """A mapping with r = t."""
+
+        def __call__(self, t: torch.Tensor, stage: int) -> torch.Tensor:
+            return t
+
+    step = make(ConsistencyObjective(mapping=Same(), weighting="uniform"), net={"dropout": dropout})  # type: ignore[arg-type]
+    assert float(step(0, 0)) == 0.0
+    assert (step.state.grads == 0).all()
+
+
+def test_training_lowers_the_diffusion_loss() -> None:
+    step = make(DiffusionObjective(), batch=32)
+    step.state.lr = 3e-3
+    losses = [float(step(i * 32, 0)) for i in range(60)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_tuning_on_gaussian_data_finds_the_exact_consistency_function() -> None:
+    """Data N(0, 1/4): the probability-flow solution is f(x, t) = x / (2 sqrt(t^2 + 1/4)) (identity of the method)."""
+
+    class Net(torch.nn.Module):
+        label_dim = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(
+                torch.nn.Linear(3, 64),
+                torch.nn.SiLU(),
+                torch.nn.Linear(64, 64),
+                torch.nn.SiLU(),
+                torch.nn.Linear(64, 1),
+            )
+
+        def forward(self, x, noise_labels, *_):  # type: ignore[no-untyped-def]
+            x_, c = x.flatten(1), noise_labels.expand(len(x))[:, None]
+            u = torch.cat([x_, c, x_ * c], dim=1)
+            return self.layers(u).view_as(x)
+
+    D = EDMPrecond(Net()).train()
+    state = FlatState(D, "adam", lr=3e-3, ema_betas=[0.99])
+    # A large c makes the pseudo-Huber a squared distance, whose minimiser is the mean, as the exact solution needs.
+    objective = ConsistencyObjective(c=10.0, P_mean=-0.5, P_std=1.5)
+    steps = 2400
+    for i in range(steps):
+        g = torch.Generator().manual_seed(i)
+        y, normal, eps = 0.5 * torch.randn(256, 1, 1, 1, generator=g), *torch.randn(2, 256, generator=g)
+        state.zero_grad()
+        state.lr = 3e-3 * (1 - i / steps)
+        objective.train_loss(D, y, normal, eps.view(-1, 1, 1, 1), min(i // 300, 7)).mean().backward()
+        state.step()
+    D.load_state_dict(state.ema_state_dict(0))
+    for t in (0.2, 1.0, 5.0, 20.0):
+        x = torch.linspace(-2, 2, 41).view(-1, 1, 1, 1) * (t * t + 0.25) ** 0.5
+        with torch.no_grad():
+            error = D(x, t) - x * 0.5 / (t * t + 0.25) ** 0.5
+            mean = x * 0.25 / (t * t + 0.25)  # the diffusion denoiser, which a consistency model must leave behind
+        assert float(error.square().mean().sqrt()) < 0.08, t
+        gap = x * 0.5 / (t * t + 0.25) ** 0.5 - mean
+        assert float(error.square().mean()) < 0.1 * float(gap.square().mean()) or t < 0.5
