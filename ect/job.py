@@ -111,9 +111,8 @@ class Job:
         cfg = replace(cfg, resume=resume)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop)
         if resume is None:
-            saved = self.cfg if run_dir == self.run_dir else cfg
-            with atomic(run_dir / "config.json") as temp:
-                temp.write_text(json.dumps(to_dict(replace(saved, resume=None)), indent=1) + "\n", encoding="utf-8")
+            self._write_config(cfg, run_dir)
+            self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
         total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None
         log = RunLog(run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device)
         with self.stop.watch(), log:
@@ -125,6 +124,11 @@ class Job:
         if trainer.state.nonfinite > 0:
             self.console.print(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
         return path if trainer.nimg >= total_img else None
+
+    @staticmethod
+    def _write_config(cfg: Config, folder: Path) -> None:
+        with atomic(folder / "config.json") as temp:
+            temp.write_text(json.dumps(to_dict(replace(cfg, resume=None)), indent=1) + "\n", encoding="utf-8")
 
     def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> None:
         """Samples side by side (samples.png), the table on the console, results.json and results.md."""

@@ -14,11 +14,16 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+
+from ect.edm_pickle import UnsafePickle, read
+from ect.errors import UserError
 
 SOURCE = "class EDMPrecond: pass\n"
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -206,3 +211,14 @@ def ect_snapshot(net: object, protocol: int = 4) -> bytes:
     state["t_to_r"] = Call(getattr, loss, "t_to_r_sigmoid")
     state["k"] = 8.0
     return dump({"ema": net, "loss_fn": loss, "augment_pipe": None, "dataset_kwargs": {"xflip": False}}, protocol)
+
+
+def refusal(path: Path, data: bytes) -> str:
+    """The message with which the file is refused: one line that begins with its name."""
+    path.write_bytes(data)
+    with pytest.raises(UnsafePickle) as caught:
+        read(path)
+    assert isinstance(caught.value, UserError) and isinstance(caught.value, pickle.UnpicklingError)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.isprintable()
+    return message.removeprefix(f"{path}: ")

@@ -132,10 +132,6 @@ class LocalDinoV2(FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return "dinov2"
 
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
 
 def load_transformer(path: Path) -> VisionTransformer:
     """The network of a DINOv2 weight file (ViT-S, B or L). Raises UserError for any other file."""
