@@ -27,8 +27,10 @@ from ect.checkpoint import load_model
 from ect.config import PRESETS, Config, EvalConfig, LogConfig, PretrainConfig
 from ect.job import Job
 from ect.metrics import Sampler, consistency_samplers, heun_samplers, quality_rows
+from ect.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
+SAMPLES = 3000
 MAX_NFE = 9  # the claim: 2 evaluations of ECT beat every diffusion sampler of at most this many
 Result = dict[str, dict[str, float]]
 
@@ -40,6 +42,8 @@ class Options:
     """Exit 1 unless the claims hold for every seed."""
     report: bool = False
     """Train nothing: report the latest line of each seed in the results file."""
+    markdown: bool = False
+    """Print the table in Markdown."""
     results: Path = RESULTS
 
 
@@ -66,7 +70,7 @@ def train(cfg: Config, folder: Path) -> Path:
 def rate(model: Path, name: str, samplers: list[Sampler], job: Job) -> Result:
     net, _ = load_model(model)
     assert job.evaluator is not None
-    rows = quality_rows(net, job.evaluator, samplers, samples=3000, batch=250)
+    rows = quality_rows(net, job.evaluator, samplers, samples=SAMPLES, batch=250)
     return {f"{name}, {r.sampler.nfe} NFE": {**r.values[0], "nfe": r.sampler.nfe} for r in rows}
 
 
@@ -104,35 +108,45 @@ def claims(result: Result) -> dict[str, bool]:
     }
 
 
-def show(lines: list[dict[str, Any]], console: Console) -> bool:
-    """Print the table, mean +- standard deviation over seeds, and the claims; returns whether all hold."""
-    seeds = [line["seed"] for line in lines]
-    table = Table(title=f"Digits, seeds {', '.join(map(str, seeds))}, 3000 samples", title_justify="left")
-    for i, header in enumerate(["model and sampler", "FDc", "FDp", "FDc by seed"]):
-        table.add_column(header, justify="left" if i == 0 else "right")
+def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells: mean +- standard deviation over seeds of each model and sampler."""
+    cells = []
     for name in lines[0]["result"]:
-        values = {m: [line["result"][name][m] for line in lines] for m in ("FDc", "FDp")}
-        cells = []
-        for v in values.values():
-            spread = f" +- {statistics.stdev(v):.2g}" if len(v) > 1 else ""
-            cells.append(f"{statistics.fmean(v):.3g}{spread}")
-        table.add_row(name, *cells, " ".join(f"{v:.1f}" for v in values["FDc"]))
-    console.print(table)
+        row = [name]
+        for metric in ("FDc", "FDp"):
+            values = [line["result"][name][metric] for line in lines]
+            spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            row += [f"{statistics.fmean(values):.3g}{spread}", ", ".join(f"{v:.3g}" for v in values)]
+        cells.append(row)
+    return ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"], cells
+
+
+def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
+    """Print the table and the claims; returns whether all claims hold."""
+    headers, cells = table(lines)
+    if as_markdown:
+        print(markdown(headers, cells))
+    else:
+        view = Table(title=f"Digits, {len(lines)} seeds, {SAMPLES} samples", title_justify="left")
+        for i, header in enumerate(headers):
+            view.add_column(header, justify="left" if i == 0 else "right")
+        for row in cells:
+            view.add_row(*row)
+        Console(width=130).print(view)
     held = [claims(line["result"]) for line in lines]
     for claim in held[0]:
         count = sum(h[claim] for h in held)
-        console.print(f"{'holds' if count == len(held) else 'FAILS'} for {count} of {len(held)} seeds: {claim}")
+        print(f"- {claim}: {'holds' if count == len(held) else 'fails'} ({count} of {len(held)} seeds)")
     return all(all(h.values()) for h in held)
 
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
-    console = Console(width=120)
     if options.report:
         found = [json.loads(line) for line in options.results.read_text().splitlines()]
         lines = [line for line in {line["seed"]: line for line in found}.values() if line["seed"] in options.seeds]
         if not lines:
-            console.print(f"{options.results}: no line of these seeds")
+            print(f"{options.results}: no line of these seeds")
             return 1
     else:
         lines = []
@@ -143,8 +157,8 @@ def main() -> int:
             lines.append(line)
             with options.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            console.print(f"seed {seed} done")
-    good = show(lines, console)
+            print(f"seed {seed} done", flush=True)
+    good = show(lines, options.markdown)
     return 0 if good or not options.check else 1
 
 

@@ -138,7 +138,7 @@ class Config:
     run_dir: Path | None = None
     """Folder of the run. None: runs/<number>-<preset>."""
     device: str = "auto"
-    """'auto', 'cpu', 'cuda', 'cuda:1', 'mps'."""
+    """'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1'."""
     threads: int | None = None
     """CPU threads. None: as many as physical cores that this process may use."""
     dry_run: bool = False

@@ -9,17 +9,17 @@ import torch
 
 from ect.errors import UserError
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a Linux container
+
 
 def resolve(name: str) -> torch.device:
-    """'auto', or any torch device by name. Raises UserError if it does not exist here."""
+    """'auto' (CUDA where there is one, else the CPU), or a torch device by name. Raises UserError if it cannot be used."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device, dtype=torch.float64)  # the samplers compute in float64, which MPS lacks
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device auto or cpu") from error
     return device
@@ -28,9 +28,8 @@ def resolve(name: str) -> torch.device:
 def cpu_count() -> int:
     """CPUs this process may use: its affinity, and a container's quota where one is set."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
+    if CPU_QUOTA.is_file():
+        limit, period = CPU_QUOTA.read_text().split()
         if limit != "max":
             count = min(count, max(int(limit) // int(period), 1))
     return count

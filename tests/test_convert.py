@@ -123,6 +123,13 @@ def test_missing_and_unknown_weights_are_named(net: nn.Module) -> None:
         check_fits(Snapshot(SPEC, state, {}), "file")
 
 
+def test_the_check_allocates_nothing(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, build = [], models.build
+    monkeypatch.setattr(models, "build", lambda spec: built.append(build(spec)) or built[0])
+    check_fits(Snapshot(SPEC, dict(net.state_dict()), {}), "file")
+    assert built and all(value.is_meta for value in built[0].state_dict().values())
+
+
 COUNTS = ["img_resolution", "in_channels", "out_channels", "model_channels", "channel_mult_emb", "channel_mult_noise"]
 IMPOSSIBLE = [{name: value} for name in COUNTS for value in (0, 3, 65535)]
 IMPOSSIBLE += [{"channel_mult": value} for value in ([], [0], [0, 1], [65535] * 15, [1] * 15)]

@@ -251,6 +251,15 @@ def test_modules_that_are_none(path: Path, state: dict[str, Any], says: str) -> 
     assert says in refusal(path, small_net(**state))
 
 
+@pytest.mark.parametrize(
+    "meta", [{"version": 7}, {"type": "function"}, {"class_name": 1}, {"module_src": b""}, {"state": []}]
+)
+def test_other_persistent_objects(path: Path, meta: dict[str, Any]) -> None:
+    net = small_net()
+    net.meta = meta
+    assert "_reconstruct_persistent_obj: " in refusal(path, net) and "persistent object" in refusal(path, net)
+
+
 def test_network_without_unet(path: Path) -> None:
     assert "'model' is a value of type NoneType" in refusal(path, edm.Persistent("EDMPrecond", {}))
     assert "'model' is UNet" in refusal(path, small_net(unet="UNet"))

@@ -1,0 +1,40 @@
+# make demo: set up and tune a consistency model on the digits.   make test: set up and run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+INPUTS := pyproject.toml setup.py
+
+.PHONY: demo test check format readme clean
+
+demo: .venv/.installed
+	$(BIN)/python -m ect.train
+
+test: .venv/.test-installed
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+check: .venv/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.test-installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+readme: .venv/.installed  # train the digits anew, and put their picture, tables and checkpoint where they are shown
+	rm -rf runs/readme
+	$(BIN)/python -m ect.train --run-dir runs/readme
+	$(BIN)/python benchmarks/readme.py runs/readme
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: $(INPUTS) | .venv/bin/python
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+.venv/.test-installed: .venv/.installed
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@

@@ -1,0 +1,39 @@
+"""Put a finished digits run where it is shown: python benchmarks/readme.py runs/readme (see make readme).
+
+Copies its picture to benchmarks/results/digits.png and its checkpoint to ect/models/digits.safetensors, and writes its table
+and that of benchmarks/digits_quality.py --report between the markers of README.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ect.checkpoint import read_model, save_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def insert(text: str, name: str, block: str) -> str:
+    """`text` with `block` between the markers of `name`."""
+    head, _, rest = text.partition(f"<!-- {name}: written by make readme -->\n")
+    _, _, tail = rest.partition(f"<!-- /{name} -->")
+    return f"{head}<!-- {name}: written by make readme -->\n{block.strip()}\n<!-- /{name} -->{tail}"
+
+
+def main(run_dir: Path) -> None:
+    shutil.copy(run_dir / "samples.png", ROOT / "benchmarks/results/digits.png")
+    model = read_model(run_dir)
+    info = {**model.info, "made_by": "make readme", "licence": "Apache-2.0"}
+    save_model(ROOT / "ect/models/digits.safetensors", model.state, model.spec, info)
+    report = [sys.executable, str(ROOT / "benchmarks/digits_quality.py"), "--report", "--markdown"]
+    seeds = subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    path = ROOT / "README.md"
+    text = insert(path.read_text(encoding="utf-8"), "digits", (run_dir / "results.md").read_text(encoding="utf-8"))
+    path.write_text(insert(text, "seeds", seeds), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
