@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,11 @@ def load_model(
     consistency model. Raises UserError as `read_model`, and when weights and description do not fit.
     """
     snapshot = read_model(path)
-    net = build(snapshot.spec if precond is None else {**snapshot.spec, "precond": precond})
-    _copy_weights(net, snapshot.state, str(path))
+    if precond is not None:
+        snapshot = replace(snapshot, spec={**snapshot.spec, "precond": precond})
+    check_fits(snapshot, str(path))
+    net = build(snapshot.spec)
+    net.load_state_dict(snapshot.state)
     return net.eval().to(device), snapshot.info
 
 
@@ -140,23 +143,35 @@ def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
             f"model.map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
             "set --data.labels as the network was trained"
         )
-    _copy_weights(net, state, "the pretrained network")
+    _check_names(ours, state, "the pretrained network")
+    net.load_state_dict(state)
     return notes
 
 
-def _copy_weights(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    ours = net.state_dict()
-    wrong = [f"missing {key}" for key in ours if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in ours]
+def check_fits(snapshot: Snapshot, source: str) -> None:
+    """Raise UserError, naming `source` and what differs, unless the network of snapshot.spec has exactly these weights.
+
+    Costs no memory, whatever a foreign file asks for: the network is built without storage.
+    """
+    try:
+        with torch.device("meta"):
+            expected = build(snapshot.spec).state_dict()
+    except (UserError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(f"{source}: its description makes no network ({error})") from error
+    _check_names(expected, snapshot.state, source)
+
+
+def _check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    wrong = [f"missing {key}" for key in expected if key not in state]
+    wrong += [f"unexpected {key}" for key in state if key not in expected]
     wrong += [
         f"{key} is {_shape(state[key])} instead of {_shape(tensor)}"
-        for key, tensor in ours.items()
+        for key, tensor in expected.items()
         if key in state and state[key].shape != tensor.shape
     ]
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise UserError(f"{source}: the weights do not fit the network: {'; '.join(wrong[:6])}{more}")
-    net.load_state_dict(state)
 
 
 def _num_classes(state: dict[str, Tensor]) -> int:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from ect import edm_pickle, models
-from ect.checkpoint import save_model
+from ect import edm_pickle
+from ect.checkpoint import check_fits, save_model
 from ect.edm_pickle import Snapshot
 from ect.errors import UserError
 
@@ -50,27 +49,6 @@ def convert(options: Options) -> Snapshot:
     return snapshot
 
 
-def check_fits(snapshot: Snapshot, source: str) -> None:
-    """Raise UserError, naming `source` and what differs, unless the network of snapshot.spec has exactly these weights.
-
-    Costs no memory: the network is built without storage.
-    """
-    try:
-        with torch.device("meta"):
-            expected = models.build(snapshot.spec).state_dict()
-    except (UserError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise UserError(f"{source}: its description makes no network ({error})") from error
-    wrong = [f"{name} is missing" for name in expected if name not in snapshot.state]
-    for name, tensor in snapshot.state.items():
-        if name not in expected:
-            wrong.append(f"{name} is unknown")
-        elif tensor.shape != expected[name].shape:
-            wrong.append(f"{name} is {list(tensor.shape)} instead of {list(expected[name].shape)}")
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{source}: weights and description differ: {'; '.join(wrong[:4])}{more}; is the file genuine?")
-
-
 def report(snapshot: Snapshot) -> str:
     """What was found, in a few lines."""
     spec, info = snapshot.spec, snapshot.info
@@ -80,6 +58,7 @@ def report(snapshot: Snapshot) -> str:
         [
             f"{info['source']}: {spec['precond']} around {spec['unet']}({kwargs})",
             f"{numel:,} weights in {len(snapshot.state)} tensors; all finite: {_all_finite(snapshot)}",
+            f"sha256 of the file: {info['sha256']}",
             f"sha256 of the embedded source, which was not executed: {info['source_sha256']}",
             f"licence: {info['license']}",
         ]

@@ -76,8 +76,10 @@ def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapsh
     except Exception as error:  # whatever a damaged file trips over, callers see one kind of error
         cause = f"{type(error).__name__}: {show(str(error))}; it begins with {data[:12]!r}"
         raise UnsafePickle(f"{path}: truncated, damaged or no EDM/ECT snapshot ({cause}); download it again") from error
-    digest = hashlib.sha256(net.source.encode("utf-8", "surrogatepass")).hexdigest()
-    info = {"source": path.name, "key": key, "class": net.class_name, "source_sha256": digest, "license": LICENSE}
+    info = {
+        "source": path.name, "key": key, "class": net.class_name, "sha256": hashlib.sha256(data).hexdigest(),
+        "source_sha256": hashlib.sha256(net.source.encode("utf-8", "surrogatepass")).hexdigest(), "license": LICENSE,
+    }  # fmt: skip
     return Snapshot(spec, state, info)
 
 

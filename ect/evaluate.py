@@ -81,7 +81,7 @@ class Options:
     run_dir: Path | None = None
     """Folder for metrics.json and torch-fidelity's cache of the reference. Default: runs/evaluation-<model>."""
     device: str = "auto"
-    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    """'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:1'."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from ect.device import resolve, set_threads
 from ect.errors import UserError
 from ect.grid import save_grid, save_png
 from ect.models import ECMPrecond, EDMPrecond
-from ect.sampler import SIGMA_MAX, generate
+from ect.sampler import SIGMA_MAX, draw, generate
 
 _FILES = (".png", ".npz")
 _MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models
@@ -53,7 +53,7 @@ class Options:
     out: Path = Path("samples.png")
     """NAME.png: a grid. NAME.npz: arrays images (uint8 NHWC), seeds, sigmas, class. Otherwise a folder of PNG files."""
     device: str = "auto"
-    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    """'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:1'."""
     threads: int | None = None
     """CPU threads. None: as many as CPUs that this process may use."""
 
@@ -171,15 +171,7 @@ def _schedule(options: Options, net: EDMPrecond, info: dict[str, Any]) -> dict[s
 
 def _classes(net: EDMPrecond, seeds: Sequence[int], class_idx: int | None) -> list[int]:
     """Class of each image as `generate` chooses it; -1 for an unconditional model."""
-    if net.label_dim == 0 or class_idx is not None:
-        return [-1 if class_idx is None else class_idx] * len(seeds)
-    classes = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        # The latents come first.
-        torch.randn(net.img_channels, net.img_resolution, net.img_resolution, generator=generator)
-        classes.append(int(torch.randint(net.label_dim, (), generator=generator)))
-    return classes
+    return [draw(net, seed)[1] if class_idx is None else class_idx for seed in seeds]
 
 
 def _write(

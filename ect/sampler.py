@@ -79,6 +79,15 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def draw(net: EDMPrecond, seed: int, noises: int = 0) -> tuple[Tensor, int, Tensor]:
+    """What one image starts from: latents [C, R, R], class (-1 for an unconditional net), fresh noises [noises, C, R, R]."""
+    shape = [net.img_channels, net.img_resolution, net.img_resolution]
+    generator = torch.Generator().manual_seed(int(seed))
+    latents = torch.randn(shape, generator=generator)
+    label = int(torch.randint(net.label_dim, (), generator=generator)) if net.label_dim else -1
+    return latents, label, torch.randn([noises, *shape], generator=generator)
+
+
 def generate(
     net: EDMPrecond,
     seeds: Sequence[int],
@@ -96,20 +105,13 @@ def generate(
     """
     if (sigmas is None) == (heun_steps is None):
         raise ValueError("give either sigmas (consistency sampler) or heun_steps (diffusion sampler)")
-    shape = [net.img_channels, net.img_resolution, net.img_resolution]
     extra = 0 if sigmas is None else len(sigmas) - 1
     for start in range(0, len(seeds), batch):
-        latents, labels, noises = [], [], []
-        for seed in seeds[start : start + batch]:
-            generator = torch.Generator().manual_seed(int(seed))
-            latents.append(torch.randn(shape, generator=generator))
-            if net.label_dim:
-                drawn = torch.randint(net.label_dim, (), generator=generator)
-                labels.append(drawn if class_idx is None else torch.as_tensor(class_idx))
-            noises.append(torch.randn([extra, *shape], generator=generator))
+        latents, labels, noises = zip(*(draw(net, seed, extra) for seed in seeds[start : start + batch]), strict=True)
         classes = None
-        if labels:
-            classes = torch.nn.functional.one_hot(torch.stack(labels), net.label_dim).float().to(device)
+        if net.label_dim:
+            index = torch.tensor(labels if class_idx is None else [class_idx] * len(labels))
+            classes = torch.nn.functional.one_hot(index, net.label_dim).float().to(device)
 
         def denoiser(x: Tensor, sigma: Tensor, classes: Tensor | None = classes) -> Tensor:
             return net(x, sigma, classes)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import nn
 
 from ect import models
-from ect.checkpoint import load_model
-from ect.convert import Options, check_fits, convert, main
+from ect.checkpoint import check_fits, load_model
+from ect.convert import Options, convert, main
 from ect.edm_pickle import Snapshot, UnsafePickle
 from ect.errors import UserError
 from tests import edm_files as edm
@@ -108,8 +108,8 @@ def test_mismatch_is_named(source: Path, net: nn.Module, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as caught:
         main([str(source), str(target)])
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.startswith(f"error: {source}: weights and description differ: ")
-    assert "model.map_layer0.weight is [32, 8] instead of [64, 16]" in message and " more" in message
+    assert caught.value.code == 2 and message.startswith(f"error: {source}: the weights do not fit the network: ")
+    assert "model.map_layer0.weight is 32x8 instead of 64x16" in message and " more" in message
     assert not target.exists()
 
 
@@ -117,15 +117,13 @@ def test_missing_and_unknown_weights_are_named(net: nn.Module) -> None:
     state = dict(net.state_dict())
     check_fits(Snapshot(SPEC, state, {}), "file")
     state["model.extra"] = state.pop("model.map_layer0.bias")
-    with pytest.raises(
-        UserError, match=r"model.map_layer0.bias is missing; model.extra is unknown; is the file genuine"
-    ):
+    with pytest.raises(UserError, match=r"missing model.map_layer0.bias; unexpected model.extra"):
         check_fits(Snapshot(SPEC, state, {}), "file")
 
 
 def test_the_check_allocates_nothing(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     built, build = [], models.build
-    monkeypatch.setattr(models, "build", lambda spec: built.append(build(spec)) or built[0])
+    monkeypatch.setattr("ect.checkpoint.build", lambda spec: built.append(build(spec)) or built[0])
     check_fits(Snapshot(SPEC, dict(net.state_dict()), {}), "file")
     assert built and all(value.is_meta for value in built[0].state_dict().values())
 
@@ -147,5 +145,7 @@ IMPOSSIBLE += [
 @pytest.mark.parametrize("unet", ["SongUNet", "DhariwalUNet"])
 def test_impossible_descriptions(net: nn.Module, unet: str, kwargs: dict[str, Any]) -> None:
     spec = {**SPEC, "unet": unet, "kwargs": {**SMALL, **kwargs}}
-    with pytest.raises(UserError, match=r"^file: (weights and description differ|its description makes no network)"):
+    with pytest.raises(
+        UserError, match=r"^file: (the weights do not fit the network|its description makes no network)"
+    ):
         check_fits(Snapshot(spec, dict(net.state_dict()), {}), "file")
