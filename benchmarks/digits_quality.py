@@ -108,6 +108,11 @@ def claims(result: Result) -> dict[str, bool]:
     }
 
 
+def short(value: float, digits: int) -> str:
+    """`digits` significant digits, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
+
+
 def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells: mean +- standard deviation over seeds of each model and sampler."""
     cells = []
@@ -115,8 +120,8 @@ def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         row = [name]
         for metric in ("FDc", "FDp"):
             values = [line["result"][name][metric] for line in lines]
-            spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            row += [f"{statistics.fmean(values):.3g}{spread}", ", ".join(f"{v:.3g}" for v in values)]
+            spread = f" +- {short(statistics.stdev(values), 2)}" if len(values) > 1 else ""
+            row += [f"{short(statistics.fmean(values), 3)}{spread}", ", ".join(short(v, 3) for v in values)]
         cells.append(row)
     return ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"], cells
 
