@@ -20,7 +20,9 @@ from ect.errors import UserError
 from ect.grid import save_png
 from ect.log import RunLog
 from ect.metrics import QualityRow, Sampler, consistency_samplers, heun_samplers, make_evaluator, quality_rows
+from ect.options import load as load_config
 from ect.options import run_folder, to_dict
+from ect.resume import refuse_changed_maths
 from ect.sampler import generate
 from ect.trainer import StopSignal, Trainer
 
@@ -76,7 +78,11 @@ class Job:
         self.dataset = load(cfg.data)
         self.stop = StopSignal()
         self.seconds: dict[str, float] = {}
-        self.run_dir = new_run_dir(cfg) if cfg.resume is None else run_folder(cfg.resume)
+        if cfg.resume is None:
+            self.run_dir = new_run_dir(cfg)
+        else:
+            self.run_dir = run_folder(cfg.resume)
+            refuse_changed_maths(to_dict(load_config(self.run_dir)), to_dict(cfg))
         self.evaluator = (
             make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device) if cfg.eval.samples else None
         )
@@ -84,6 +90,10 @@ class Job:
             self.console.print(note, markup=False, highlight=False)
 
     def run(self) -> bool:
+        with self.stop.watch():
+            return self._run()
+
+    def _run(self) -> bool:
         cfg, models = self.cfg, []
         if cfg.pretrain.total_kimg > 0 and cfg.init_from is None:
             teacher = self.train("pretraining", pretrain_config(cfg), self.run_dir / "pretrain")
@@ -98,8 +108,7 @@ class Job:
         consistency = cfg.objective.kind == "consistency"
         samplers = consistency_samplers(cfg.eval.mid_t) if consistency else heun_samplers(HEUN_STEPS)
         models.append((model, samplers))
-        self.finish(models)
-        return True
+        return self.finish(models)
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
         """One phase, from its last checkpoint if it has one. Returns its model file, or None if stopped before its end."""
@@ -110,12 +119,11 @@ class Job:
             resume = named if named.is_file() and named.parent == run_dir else run_dir
         cfg = replace(cfg, resume=resume)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop)
-        if resume is None:
-            self._write_config(cfg, run_dir)
-            self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
+        self._write_config(cfg, run_dir)
+        self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
         total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None
         log = RunLog(run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device)
-        with self.stop.watch(), log:
+        with log:
             for note in trainer.notes:
                 log.note(note)
             log.phase(name)
@@ -130,8 +138,8 @@ class Job:
         with atomic(folder / "config.json") as temp:
             temp.write_text(json.dumps(to_dict(replace(cfg, resume=None)), indent=1) + "\n", encoding="utf-8")
 
-    def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> None:
-        """Samples side by side (samples.png), the table on the console, results.json and results.md."""
+    def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> bool:
+        """Samples side by side (samples.png), the table on the console, results.json and results.md; False if stopped."""
         begin, cfg = time.monotonic(), self.cfg.eval
         rows: list[QualityRow] = []
         pictures = {"data": self.dataset.images[: len(STRIP_SEEDS)]}
@@ -140,10 +148,12 @@ class Job:
             for sampler in samplers:
                 images = generate(net, STRIP_SEEDS, device=self.device, **sampler.options())
                 pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
-            if self.evaluator is not None:
-                rows += quality_rows(
-                    net, self.evaluator, samplers, samples=cfg.samples, batch=cfg.batch, device=self.device
-                )
+                if self.evaluator is not None:
+                    rows += quality_rows(
+                        net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device
+                    )
+                if self.stop.requested:  # the models are saved; --resume comes back to this report
+                    return False
         scale = max(STRIP_WIDTH // (len(STRIP_SEEDS) * self.dataset.resolution), 1)
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
@@ -153,3 +163,4 @@ class Job:
         self.console.print(
             f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False
         )
+        return True

@@ -13,7 +13,7 @@ from ect.options import describe, parse
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 when done or stopped by a signal (all is saved), 2 on bad input."""
+    """Exit status: 0 when done or stopped by a signal (all is saved), 2 on bad input, 130 on an impatient second Ctrl-C."""
     try:
         cfg = parse(argv)
         if cfg.dry_run:
@@ -27,6 +27,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint is what is saved", file=sys.stderr)
+        return 130
     return 0
 
 

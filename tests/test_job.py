@@ -21,6 +21,7 @@ from ect.config import PRESETS, Config, DataConfig, EvalConfig, ObjectiveConfig,
 from ect.errors import UserError
 from ect.job import Job, new_run_dir, pretrain_config
 from ect.options import parse
+from ect.train import main
 from ect.trainer import Trainer
 from tests.tiny import BATCH, STEPS, config, run
 
@@ -118,6 +119,49 @@ def test_resume_refuses_other_maths_by_name(uninterrupted: Path) -> None:
     text = str(refusal.value)
     assert "--objective.q: checkpoint has 2.0, command line says 4.0" in text and "--optim.lr" in text
     assert "stats" not in text
+
+
+def test_resume_refuses_another_pretraining_by_its_own_name(tmp_path: Path) -> None:
+    run(config(pretrain=PretrainConfig(total_kimg=0.016)), tmp_path / "run")
+    cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain.optim.lr", "0.5"])
+    with pytest.raises(UserError, match=r"--pretrain\.optim\.lr: checkpoint has 0\.001, command line says 0\.5"):
+        Job(cfg, Console(quiet=True))
+
+
+def test_a_longer_run_remembers_its_length(uninterrupted: Path, tmp_path: Path) -> None:
+    folder, optim = tmp_path / "run", OptimConfig(lr=1e-3)
+    run(config(optim=optim), folder)
+    run(parse(["--resume", str(folder), "--total-kimg", "0.096"]), folder)
+    assert parse(["--resume", str(folder)]).total_kimg == 0.096
+    assert read_model(folder).info["nimg"] == 96
+
+
+def test_a_stop_during_the_report_is_made_up_for(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "run"
+    job = Job(config(run_dir=folder), Console(quiet=True))
+    with monkeypatch.context() as patch:
+        original = Job.finish
+
+        def finish(self, models):  # type: ignore[no-untyped-def]
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, models)
+
+        patch.setattr(Job, "finish", finish)
+        assert not job.run()
+    assert not (folder / "results.json").exists()
+    run(parse(["--resume", str(folder)]), folder)
+    assert (folder / "results.json").exists()
+
+
+def test_an_impatient_user_gets_out(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    def step(self, nimg, stage):  # type: ignore[no-untyped-def]
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("ect.step.TrainStep.__call__", step)
+    assert main(["--run-dir", str(tmp_path / "run"), "--pretrain.total-kimg", "0"]) == 130
+    assert "last checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_resume_refuses_other_data(uninterrupted: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
