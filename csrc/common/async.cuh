@@ -12,21 +12,25 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 }
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #else
-#include <vector>
-namespace async_copy {
+#include <cstdlib>
+namespace async_copy {   // bookkeeping the thread sanitizer must not see; the copies themselves it must
 struct Copy { int thread; void* to; const void* from; };
-inline std::vector<Copy> pending;
+inline Copy pending[cuda_host::ARENA / 16];   // all a block's shared memory can take
+inline int count = 0;
+CH_RAW void push(Copy c) {
+  if (count == cuda_host::ARENA / 16) abort();
+  pending[count++] = c;
 }
-inline void copy16_async(void* shared, const void* global) {
-  async_copy::pending.push_back({int(threadIdx.x + blockDim.x * threadIdx.y), shared, global});
+CH_RAW bool pop(int thread, Copy& c) {
+  for (int i = 0; i < count; i++)
+    if (pending[i].thread == thread) { c = pending[i]; pending[i] = pending[--count]; return true; }
+  return false;
 }
+inline int me() { return int(threadIdx.x + blockDim.x * threadIdx.y); }
+}
+inline void copy16_async(void* shared, const void* global) { async_copy::push({async_copy::me(), shared, global}); }
 inline void copy_wait() {   // only this thread's own copies: the others' need their wait and a barrier
-  const int me = int(threadIdx.x + blockDim.x * threadIdx.y);
-  auto& all = async_copy::pending;
-  for (size_t i = 0; i < all.size();) {
-    if (all[i].thread != me) { i++; continue; }
-    *static_cast<uint4*>(all[i].to) = *static_cast<const uint4*>(all[i].from);
-    all[i] = all.back(); all.pop_back();
-  }
+  async_copy::Copy c;
+  while (async_copy::pop(async_copy::me(), c)) *static_cast<uint4*>(c.to) = *static_cast<const uint4*>(c.from);
 }
 #endif

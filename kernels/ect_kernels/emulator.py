@@ -18,8 +18,10 @@ from ect_kernels import native
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {
     "plain": ["-O2", "-fPIC", "-shared"],
+    "program": ["-O2"],
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
+    "record": ["-O0", "-fPIC", "-shared", "-include", "record_launches.h"],
 }
 
 
@@ -39,14 +41,15 @@ def sources() -> list[Path]:
 
 
 def build(kind: str, *files: Path, defines: Sequence[str] = ()) -> Path:
-    """Compile `files` into one shared library ('plain') or, with a main among them, one program ('address', 'thread')."""
+    """Compile `files` into one shared library ('plain'; 'record': launches are written down, not run) or, with a main among
+    them, one program ('program', 'address', 'thread')."""
     flags = [*FLAGS[kind], *(f"-D{d}" for d in defines)]
     headers = [*sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc").rglob("*.h"))]
-    headers.append(ROOT / "tests/emulator/cuda_host.h")
+    headers += sorted((ROOT / "tests/emulator").glob("*.h"))
     digest = hashlib.sha256(repr((flags, [f.name for f in files])).encode())
     for file in (*files, *headers):
         digest.update(file.read_bytes())
-    suffix = ".so" if kind == "plain" else ""
+    suffix = ".so" if "-shared" in flags else ""
     out = ROOT / "build" / "emulator" / f"{files[0].stem}-{kind}-{digest.hexdigest()[:16]}{suffix}"
     if out.exists():
         return out
