@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(measure.header(device), highlight=False)
     if not gpu:
         torch.set_num_threads(1)
-        _load_emulator(console)
+        _load_emulator(options.op or cases.OPS, console)
     table = Table("op", "shape", "backend", "pass", "time", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else []))
     failed = False
     for op in options.op or cases.OPS:
@@ -81,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _load_emulator(console: Console) -> None:
+def _load_emulator(ops: Sequence[str], console: Console) -> None:
     try:
-        emulator.load()
+        emulator.load(*ops)
     except FileNotFoundError as error:
         console.print(f"no backend 'emulated': {error}", highlight=False)
 

@@ -2,18 +2,17 @@
 //
 // A block owns a sample: it sums the squared differences, then scales them to the gradient. They stay in shared memory in between,
 // where each thread finds what it wrote itself; samples too large for that are read a second time.
-#include "gn.cuh"
+#include "access.cuh"
 
 namespace {
 constexpr int THREADS = 256;
 constexpr int64_t SHARED_BYTES = 80 << 10;   // two blocks on an SM of 164 KB
 
 struct Loss {
-  struct { int bytes, slabs; } p;   // shared memory of a block; blocks of a sample
   const void *F_t, *F_r; const float *x_t, *x_r, *t, *r, *weight;
   float* loss; void* dF;
-  int m;                            // values of a sample
-  float c, sd, variance;            // sigma_data and its square
+  int m, resident;         // values of a sample; whether they fit into shared memory
+  float c, sd, variance;   // sd: sigma_data, variance: its square
 };
 
 template <class T, int V> __global__ void __launch_bounds__(THREADS) consistency_loss_fwd_kernel(Loss a) {
@@ -28,12 +27,12 @@ template <class T, int V> __global__ void __launch_bounds__(THREADS) consistency
 
   auto difference = [&](int i, float (&d)[V]) {   // D_t - target
     float x[V], target[V];
-    gn::load<true>(static_cast<const T*>(a.F_t) + base + i, d);
-    gn::load<true>(a.x_t + base + i, x);
-    gn::load<true>(a.x_r + base + i, target);
+    load<true>(static_cast<const T*>(a.F_t) + base + i, d);
+    load<true>(a.x_t + base + i, x);
+    load<true>(a.x_r + base + i, target);
     if (has_teacher) {
       float f[V];
-      gn::load<true>(static_cast<const T*>(a.F_r) + base + i, f);
+      load<true>(static_cast<const T*>(a.F_r) + base + i, f);
 #pragma unroll
       for (int k = 0; k < V; k++) target[k] = skip_r * target[k] + out_r * f[k];
     }
@@ -47,9 +46,10 @@ template <class T, int V> __global__ void __launch_bounds__(THREADS) consistency
     difference(i, d);
 #pragma unroll
     for (int k = 0; k < V; k++) s += d[k] * d[k];
-    if (a.p.bytes) gn::store(tile + i, d);
+    if (a.resident) store(tile + i, d);
   }
-  s = warp_sum(s);
+#pragma unroll
+  for (int o = 16; o > 0; o /= 2) s += __shfl_xor_sync(~0u, s, o);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = s;
   __syncthreads();
   s = 0.f;
@@ -60,10 +60,10 @@ template <class T, int V> __global__ void __launch_bounds__(THREADS) consistency
   const float slope = weight * out_t / root + (s - s);   // s - s: 0, or NaN where s overflowed
   for (int i = threadIdx.x * V; i < a.m; i += step) {
     float d[V];
-    if (a.p.bytes) gn::load<false>(tile + i, d); else difference(i, d);
+    if (a.resident) load<false>(tile + i, d); else difference(i, d);
 #pragma unroll
     for (int k = 0; k < V; k++) d[k] *= slope;
-    gn::store(static_cast<T*>(a.dF) + base + i, d);
+    store(static_cast<T*>(a.dF) + base + i, d);
   }
 }
 
@@ -71,11 +71,18 @@ template <class T, int V> int start(Loss a, int64_t n, void* stream_) {
   [[maybe_unused]] const auto stream = static_cast<cudaStream_t>(stream_);   // the emulator takes none
   int threads = 32;
   while (threads < THREADS && threads * V < a.m) threads *= 2;
+  const int bytes = a.resident ? 4 * a.m : 0;
   const auto kernel = consistency_loss_fwd_kernel<T, V>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.p.bytes);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
-  LAUNCH(kernel, dim3(unsigned(n)), dim3(threads), a.p.bytes, stream, a);
+  LAUNCH(kernel, dim3(unsigned(n)), dim3(threads), bytes, stream, a);
   return (int)cudaGetLastError();
+}
+
+template <class T> int start(const Loss& a, int64_t n, void* stream) {
+  constexpr int V = Vec<T>::N;
+  const bool vector = aligned16({a.F_t, a.F_r, a.x_t, a.x_r, a.dF}) && a.m % V == 0;
+  return vector ? start<T, V>(a, n, stream) : start<T, 1>(a, n, stream);
 }
 }  // namespace
 
@@ -85,9 +92,8 @@ extern "C" int consistency_loss_fwd(const void* F_t, const void* F_r, const floa
                                     double sigma_data, void* stream) {
   if (n < 0 || n > INT32_MAX || m < 1 || m >= (1 << 28)) return (int)cudaErrorInvalidValue;
   if (n == 0) return (int)cudaSuccess;
-  const int bytes = 4 * m <= SHARED_BYTES ? int(4 * m) : 0;
-  const Loss a = {{bytes, 1}, F_t, F_r, x_t, x_r, t, r, weight, loss, dF, int(m), float(c), float(sigma_data), float(sigma_data * sigma_data)};
-  const bool aligned = gn::aligned16({F_t, F_r, x_t, x_r, dF});
-  BY_DTYPE(dtype, constexpr int V = Vec<T>::N; return aligned && m % V == 0 ? start<T, V>(a, n, stream) : start<T, 1>(a, n, stream));
+  const Loss a = {F_t, F_r, x_t, x_r, t, r, weight, loss, dF, int(m), 4 * m <= SHARED_BYTES, float(c), float(sigma_data),
+                  float(sigma_data * sigma_data)};
+  BY_DTYPE(dtype, return start<T>(a, n, stream));
   return (int)cudaErrorInvalidValue;
 }

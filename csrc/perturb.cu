@@ -3,7 +3,8 @@
 // A block owns some whole rows of one image. The noise counts in NCHW order, four values to a Philox call, but images and outputs
 // are NHWC: so the threads first draw by call and put the values where they belong in shared memory, next to the rows' bytes,
 // and then write by vector. Whole rows, so that a mirrored value finds its byte in the same block.
-#include "gn.cuh"
+#include "access.cuh"
+#include "philox.cuh"
 
 namespace {
 constexpr int THREADS = 256, VALUES = 1024, MAX_ROW = 8192;   // VALUES: of a block, about; MAX_ROW: as in perturb.py
@@ -24,6 +25,11 @@ __device__ __forceinline__ void turn(float u, float& cosine, float& sine) {
 #else
   cosine = float(cos(6.283185307179586 * u)); sine = float(sin(6.283185307179586 * u));
 #endif
+}
+// byte / 127.5, correctly rounded; a division would bring its slow path into the loop.
+__device__ __forceinline__ float halves(float byte) {
+  const float q = byte * (1 / 127.5f);
+  return fmaf(fmaf(-q, 127.5f, byte), 1 / 127.5f, q);
 }
 __device__ __forceinline__ float uniform(uint32_t word) { return (float(word >> 8) + 0.5f) * 0x1p-24f; }
 // Box-Muller, as philox.normal in Python pairs the words.
@@ -71,23 +77,23 @@ template <class T, int V> __global__ void __launch_bounds__(THREADS) perturb_fwd
   __syncthreads();
 
   const float t = a.t[n], r = a.r[n], positive = r > 0.f ? r : 1.f;
-  const float c_in_t = 1.f / sqrtf(t * t + a.variance), c_in_r = 1.f / sqrtf(positive * positive + a.variance);
+  const float c_in_t = rsqrtf(t * t + a.variance), c_in_r = rsqrtf(positive * positive + a.variance);
   const bool mirrored = a.flip && a.flip[n];
   for (int i = threadIdx.x * V; i < count; i += THREADS * V) {
     float z[V], x_t[V], x_r[V], in_t[V], in_r[V];
-    if (a.eps) gn::load<true>(a.eps + base + i, z); else gn::load<false>(noise + i, z);
+    if (a.eps) load<true>(a.eps + base + i, z); else load<false>(noise + i, z);
     int channel = i % a.c, column = i / a.c % a.w;
 #pragma unroll
     for (int k = 0; k < V; k++) {
-      const float y = bytes[i + k + (mirrored ? (a.w - 1 - 2 * column) * a.c : 0)] / 127.5f - 1.f;
+      const float y = halves(bytes[i + k + (mirrored ? (a.w - 1 - 2 * column) * a.c : 0)]) - 1.f;
       x_t[k] = y + t * z[k]; in_t[k] = x_t[k] * c_in_t;
       x_r[k] = y + r * z[k]; in_r[k] = x_r[k] * c_in_r;
       if (++channel == a.c) { channel = 0; column = column + 1 == a.w ? 0 : column + 1; }
     }
-    gn::store(a.x_t + base + i, x_t);
-    gn::store(a.x_r + base + i, x_r);
-    gn::store(static_cast<T*>(a.in_t) + base + i, in_t);
-    gn::store(static_cast<T*>(a.in_r) + base + i, in_r);
+    store(a.x_t + base + i, x_t);
+    store(a.x_r + base + i, x_r);
+    store(static_cast<T*>(a.in_t) + base + i, in_t);
+    store(static_cast<T*>(a.in_r) + base + i, in_r);
   }
 }
 
@@ -96,7 +102,7 @@ template <class T> int start(Perturb a, int64_t n, void* stream_) {
   const int row = a.w * a.c;
   int whole = 1;   // rows that make up whole 16-byte vectors of bytes
   while (whole * row % 16) whole *= 2;
-  const bool vector = a.h % whole == 0 && gn::aligned16({a.images, a.eps, a.in_t, a.in_r, a.x_t, a.x_r}) && whole * row <= MAX_ROW;
+  const bool vector = a.h % whole == 0 && aligned16({a.images, a.eps, a.in_t, a.in_r, a.x_t, a.x_r}) && whole * row <= MAX_ROW;
   const int unit = vector ? whole : 1, units = a.h / unit;
   const int most = unit * row > VALUES ? 1 : VALUES / (unit * row);   // units of a block
   a.slabs = (units + most - 1) / most;
@@ -105,7 +111,7 @@ template <class T> int start(Perturb a, int64_t n, void* stream_) {
   if (n * a.slabs > INT32_MAX) return (int)cudaErrorInvalidValue;
   const size_t bytes = size_t(a.rows) * row * (a.eps ? 1 : 5);
   const dim3 grid(unsigned(n * a.slabs));
-  if (vector) LAUNCH((perturb_fwd_kernel<T, 16 / sizeof(T)>), grid, dim3(THREADS), bytes, stream, a);
+  if (vector) LAUNCH((perturb_fwd_kernel<T, 8>), grid, dim3(THREADS), bytes, stream, a);
   else LAUNCH((perturb_fwd_kernel<T, 1>), grid, dim3(THREADS), bytes, stream, a);
   return (int)cudaGetLastError();
 }

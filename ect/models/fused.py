@@ -1,9 +1,9 @@
 """The U-Nets' forward pass on the fused ops: the same function as the plain forward, with fewer passes over memory.
 
-Between layers the activation is `Pending`: the sum that a block ends with is not computed by itself, but by the next block's
-normalisation, which reads its parts once and writes sum and normalised activation together (residual_group_norm_silu). The
-decoder's concatenations are never made: the norm reads both sources, and a 1x1 skip convolution of a concatenation is the sum of
-two matrix products. Convolution biases ride along: conv0's with the embedding, conv1's, the skip's and proj's with the sum.
+Between layers the activation is `Pending`: the sum that a block ends with is not computed by itself, but by the next
+norm, which reads its parts once and writes sum and normalised activation together (residual_group_norm_silu). The
+decoder's concatenations are never made: the norm reads both sources, and a 1x1 skip convolution of a concatenation is
+the sum of two matrix products. Convolution biases ride along: conv0's with the embedding, the others with the sum.
 """
 
 from __future__ import annotations
