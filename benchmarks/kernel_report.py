@@ -1,6 +1,6 @@
 """What the compiler made of every kernel, for sm_80 and sm_90, with no GPU: python benchmarks/kernel_report.py [--check].
 
-Triton: every case of an op's compile_cases(). CUDA: every instantiation in csrc/, with the threads and the dynamic shared
+Triton: every case of benchmarks/triton_cases.py. CUDA: every instantiation in csrc/, with the threads and the dynamic shared
 memory that the launchers ask for at DDPM++/NCSN++ shapes (benchmarks/launches.py). --check holds the kernels that those shapes
 use to the bars and fails on a miss that EXCEPTIONS does not explain.
 """
@@ -126,11 +126,12 @@ def judge(rows: list[Row], console: Console) -> bool:
 
 
 def triton_rows(op: str, archs: list[int]) -> Iterator[Row]:
-    """Rows of op's Triton cases; none where triton or the file is missing."""
-    module = _module(f"{op}_triton")
-    if module is None:
+    """Rows of op's Triton cases; none where triton is missing."""
+    if importlib.util.find_spec("triton") is None:
         return
-    for name, kernel, signature, constexprs, attrs, warps, stages, note in module.compile_cases():
+    import triton_cases
+
+    for name, kernel, signature, constexprs, attrs, warps, stages, note in getattr(triton_cases, op)():
         names = [arg for arg in kernel.arg_names if signature.get(arg, "constexpr") != "constexpr"]
         small = frozenset(arg for arg in names if SMALL.fullmatch(arg.lower()))
         sixteen = any("16" in signature[arg] for arg in names if arg not in small)
@@ -208,12 +209,6 @@ def compile_cuda(source: Path, arch: int) -> tuple[Path, str]:
     return cubin, ptx.read_text(encoding="utf-8")
 
 
-def _module(name: str) -> Any | None:
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(f"ect_kernels.{name}") is None:
-        return None
-    return importlib.import_module(f"ect_kernels.{name}")
-
-
 def _has(name: str) -> bool:
     try:
         sass.tool(name)
@@ -259,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = judge(rows, console)
     show(rows, console)
     for op in ops:
-        module = _module(op)
+        module = importlib.import_module(f"ect_kernels.{op}")
         traffic = ", ".join(f"{name} {size}" for name, size in getattr(module, "DRAM", {}).items())
         console.print(f"DRAM of {op}: {traffic or '[red]not declared[/]'}", highlight=False)
     return 1 if options.check and failed else 0

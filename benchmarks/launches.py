@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import emulator
 import torch
-from ect_kernels import emulator, native
+from ect_kernels import native
 from torch import Tensor
 
 N = 128

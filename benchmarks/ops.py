@@ -19,8 +19,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import cases
+import emulator
 import measure
-from ect_kernels import dispatch, emulator, testing
+from ect_kernels import dispatch, testing
 from rich.console import Console
 from rich.table import Table
 

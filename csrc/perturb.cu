@@ -122,7 +122,8 @@ template <class T> int start(Perturb a, int64_t n, void* stream_) {
 extern "C" int perturb_fwd(const uint8_t* images, const float* t, const float* r, const int64_t* seed, const uint8_t* flip,
                            const float* eps, void* in_t, void* in_r, float* x_t, float* x_r, int64_t n, int64_t h, int64_t w,
                            int64_t c, int64_t dtype, int64_t n0, double sigma_data, void* stream) {
-  if (n < 0 || h < 1 || w < 1 || c < 1 || w > MAX_ROW || c > MAX_ROW || w * c > MAX_ROW || h * w * c >= (1 << 28) || (!eps && !seed))
+  if (n < 0 || h < 1 || w < 1 || c < 1 || h > INT32_MAX || w > MAX_ROW || c > MAX_ROW || w * c > MAX_ROW ||
+      h * w * c >= (1 << 28) || (!eps && !seed))
     return (int)cudaErrorInvalidValue;
   if (n == 0) return (int)cudaSuccess;
   const Perturb a = {images, t, r, seed, flip, eps, in_t, in_r, x_t, x_r, int(h), int(w), int(c), 0, 0, n0, float(sigma_data * sigma_data)};

@@ -54,7 +54,7 @@ class TrainStep:
         if (
             self.augment is None
             and isinstance(self.objective, ConsistencyObjective)
-            and fused.wanted(self.net.model.fused, self.state.params)
+            and fused.wanted(self.net.runs_on_ops, self.state.params)
         ):
             return self.fused_loss(self.objective, images, labels, n0, seed, stage)
         y, augment_labels = self.prepare(images, n0, seed)

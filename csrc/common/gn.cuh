@@ -65,8 +65,9 @@ inline bool layout(Layout& p, int64_t n, int64_t hw, int64_t c1, int64_t c2, int
     p.columns = int(vectors < p.threads ? vectors : p.threads);
     p.rows = p.threads / p.columns;
     p.red_floats = (sums * lanes * (column_parts(p.columns, p.rows, p.threads) * p.columns + 1) + 3) / 4 * 4;
-    const int64_t tile = hw * slab * size, rest = 4 * (p.red_floats + 7 * slab + 3 * (slab / cg));
-    p.resident = vector && p.columns == vectors && tiles * tile + rest <= SHARED_BYTES;
+    const int64_t tile = hw * slab * size, rest = 4 * (p.red_floats + 8 * slab + 3 * (slab / cg));
+    // Of few elements next to nothing is left of a gradient: the backward must not round its terms to the tile's dtype.
+    p.resident = vector && p.columns == vectors && hw * cg >= 32 && tiles * tile + rest <= SHARED_BYTES;
     p.tile_bytes = p.resident ? int(tile) : 0;
     p.bytes = int(tiles * p.tile_bytes + rest);
     p.slab = int(slab);
@@ -85,6 +86,13 @@ inline bool layout(Layout& p, int64_t n, int64_t hw, int64_t c1, int64_t c2, int
   p.hw = int(hw); p.c1 = int(c1); p.c2 = int(c2); p.cg = int(cg); p.vector = vector;
   p.slabs = int((c + slab - 1) / slab);
   return n * p.slabs <= INT32_MAX;
+}
+
+// a - b = m + rest without rounding, for a and b of any sizes: a large mean leaves few digits behind its point.
+__device__ __forceinline__ void subtract(float a, float b, float& m, float& rest) {
+  m = a - b;
+  const float minus_b = m - a;
+  rest = (a - (m - minus_b)) + (-b - minus_b);
 }
 
 inline bool aligned16(std::initializer_list<const void*> pointers) {
@@ -128,7 +136,7 @@ template <class T, int V> __device__ __forceinline__ void store(T* p, const floa
       float part[N];
 #pragma unroll
       for (int j = 0; j < N; j++) part[j] = f[h * N + j];
-      reinterpret_cast<uint4*>(p)[h] = pack<T>(part);
+      __stcs(reinterpret_cast<uint4*>(p) + h, pack<T>(part));  // keeps the store whole; a plain one nvcc may split
     }
   }
 }

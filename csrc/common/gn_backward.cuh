@@ -7,22 +7,32 @@ namespace gn {
 // Takes x and dy of a thread's i-th row to x_hat and dz, in place.
 template <int V> struct Gradient {
   float m[V], rstd[V], w[V], add[V], inv_keep;
+  const float* v;   // in shared memory, read for every row: registers are short
   bool act;
-  __device__ Gradient(const Backward& f, const float* params, const Channels<V>& ch) : inv_keep(f.drop.inv_keep), act(f.act) {
+  __device__ Gradient(const Backward& f, const float* params, const Channels<V>& ch) : inv_keep(f.drop.inv_keep), v(f.affine.v ? params + 4 * f.p.slab + ch.k : nullptr), act(f.act) {
     load<false>(params + ch.k, m);
     load<false>(params + f.p.slab + ch.k, rstd);
     load<false>(params + 2 * f.p.slab + ch.k, w);
     load<false>(params + 3 * f.p.slab + ch.k, add);
   }
-  __device__ __forceinline__ float x_hat(float x, int j) const { return (x - m[j]) * rstd[j]; }
+  // ((x + v) - m) * rstd, in this order: it is the mean of the rounded x + v that rounds as they do, and m - v would round too.
+  __device__ __forceinline__ void x_hat(float (&x)[V]) const {
+    if (v) {
+      float more[V];
+      load<false>(v, more);
+#pragma unroll
+      for (int j = 0; j < V; j++) x[j] += more[j];
+    }
+#pragma unroll
+    for (int j = 0; j < V; j++) x[j] = (x[j] - m[j]) * rstd[j];
+  }
   __device__ __forceinline__ void operator()(Mask<V>& mask, int i, float (&x)[V], float (&d)[V]) const {
     if (mask.on) {
       mask.draw(i);
 #pragma unroll
       for (int j = 0; j < V; j++) d[j] = mask.keep(j) ? d[j] * inv_keep : 0.f;
     }
-#pragma unroll
-    for (int j = 0; j < V; j++) x[j] = x_hat(x[j], j);
+    x_hat(x);
     if (!act) return;
 #pragma unroll
     for (int j = 0; j < V; j++) {
@@ -41,9 +51,9 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
   T* tile_x = reinterpret_cast<T*>(shared);
   T* tile_d = reinterpret_cast<T*>(shared + p.tile_bytes);
   float* red = reinterpret_cast<float*>(shared + 2 * p.tile_bytes);
-  float* sums = red + p.red_floats;      // [3][slab]: sums over the rows of dz, dz x_hat, x_hat; then rstd c1, rstd c2, the sum of dx
-  float* params = sums + 3 * p.slab;     // [4][slab]: x_hat = (x - params[0]) * params[1], z = x_hat * params[2] + params[3]
-  float* means = params + 4 * p.slab;    // [3][groups of the slab]: c1, c2, mean of x_hat
+  float* sums = red + p.red_floats;      // [3][slab]: sums over the rows of dz, dz x_hat, x_hat; then c1, c2, the sum of dx
+  float* params = sums + 3 * p.slab;     // [5][slab]: x_hat = (x + params[4] - params[0]) * params[1], z = x_hat * params[2] + params[3]
+  float* means = params + 5 * p.slab;    // [3][groups of the slab]: c1, c2, mean of x_hat
   const int c_all = p.c1 + p.c2, groups = b.width / p.cg;
   const T* dy = static_cast<const T*>(f.dy);
 
@@ -62,8 +72,9 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
   for (int k = threadIdx.x; k < b.width; k += blockDim.x) {
     const int c = b.c0 + k;
     const int64_t nc = b.n * c_all + c, g = b.n * (c_all / p.cg) + c / p.cg;
-    params[k] = f.mean[g] - f.affine.add(nc);
+    params[k] = f.mean[g];
     params[p.slab + k] = f.rstd[g];
+    params[4 * p.slab + k] = f.affine.add(nc);
     params[2 * p.slab + k] = f.affine.gamma[c] * f.affine.factor(nc);
     params[3 * p.slab + k] = f.affine.bias(nc, c);
   }
@@ -110,22 +121,23 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
     }
     c1 = warp_sum(c1) / (float(p.hw) * p.cg);
     c2 = warp_sum(c2) / (float(p.hw) * p.cg);
-    c3 = warp_sum(c3) / (float(p.hw) * p.cg);   // 0 but for the rounding of a large mean, which must not pile up in dv
-    if (threadIdx.x % 32 == 0) { means[g] = c1; means[groups + g] = c2; means[2 * groups + g] = c3; }
+    c3 = warp_sum(c3) / (float(p.hw) * p.cg);   // 0 but for the rounding of a large mean: x_hat - c3 has lost nothing to it
+    if (threadIdx.x % 32 == 0) { means[g] = c1; means[groups + g] = c2 - c3 * c1; means[2 * groups + g] = c3; }
   }
   __syncthreads();
   for (int k = threadIdx.x; k < b.width; k += blockDim.x) {
     const int c = b.c0 + k, g = k / p.cg;
     const int64_t nc = b.n * c_all + c, plane = f.n * c_all;
-    const float s0 = sums[k], s1 = sums[p.slab + k], factor = f.affine.factor(nc), c1 = means[g], c2 = means[groups + g];
+    const float c1 = means[g], c2 = means[groups + g], c3 = means[2 * groups + g];
+    const float s0 = sums[k], s1 = sums[p.slab + k] - c3 * s0, factor = f.affine.factor(nc);
     if (f.partials) { f.partials[nc] = factor * s1; f.partials[plane + nc] = factor * s0; }
     if (f.dscale) f.dscale[nc] = f.affine.gamma[c] * s1 + f.affine.beta[c] * s0;
     if (f.dshift) f.dshift[nc] = s0;
-    const float s2 = sums[2 * p.slab + k] - p.hw * means[2 * groups + g];
+    const float s2 = sums[2 * p.slab + k] - p.hw * c3;
     const float dv = params[p.slab + k] * (params[2 * p.slab + k] * s0 - p.hw * c1 - c2 * s2);
     if (f.dv) f.dv[nc] = dv;
-    sums[k] = params[p.slab + k] * c1;
-    sums[p.slab + k] = params[p.slab + k] * c2;
+    sums[k] = c1 - c2 * c3;
+    sums[p.slab + k] = c2;
     sums[2 * p.slab + k] = dv;
   }
   __syncthreads();
@@ -153,19 +165,20 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
         if (p.resident) {
           load<false>(tile_x + slot, e);
           load<false>(tile_d + slot, d);
+          gradient.x_hat(e);
 #pragma unroll
-          for (int j = 0; j < V; j++) e[j] = gradient.x_hat(e[j], j);
+          for (int j = 0; j < V; j++) d[j] -= gradient.rstd[j] * (c1[j] + e[j] * c2[j]);
         } else {
           load<true>(x, e);
           load<true>(from, d);
           gradient(mask, i, e, d);
 #pragma unroll
-          for (int j = 0; j < V; j++) d[j] = d[j] * gradient.w[j] * gradient.rstd[j];
+          for (int j = 0; j < V; j++) d[j] = gradient.rstd[j] * ((d[j] * gradient.w[j] - c1[j]) - e[j] * c2[j]);
         }
 #pragma unroll
         for (int j = 0; j < V; j++) {
           q[0][j] += more[j];
-          d[j] = factor * (more[j] + (d[j] - (c1[j] + e[j] * c2[j])));
+          d[j] = factor * (more[j] + d[j]);
         }
         if (wanted != nullptr) store(static_cast<T*>(wanted) + at, d);
       }

@@ -82,18 +82,12 @@ def block(
         v = layer.conv0.bias.expand(n, c)
     else:
         scales, shifts, v = None, None, (embedding + layer.conv0.bias).expand(n, c)
-    dropout = {"p": layer.dropout, "seed": mask.seed, "layer": layer.layer, "n0": mask.n0} if mask is not None else {}
+    p, seed, n0 = (layer.dropout, mask.seed, mask.n0) if mask is not None else (0.0, None, 0)
+    norm = layer.norm1
     h = group_norm_silu(
-        h,
-        layer.norm1.weight,
-        layer.norm1.bias,
-        layer.norm1.groups,
-        layer.norm1.eps,
-        v=v,
-        scale=scales,
-        shift=shifts,
-        **dropout,
-    )
+        h, norm.weight, norm.bias, norm.groups, norm.eps,
+        v=v, scale=scales, shift=shifts, p=p, seed=seed, layer=layer.layer, n0=n0,
+    )  # fmt: skip
     skip, skip_bias = x_, None
     if layer.skip is not None:
         skip, skip_bias = skip_sum(layer.skip, x_, other), layer.skip.bias

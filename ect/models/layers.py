@@ -21,7 +21,7 @@ class MaskKey(NamedTuple):
 
     seed: Tensor
     """int64, 0-d: changes every step."""
-    n0: Tensor | int
+    n0: int
     """Global index of the first sample of this micro-batch."""
 
 

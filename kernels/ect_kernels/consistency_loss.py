@@ -12,13 +12,19 @@ Sources: Geng et al., "Consistency models made easy" (ECT, arXiv 2406.14548), se
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ect_kernels import native
 from ect_kernels.dispatch import Backend, Op
+from ect_kernels.tensors import check_shapes, nhwc, register, wide
+
+DRAM = {
+    "forward": "3s + 8 B a value: F_t, F_r, x_t, x_r read, dF written (samples too large for the chip are read again, from L2)",
+    "backward": "2s",
+}
 
 
 class Inputs(NamedTuple):
@@ -37,7 +43,7 @@ class Inputs(NamedTuple):
     @property
     def wide(self) -> torch.dtype:
         """The dtype of the arithmetic and of the loss."""
-        return torch.float64 if self.F_t.dtype == torch.float64 else torch.float32
+        return wide(self.F_t)
 
 
 class Output(NamedTuple):
@@ -97,50 +103,40 @@ def _native(backend: str) -> Backend:
     return Backend(fwd, limits=_limits)
 
 
-OP = Op(
-    "consistency_loss",
-    {
-        "reference": Backend(reference_fwd),
-        "triton": Backend(triton_fwd, limits=_limits),
-        "cuda": _native("cuda"),
-        "emulated": _native("emulated"),
-    },
-)
+OP = Op("consistency_loss", {
+    "reference": Backend(reference_fwd),
+    "triton": Backend(triton_fwd, limits=_limits),
+    "cuda": _native("cuda"),
+    "emulated": _native("emulated"),
+})  # fmt: skip
 
 
-@torch.library.custom_op(
-    "ect::consistency_loss",
-    mutates_args=(),
-    schema="(Tensor F_t, Tensor F_r, Tensor x_t, Tensor x_r, Tensor t, Tensor r, Tensor weight, float c, float sigma_data, "
-    "str backend) -> (Tensor loss, Tensor dF)",
-)
-def _forward(*args: object) -> tuple[Tensor, Tensor]:
-    i, backend = Inputs(*args[:-1]), str(args[-1])  # type: ignore[arg-type]
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    i, backend = Inputs(*args[:-1]), args[-1]
     if i.F_t.numel() == 0:
         loss, dF = _output(i)
         return loss.zero_(), dF
     dtypes = (i.F_t.dtype, i.F_t.dtype, i.wide, i.wide)
-    images = (x.to(d).contiguous(memory_format=torch.channels_last) for x, d in zip(i[:4], dtypes, strict=True))
-    vectors = (v.to(i.wide).contiguous() for v in i[4:7])
-    loss, dF = OP.backends[backend].fwd(Inputs(*images, *vectors, i.c, i.sigma_data))
-    return loss, dF
+    F_t, F_r, x_t, x_r = (nhwc(x.to(d)) for x, d in zip(i[:4], dtypes, strict=True))
+    t, r, weight = (v.to(i.wide).contiguous() for v in i[4:7])
+    return tuple(OP.backends[backend].fwd(Inputs(F_t, F_r, x_t, x_r, t, r, weight, i.c, i.sigma_data)))
 
 
-@_forward.register_fake
-def _(*args: object) -> tuple[Tensor, Tensor]:
-    loss, dF = _output(Inputs(*args[:-1]))  # type: ignore[arg-type]
-    return loss, dF
-
-
-@torch.library.custom_op("ect::consistency_loss_bwd", mutates_args=())
 def _backward(dF: Tensor, dloss: Tensor) -> Tensor:
     """dF times the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
     return torch.mul(dF, dloss.view(-1, 1, 1, 1), out=torch.empty_like(dF))
 
 
-@_backward.register_fake
-def _(dF: Tensor, dloss: Tensor) -> Tensor:
-    return torch.empty_like(dF)
+_forward_op = register(
+    "consistency_loss",
+    """(Tensor F_t, Tensor F_r, Tensor x_t, Tensor x_r, Tensor t, Tensor r, Tensor weight, float c, float sigma_data,
+    str backend) -> (Tensor loss, Tensor dF)""",
+    _forward,
+    lambda *args: tuple(_output(Inputs(*args[:-1]))),
+)
+_backward_op = register(
+    "consistency_loss_bwd", "(Tensor dF, Tensor dloss) -> Tensor", _backward, lambda dF, dloss: torch.empty_like(dF)
+)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -150,24 +146,16 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _autograd(ctx: torch.autograd.function.FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (dF,) = ctx.saved_tensors  # type: ignore[attr-defined]
-    return (_backward(dF, dloss), *(None for _ in range(9)))
+    return (_backward_op(dF, dloss), *(None for _ in range(9)))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def consistency_loss(
-    F_t: Tensor,
-    F_r: Tensor,
-    x_t: Tensor,
-    x_r: Tensor,
-    t: Tensor,
-    r: Tensor,
-    weight: Tensor,
-    c: float,
-    sigma_data: float,
+    F_t: Tensor, F_r: Tensor, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, weight: Tensor, c: float, sigma_data: float,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """weight (sqrt(||D_t - target||^2 + c^2) - c), float32 [N]; see the module's formulas. Gradient: F_t alone.
 
     Args: F_t, F_r: student's and teacher's raw network outputs [N, C, H, W], fp16, bf16 or fp32. x_t, x_r: their noisy images,
@@ -177,12 +165,10 @@ def consistency_loss(
     shape = tuple(F_t.shape)
     if F_t.dim() != 4:
         raise ValueError(f"consistency_loss: F_t is {shape}, expected [N, C, H, W]")
-    named = [("F_r", F_r, shape), ("x_t", x_t, shape), ("x_r", x_r, shape)]
-    for name, value, expected in [*named, ("t", t, shape[:1]), ("r", r, shape[:1]), ("weight", weight, shape[:1])]:
-        if tuple(value.shape) != expected:
-            raise ValueError(f"consistency_loss: {name} is {tuple(value.shape)}, expected {expected}")
+    vectors = ("t", t, shape[:1]), ("r", r, shape[:1]), ("weight", weight, shape[:1])
+    check_shapes("consistency_loss", ("F_r", F_r, shape), ("x_t", x_t, shape), ("x_r", x_r, shape), *vectors)
     if not c >= 0:
         raise ValueError(f"consistency_loss: c is {c}, expected 0 or more")
     inputs = Inputs(F_t, F_r, x_t, x_r, t, r, weight, c, sigma_data)
-    loss: Tensor = _forward(*inputs, OP.pick(F_t.device, (inputs,), backend))[0]
+    loss: Tensor = _forward_op(*inputs, OP.pick(F_t.device, (inputs,), backend))[0]
     return loss

@@ -1,23 +1,25 @@
-"""consistency_loss in Triton: one program a sample. Its differences stay in registers between the sum and the gradient where the
-sample fits into one block; larger samples are read twice."""
+# mypy: disallow-untyped-defs=False
+"""consistency_loss in Triton: one program a sample.
+
+Its differences stay in registers between the sum and the gradient where the sample fits into one block; larger samples are
+read twice.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
 
 from ect_kernels.consistency_loss import Inputs, Output
 
-RESIDENT = 8192  # most values of a sample that one block holds
-DRAM = {"forward": "3s + 8 B per value (3x32x32, 1x8x8), 5s + 16 B (above 8192 values)", "backward": "2s"}
+RESIDENT = 8192  # most values of a sample that stay in registers
 
 
 @triton.jit
 def _difference(F_t, F_r, x_t, x_r, at, mask, skip_t, out_t, skip_r, out_r, r):
     """D_t - target of the elements `at`, fp32."""
-    D_t = skip_t * tl.load(x_t + at, mask=mask, other=0.0) + out_t * tl.load(F_t + at, mask=mask, other=0.0).to(tl.float32)
+    F = tl.load(F_t + at, mask=mask, other=0.0).to(tl.float32)
+    D_t = skip_t * tl.load(x_t + at, mask=mask, other=0.0) + out_t * F
     target = tl.load(x_r + at, mask=mask, other=0.0)
     if r > 0:
         target = skip_r * target + out_r * tl.load(F_r + at, mask=mask, other=0.0).to(tl.float32)
@@ -58,7 +60,7 @@ def consistency_loss_fwd_kernel(
             tl.store(dF + base + k + i, (slope * e).to(dF.dtype.element_ty), mask=k + i < M)
 
 
-def _options(m: int) -> tuple[int, bool, int]:
+def options(m: int) -> tuple[int, bool, int]:
     """BLOCK, WHOLE and warps for samples of m values."""
     block = triton.next_power_of_2(m)
     if block > RESIDENT:
@@ -68,22 +70,8 @@ def _options(m: int) -> tuple[int, bool, int]:
 
 def forward(i: Inputs, out: Output) -> None:
     m = i.F_t.shape[1:].numel()
-    block, whole, warps = _options(m)
+    block, whole, warps = options(m)
     sd = float(i.sigma_data)
-    consistency_loss_fwd_kernel[(i.F_t.shape[0],)](*i[:7], *out, float(i.c), sd, sd * sd, m, block, whole, num_warps=warps)
-
-
-def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int, int, str]]:
-    """(name, kernel, signature, constexprs, attrs, warps, stages, note) of what the launcher above asks the compiler for."""
-    cases = []
-    for image in ("3x32x32", "1x8x8", "3x64x64"):
-        channels, height, width = map(int, image.split("x"))
-        block, whole, warps = _options(channels * height * width)
-        for dtype in ("*fp16", "*bf16", "*fp32"):
-            types = [dtype, dtype, *["*fp32"] * 6, dtype, *["fp32"] * 3, "i32", "constexpr", "constexpr"]
-            signature = dict(zip(consistency_loss_fwd_kernel.arg_names, types, strict=True))
-            attrs = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(types) if kind[0] == "*" or kind == "i32"}
-            note = "3s + 8 B" if whole else "5s + 16 B (second read from L2)"
-            constexprs = {"BLOCK": block, "WHOLE": whole}
-            cases.append((f"{image} {dtype[1:]}", consistency_loss_fwd_kernel, signature, constexprs, attrs, warps, 3, note))
-    return cases
+    consistency_loss_fwd_kernel[(i.F_t.shape[0],)](
+        *i[:7], *out, float(i.c), sd, sd * sd, m, block, whole, num_warps=warps
+    )

@@ -14,13 +14,13 @@ Only x, mean, rstd and the small vectors are kept for it; the mask is drawn agai
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ect_kernels import native, philox
+from ect_kernels import native, philox, tensors
 from ect_kernels.dispatch import Backend, Op
 
 DRAM = {
@@ -52,20 +52,20 @@ class Inputs(NamedTuple):
     @property
     def wide(self) -> torch.dtype:
         """The dtype of the arithmetic and of mean and rstd."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        return tensors.wide(self.x)
 
     @property
     def threshold(self) -> int:
         """Elements whose 16 bits are below it are dropped."""
-        return 0 if self.seed is None else round(65536 * self.p)
+        return 0 if self.seed is None else philox.dropout_threshold(self.p)
 
     @property
     def inv_keep(self) -> float:
-        return 65536 / (65536 - self.threshold)
+        return 1.0 if self.seed is None else philox.inv_keep(self.p)
 
     def vectors(self) -> tuple[Tensor | None, ...]:
         """gamma, beta, v, scale, shift as the kernels read them: contiguous float32."""
-        return tuple(None if t is None else t.to(torch.float32).contiguous() for t in self[1:6])
+        return tuple(map(tensors.fp32, self[1:6]))
 
 
 class Output(NamedTuple):
@@ -201,18 +201,18 @@ def _native(backend: str) -> Backend:
 
     def fwd(i: Inputs) -> Output:
         out = _output(i)
-        tensors = (i.x, *i.vectors(), i.seed, *out)
-        native.launch(backend, "group_norm_silu_fwd", *tensors, *numbers(i), float(i.eps), i.inv_keep)
+        inputs = (i.x, *i.vectors(), i.seed, *out)
+        native.launch(backend, "group_norm_silu_fwd", *inputs, *numbers(i), float(i.eps), i.inv_keep)
         return out
 
     def bwd(dy: Tensor, i: Inputs, mean: Tensor, rstd: Tensor) -> Grads:
         grads = _grads(i)
         partials = mean.new_empty(2, *i.x.shape[:2])
-        tensors = (dy, i.x, *i.vectors(), i.seed, mean, rstd, *grads, partials)
-        native.launch(backend, "group_norm_silu_bwd", *tensors, *numbers(i), i.inv_keep)
+        inputs = (dy, i.x, *i.vectors(), i.seed, mean, rstd, *grads, partials)
+        native.launch(backend, "group_norm_silu_bwd", *inputs, *numbers(i), i.inv_keep)
         return grads
 
-    return Backend(fwd, bwd, lambda i: limits(i, 2048))
+    return Backend(fwd, bwd, lambda i: limits(i, 4096))
 
 
 APEX_CHANNELS = frozenset(
@@ -269,42 +269,32 @@ _ARGUMENTS = """Tensor x, Tensor gamma, Tensor beta, Tensor? v, Tensor? scale, T
     int groups, float eps, bool act, float p, int layer, int n0, str backend"""
 
 
-@torch.library.custom_op(
-    "ect::group_norm_silu", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor y, Tensor mean, Tensor rstd)"
-)
-def _forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
-    i, backend = _inputs(*args[:-1]), str(args[-1])
+def _inputs(*args: Any) -> Inputs:
+    i = Inputs(*args)
+    return i._replace(x=tensors.nhwc(i.x))
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    i, backend = _inputs(*args[:-1]), args[-1]
     if i.x.numel() == 0:
         out = _output(i)
         return out.y, out.mean.zero_(), out.rstd.zero_()
-    y, mean, rstd = OP.backends[backend].fwd(i)
-    return y, mean, rstd
+    return tuple(OP.backends[backend].fwd(i))
 
 
-def _inputs(*args: object) -> Inputs:
-    i = Inputs(*args)  # type: ignore[arg-type]
-    return i._replace(x=i.x.contiguous(memory_format=torch.channels_last))
-
-
-@_forward.register_fake
-def _(*args: object) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _output(Inputs(*args[:-1]))  # type: ignore[arg-type]
-    return y, mean, rstd
-
-
-@torch.library.custom_op(
-    "ect::group_norm_silu_bwd",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor mean, Tensor rstd, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(dy: Tensor, mean: Tensor, rstd: Tensor, *args: object) -> tuple[Tensor, ...]:
-    i, backend = _inputs(*args[:-1]), str(args[-1])
-    dy = dy.to(i.x.dtype).contiguous(memory_format=torch.channels_last)
+def _backward(dy: Tensor, mean: Tensor, rstd: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    i, backend = _inputs(*args[:-1]), args[-1]
+    dy = tensors.nhwc(dy.to(i.x.dtype))
     if i.x.numel() == 0:
         grads = Grads(*(None if t is None else t.zero_() for t in _grads(i)))  # type: ignore[arg-type]
     else:
         grads = OP.backends[backend].bwd(dy, i, mean, rstd)  # type: ignore[misc]
     return _like_inputs(grads, i)
+
+
+def _backward_fake(dy: Tensor, mean: Tensor, rstd: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    i = Inputs(*args[:-1])
+    return _like_inputs(_grads(i), i)
 
 
 def _like_inputs(grads: Grads, i: Inputs) -> tuple[Tensor, ...]:
@@ -315,10 +305,18 @@ def _like_inputs(grads: Grads, i: Inputs) -> tuple[Tensor, ...]:
     )
 
 
-@_backward.register_fake
-def _(dy: Tensor, mean: Tensor, rstd: Tensor, *args: object) -> tuple[Tensor, ...]:
-    i = Inputs(*args[:-1])  # type: ignore[arg-type]
-    return _like_inputs(_grads(i), i)
+_forward_op = tensors.register(
+    "group_norm_silu",
+    f"({_ARGUMENTS}) -> (Tensor y, Tensor mean, Tensor rstd)",
+    _forward,
+    lambda *args: tuple(_output(Inputs(*args[:-1]))),
+)
+_backward_op = tensors.register(
+    "group_norm_silu_bwd",
+    f"(Tensor dy, Tensor mean, Tensor rstd, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -330,12 +328,12 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _autograd(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, mean, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads = _backward(dy, mean, rstd, *tensors, *ctx.rest)  # type: ignore[attr-defined]
+    grads = _backward_op(dy, mean, rstd, *tensors, *ctx.rest)  # type: ignore[attr-defined]
     given = [None if t is None else g for g, t in zip(grads, tensors[:6], strict=True)]
     return (*given, *(None for _ in range(8)))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def group_norm_silu(
@@ -361,9 +359,9 @@ def group_norm_silu(
     what the mask is a function of. Gradients: x, gamma, beta, v, scale, shift. Raises ValueError, dispatch.BackendError.
     """
     _check(x, gamma, beta, groups, v, scale, shift, p, seed)
-    seed = seed if round(65536 * p) > 0 else None
+    seed = seed if philox.dropout_threshold(p) > 0 else None
     inputs = Inputs(x, gamma, beta, v, scale, shift, seed, groups, eps, act, p, layer, n0)
-    y: Tensor = _forward(*inputs, OP.pick(x.device, (inputs,), backend))[0]
+    y: Tensor = _forward_op(*inputs, OP.pick(x.device, (inputs,), backend))[0]
     return y
 
 
@@ -376,13 +374,10 @@ def _check(
             f"group_norm_silu: x is {tuple(x.shape)}, expected [N, C, H, W] with {groups} groups dividing C"
         )
     n, c = x.shape[:2]
-    for name, t, shape in [("gamma", gamma, (c,)), ("beta", beta, (c,)), ("v", v, (n, c)), ("scale", scale, (n, c)),
-                           ("shift", shift, (n, c))]:  # fmt: skip
-        if t is not None and tuple(t.shape) != shape:
-            raise ValueError(f"group_norm_silu: {name} is {tuple(t.shape)}, expected {shape}")
+    tensors.check_shapes(
+        "group_norm_silu", ("gamma", gamma, (c,)), ("beta", beta, (c,)), ("v", v, (n, c)), ("scale", scale, (n, c)),
+        ("shift", shift, (n, c)),
+    )  # fmt: skip
     if (scale is None) != (shift is None):
         raise ValueError("group_norm_silu: scale and shift go together; give zeros for the missing one")
-    if round(65536 * p) not in range(65536):
-        raise ValueError(f"group_norm_silu: p is {p}, expected 0 <= p < 1")
-    if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError(f"group_norm_silu: p is {p} and needs a seed, a 0-d int64 tensor; found {seed}")
+    philox.check_dropout("group_norm_silu", p, seed)

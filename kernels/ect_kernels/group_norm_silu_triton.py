@@ -221,7 +221,8 @@ def cut(c: int, groups: int, hw: int, backward: bool, drop: bool) -> Slab:
     return replace(s, rows=rows, warps=max(1, s.width * rows // 512)) if s.width * rows <= most else s
 
 
-def _options(c: int, groups: int, hw: int, act: bool, backward: bool, drop: bool) -> dict[str, Any]:
+def options(c: int, groups: int, hw: int, act: bool, backward: bool, drop: bool) -> dict[str, Any]:
+    """Constexprs and num_warps of a launch."""
     s = cut(c, groups, hw, backward, drop)
     sizes = dict(HW=hw, C=c, SIZE=c // groups, SLAB=s.channels, WIDTH=s.width, GROUPS=s.groups, ROWS=s.rows, ACT=act)
     return dict(**sizes, num_warps=s.warps)
@@ -230,8 +231,8 @@ def _options(c: int, groups: int, hw: int, act: bool, backward: bool, drop: bool
 def _launch(i: Inputs, backward: bool) -> tuple[int, dict[str, Any]]:
     """Number of programs, keywords of the kernel."""
     n, c, h, w = i.x.shape
-    options = _options(c, i.groups, h * w, i.act, backward, i.seed is not None)
-    return n * triton.cdiv(c, options["SLAB"]), options
+    keywords = options(c, i.groups, h * w, i.act, backward, i.seed is not None)
+    return n * triton.cdiv(c, keywords["SLAB"]), keywords
 
 
 def forward(i: Inputs, out: Output) -> None:
@@ -251,35 +252,3 @@ def backward(dy: Tensor, i: Inputs, mean: Tensor, rstd: Tensor, grads: Grads) ->
     )
     for grad, total in zip((grads.gamma, grads.beta), sum_over_n(partials), strict=True):
         grad.copy_(total)
-
-
-SHAPES = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256, 8), (512, 8)]
-"""(C, H = W) of the GroupNorms of DDPM++ and NCSN++, all with 32 groups."""
-
-
-def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], Any], int, int, str]]:
-    """What the networks launch in float16, for compilation without a GPU.
-
-    (name, kernel, signature, constexprs, attributes, warps, stages, note) of each shape of the first norm of a block, and,
-    where a block has them, of the second (v, dropout) and of the attention's (no activation), forward and backward.
-    """
-    uses = [(c, size, "plain") for c, size in SHAPES]
-    uses += [(256, size, "dropout") for size in (32, 16, 8)] + [(256, size, "linear") for size in (16, 8)]
-    cases = []
-    for c, size, use in uses:
-        absent = {"scale", "shift", "dscale", "dshift", *(() if use == "dropout" else ("v", "dv", "seed"))}
-        for kernel in (group_norm_silu_fwd_kernel, group_norm_silu_bwd_kernel):
-            back = kernel is group_norm_silu_bwd_kernel
-            options = _options(c, 32, size * size, use != "linear", back, use == "dropout")
-            warps = options.pop("num_warps")
-            constexprs = {**options, **{name: None for name in kernel.arg_names if name in absent}}
-            types = {"eps": "fp32", "inv_keep": "fp32", "threshold": "i32", "layer": "i32", "n0": "i32", "N": "i32"}
-            types |= {"x": "*fp16", "y": "*fp16", "dx": "*fp16", "dy": "*fp16", "seed": "*i64"}
-            signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp32") for a in kernel.arg_names}
-            attrs = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(signature.values()) if t[0] == "*"}
-            passes = 1 if options["ROWS"] >= size * size else 2
-            moved = (3, 5)[passes - 1] if back else (2, 3)[passes - 1]
-            name = f"{kernel.__name__} {c}x{size}x{size} {use}"
-            note = f"{passes} pass, {moved}s" + (" (second read from L2)" if passes == 2 else "")
-            cases.append((name, kernel, signature, constexprs, attrs, warps, 3, note))
-    return cases

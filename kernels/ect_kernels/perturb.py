@@ -4,21 +4,23 @@
     x_t = y + t[n] eps,  x_r = y + r[n] eps                                 fp32
     in_t = x_t / sqrt(t^2 + sigma_data^2),  in_r likewise with r            in `dtype`; with 1 for r where r = 0
 
-eps is given or drawn: element j = (c H + h) W + w of sample n is ect_kernels.philox.normal(seed, STREAM_EPS, n0, N, C H W)[n, j],
-from the same uniform bits in every backend. A row with r = 0 has no teacher (its target is y), so in_r only has to be finite.
+eps is given or drawn: element j = (c H + h) W + w of sample n is philox.normal(seed, STREAM_EPS, n0, N, C H W)[n, j], from the
+same uniform bits in every backend. A row with r = 0 has no teacher (its target is y), so in_r only has to be finite.
 Source: Geng et al., "Consistency models made easy" (ECT, arXiv 2406.14548); c_in: Karras et al., 2022 (EDM), table 1.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ect_kernels import native, philox
 from ect_kernels.dispatch import Backend, Op
+from ect_kernels.tensors import check_shapes, nhwc, register
 
+DRAM = {"forward": "9 B + 2s a value: uint8 read, fp32 x_t, x_r and in_t, in_r written (4 B more where eps is given)"}
 MAX_ROW = 8192  # values in a row of an image: what the CUDA kernel keeps in shared memory
 
 
@@ -85,7 +87,7 @@ def triton_fwd(i: Inputs) -> Output:
 def _limits(i: Inputs) -> str | None:
     if i.t.dtype != torch.float32 or i.dtype not in native.DTYPES:
         return f"t of {i.t.dtype} with dtype {i.dtype}"
-    n, c, h, w = i.shape
+    _, c, h, w = i.shape
     return "images of 2^28 values or more" if c * h * w >= 1 << 28 else None
 
 
@@ -96,76 +98,59 @@ def _native(backend: str) -> Backend:
         out = _output(i)
         n, c, h, w = i.shape
         tensors = (i.images, i.t, i.r, i.seed, i.flip, i.eps, *out)
-        native.launch(
-            backend, "perturb_fwd", *tensors, n, h, w, c, native.DTYPES[i.dtype], i.n0, float(i.sigma_data)
-        )
+        native.launch(backend, "perturb_fwd", *tensors, n, h, w, c, native.DTYPES[i.dtype], i.n0, float(i.sigma_data))
         return out
 
     def limits(i: Inputs) -> str | None:
-        n, c, h, w = i.shape
+        _, c, _, w = i.shape
         return _limits(i) or (f"rows of more than {MAX_ROW} values" if w * c > MAX_ROW else None)
 
     return Backend(fwd, limits=limits)
 
 
-OP = Op(
-    "perturb",
-    {
-        "reference": Backend(reference_fwd),
-        "triton": Backend(triton_fwd, limits=_limits),
-        "cuda": _native("cuda"),
-        "emulated": _native("emulated"),
-    },
-)
+OP = Op("perturb", {
+    "reference": Backend(reference_fwd),
+    "triton": Backend(triton_fwd, limits=_limits),
+    "cuda": _native("cuda"),
+    "emulated": _native("emulated"),
+})  # fmt: skip
 
 
-@torch.library.custom_op(
-    "ect::perturb",
-    mutates_args=(),
-    schema="(Tensor images, Tensor t, Tensor r, Tensor? seed, Tensor? flip, Tensor? eps, float sigma_data, int n0, "
-    "ScalarType dtype, str backend) -> (Tensor in_t, Tensor in_r, Tensor x_t, Tensor x_r)",
-)
-def _forward(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    i, backend = Inputs(*args[:-1]), str(args[-1])  # type: ignore[arg-type]
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    i, backend = Inputs(*args[:-1]), args[-1]
     if i.images.numel() == 0:
-        return tuple(_output(i))  # type: ignore[return-value]
+        return tuple(_output(i))
     i = i._replace(images=i.images.contiguous(), t=i.t.contiguous(), r=i.r.contiguous())
     if i.flip is not None:
         i = i._replace(flip=i.flip.contiguous())
     if i.eps is not None:
-        i = i._replace(eps=i.eps.to(i.t.dtype).contiguous(memory_format=torch.channels_last))
-    return tuple(OP.backends[backend].fwd(i))  # type: ignore[return-value]
+        i = i._replace(eps=nhwc(i.eps.to(i.t.dtype)))
+    return tuple(OP.backends[backend].fwd(i))
 
 
-@_forward.register_fake
-def _(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_output(Inputs(*args[:-1])))  # type: ignore[arg-type, return-value]
+_forward_op = register(
+    "perturb",
+    """(Tensor images, Tensor t, Tensor r, Tensor? seed, Tensor? flip, Tensor? eps, float sigma_data, int n0,
+    ScalarType dtype, str backend) -> (Tensor in_t, Tensor in_r, Tensor x_t, Tensor x_r)""",
+    _forward,
+    lambda *args: tuple(_output(Inputs(*args[:-1]))),
+)
 
 
 def perturb(
-    images: Tensor,
-    t: Tensor,
-    r: Tensor,
-    sigma_data: float,
-    seed: Tensor | None,
-    n0: int = 0,
-    flip: Tensor | None = None,
-    eps: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images: Tensor, t: Tensor, r: Tensor, sigma_data: float, seed: Tensor | None, n0: int = 0, flip: Tensor | None = None,
+    eps: Tensor | None = None, dtype: torch.dtype = torch.float32, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(in_t, in_r, x_t, x_r), channels-last [N, C, H, W]; formulas above. Nothing here has a gradient.
 
-    Args: images: uint8 [N, H, W, C]. t, r: float32 [N], t > 0, r >= 0. sigma_data: standard deviation of the data. seed: 0-d int64
-    tensor on the images' device; n0: global number of images[0]. flip: bool [N] or None. eps: [N, C, H, W], or None to draw
-    it (seed is not read otherwise). dtype: of in_t and in_r. Raises ValueError, dispatch.BackendError.
+    Args: images: uint8 [N, H, W, C]. t, r: float32 [N], t > 0, r >= 0. sigma_data: standard deviation of the data. seed: 0-d
+    int64 tensor on the images' device; n0: global number of images[0]. flip: bool [N] or None. eps: [N, C, H, W], or None to
+    draw it (seed is not read otherwise). dtype: of in_t and in_r. Raises ValueError, dispatch.BackendError.
     """
     if images.dim() != 4 or images.dtype != torch.uint8:
         raise ValueError(f"perturb: images are {images.dtype} {tuple(images.shape)}, expected uint8 [N, H, W, C]")
     n, h, w, c = images.shape
-    for name, value, shape in [("t", t, (n,)), ("r", r, (n,)), ("flip", flip, (n,)), ("eps", eps, (n, c, h, w))]:
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"perturb: {name} is {tuple(value.shape)}, expected {shape}")
+    check_shapes("perturb", ("t", t, (n,)), ("r", r, (n,)), ("flip", flip, (n,)), ("eps", eps, (n, c, h, w)))
     if r.dtype != t.dtype or t.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"perturb: t and r are {t.dtype} and {r.dtype}, expected float32")
     if flip is not None and flip.dtype != torch.bool:
@@ -173,5 +158,5 @@ def perturb(
     if eps is None and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"perturb: drawing eps needs a seed, a 0-d int64 tensor; found {seed}")
     inputs = Inputs(images, t, r, seed if eps is None else None, flip, eps, sigma_data, n0, dtype)
-    in_t, in_r, x_t, x_r = _forward(*inputs, OP.pick(images.device, (inputs,), backend))
+    in_t, in_r, x_t, x_r = _forward_op(*inputs, OP.pick(images.device, (inputs,), backend))
     return in_t, in_r, x_t, x_r

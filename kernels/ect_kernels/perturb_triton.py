@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,var-annotated"
 """perturb in Triton: a lane takes four neighbouring pixels with all their channels.
 
 Their noise is one Philox call a channel, because eps counts in NCHW order; their values lie together in the NHWC images, so
@@ -5,8 +6,6 @@ that they are written as C vectors of four. Sizes that this does not fit take on
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,6 @@ from ect_kernels.perturb import Inputs, Output
 GROUPS, WARPS = 64, 2  # groups of four pixels to a program
 BLOCK = 256  # values to a program of the generic kernel
 MAX_CHANNELS = 8  # above it the code of a lane grows too long
-DRAM = {"forward": "9 B + 2s per value: uint8 read, x_t, x_r, in_t, in_r written (4 B more where eps is given)"}
 _STREAM = tl.constexpr(philox.STREAM_EPS)
 
 
@@ -61,7 +59,7 @@ def _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, 
     tl.store(in_r + base + at, (noisy_r * c_in_r).to(in_r.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n0"])
 def perturb_fwd_kernel(
     images, t, r, seed, flip, eps, in_t, in_r, x_t, x_r, n0, sd2, W, HW, chunks, C: tl.constexpr, B: tl.constexpr
 ):
@@ -91,7 +89,7 @@ def perturb_fwd_kernel(
         _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, W, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n0"])
 def perturb_generic_fwd_kernel(
     images, t, r, seed, flip, eps, in_t, in_r, x_t, x_r, n0, sd2, W, HW, chunks, C, B: tl.constexpr
 ):
@@ -121,27 +119,3 @@ def forward(i: Inputs, out: Output) -> None:
     kernel, size = (perturb_fwd_kernel, GROUPS) if grouped else (perturb_generic_fwd_kernel, BLOCK)
     tensors = (i.images, i.t, i.r, i.seed, flip, i.eps, *out)
     kernel[(n * chunks,)](*tensors, i.n0, float(i.sigma_data) ** 2, w, h * w, chunks, c, size, num_warps=WARPS)
-
-
-def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int, int, str]]:
-    """(name, kernel, signature, constexprs, attrs, warps, stages, note) of what the launcher above asks the compiler for."""
-    cases = []
-    for name, kernel in (("C3", perturb_fwd_kernel), ("C1", perturb_fwd_kernel), ("generic", perturb_generic_fwd_kernel)):
-        for dtype in ("*fp16", "*bf16", "*fp32"):
-            for use in ("", " flip", " eps"):
-                constexprs: dict[str, Any] = {"eps": None, "flip": None, "B": BLOCK if name == "generic" else GROUPS}
-                if name != "generic":
-                    constexprs["C"] = int(name[1:])
-                constexprs |= {"seed": None} if use == " eps" else {}
-                constexprs.pop(use.strip(), None)
-                types = {"images": "*u8", "flip": "*u8", "seed": "*i64", "in_t": dtype, "in_r": dtype, "sd2": "fp32"}
-                types |= dict.fromkeys(("n0", "W", "HW", "chunks", "C"), "i32")
-                signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp32") for a in kernel.arg_names}
-                attrs = {
-                    (k,): [["tt.divisibility", 16]]
-                    for k, (a, kind) in enumerate(signature.items())
-                    if kind[0] == "*" or (a in ("W", "HW") and name != "generic")
-                }
-                moved = f"{9 + (4 if use == ' eps' else 0)} B + 2s a value"
-                cases.append((f"{name} {dtype[1:]}{use}", kernel, signature, constexprs, attrs, WARPS, 3, moved))
-    return cases

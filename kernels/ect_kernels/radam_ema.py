@@ -56,6 +56,12 @@ class I64(IntEnum):
     OPTIMIZER = 5  # index into OPTIMIZERS
 
 
+DRAM = {
+    "check": "4 B a parameter: the gradients (4 B more where one is not finite)",
+    "update": "28 B a parameter, 8 B more an average, 2 B for the shadow: params, grads, exp_avg, exp_avg_sq read, all but "
+    "grads written (4 B more where the clip bites)",
+}
+
 OPTIMIZERS = ("radam", "adam")
 BOUND = 1e5  # stands in for an infinite gradient
 SCALE_RANGE = (2.0**-32, 2.0**32)  # of the loss scale

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -182,28 +180,3 @@ def step(
         radam_ema_update_kernel[grid](
             params, grads, exp_avg, exp_avg_sq, *averages, shadow, c, n // 8, BLOCK, num_warps=WARPS
         )
-
-
-def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], Any], int, int, str]]:
-    """What the launcher above can ask the compiler for: (name, kernel, signature, constexprs, attrs, warps, stages, note)."""
-    cases: list[Any] = []
-
-    def add(name: str, kernel: Any, types: list[str], note: str, **constants: int) -> None:
-        names = kernel.arg_names
-        signature = dict(zip(names, [*types, *["constexpr"] * (len(names) - len(types))], strict=True))
-        constexprs: dict[str, Any] = {k: constants.get(k) for k, kind in signature.items() if kind == "constexpr"}
-        attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.startswith("*")}
-        cases.append((name, kernel, signature, constexprs, attrs, WARPS, 3, note))
-
-    f32, f64, i64 = "*fp32", "*fp64", "*i64"
-    add("check", radam_ema_check_kernel, [f32, f64, "i32", "i64"], "4 B a parameter", BLOCK=CHECK_BLOCK, CHUNK=CHUNK)
-    note = "one program: scalars, no tensor"
-    add("scalars", radam_ema_scalars_kernel, [f64, "i32", f64, i64, f32], note, BLOCK=PARTIALS_BLOCK, MAX_EMAS=MAX_EMAS)
-    for emas in range(MAX_EMAS + 1):
-        for shadow in ("constexpr", "*fp16", "*bf16"):
-            averages = [f32] * emas + ["constexpr"] * (MAX_EMAS - emas)
-            moved = 28 + 8 * emas + (0 if shadow == "constexpr" else 2)
-            name = f"update, {emas} EMAs, shadow {'none' if shadow == 'constexpr' else shadow[1:]}"
-            note = f"{moved} B a parameter (4 more where the clip bites)"
-            add(name, radam_ema_update_kernel, [f32] * 4 + averages + [shadow, f32, "i64"], note, BLOCK=BLOCK)
-    return cases

@@ -8,15 +8,13 @@ A slab may hold channels of x and of `other`: both are loaded, each under the ma
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ect_kernels.gn_triton import group_sum, inside_of, keep_tile, lanes_of, slab, spread, sum_over_n
-from ect_kernels.residual_group_norm_silu import dropout_numbers, empty_image
+from ect_kernels.philox import dropout_threshold, inv_keep
+from ect_kernels.residual_group_norm_silu import Grads, Inputs, Output, Saved, empty_grads, empty_output
+from ect_kernels.tensors import empty_image
 
 NOT_SPECIALISED = ["layer", "n0", "threshold"]
 
@@ -242,73 +240,29 @@ def constants(c: int, c2: int, groups: int, hw: int, act: bool, drop: bool) -> t
     return shape | {"GROUPS": s.groups, "ROWS": s.rows, "ACT": act, "DROP": drop}, s.warps
 
 
-def fwd(
-    a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, bias: Tensor | None, skip: Tensor | None,
-    skip_bias: Tensor | None, skip_scale: float, other: Tensor | None, act: bool, p: float, seed: Tensor | None,
-    layer: int, n0: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Arguments and results of reference_fwd."""
-    n, c, h, w = a.shape
-    ct = gamma.shape[0]
-    x, y = empty_image(a, c), empty_image(a, ct)
-    mean, rstd = (a.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
-    threshold, inv_keep = dropout_numbers(p)
-    shape, warps = constants(c, ct - c, groups, h * w, act, p > 0)
-    tensors = (a, bias, skip, skip_bias, other, gamma, beta, seed if p > 0 else None, x, y, mean, rstd)
-    scalars = (skip_scale, eps, inv_keep, threshold, layer, n0)
+def fwd(i: Inputs) -> Output:
+    """Results of reference_fwd."""
+    n, c, h, w = i.a.shape
+    ct, out = i.gamma.shape[0], empty_output(i)
+    shape, warps = constants(c, ct - c, i.groups, h * w, i.act, i.p > 0)
+    vectors = (i.gamma, i.beta, i.seed if i.p > 0 else None)
+    scalars = (i.skip_scale, i.eps, inv_keep(i.p), dropout_threshold(i.p), i.layer, i.n0)
     residual_group_norm_silu_fwd_kernel[(n * triton.cdiv(ct, shape["SLAB"]),)](
-        *tensors, *scalars, **shape, num_warps=warps
+        i.a, i.bias, i.skip, i.skip_bias, i.other, *vectors, *out, *scalars, **shape, num_warps=warps
     )
-    return x, y, mean, rstd
+    return out
 
 
-def bwd(
-    dx: Tensor | None, dy: Tensor | None, x: Tensor, other: Tensor | None, gamma: Tensor, beta: Tensor, mean: Tensor,
-    rstd: Tensor, groups: int, skip_scale: float, act: bool, p: float, seed: Tensor | None, layer: int, n0: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Arguments and results of reference_bwd."""
-    n, c, h, w = x.shape
-    ct = gamma.shape[0]
-    da, dother = empty_image(x, c), None if other is None else empty_image(x, ct - c)
-    dy = empty_image(x, ct).zero_() if dy is None else dy  # only x was used: too rare for a mode of the kernel
-    partials = mean.new_empty((3, n, ct))
-    threshold, inv_keep = dropout_numbers(p)
-    shape, warps = constants(c, ct - c, groups, h * w, act, p > 0)
-    tensors = (dy, dx, x, other, gamma, beta, seed if p > 0 else None, mean, rstd, da, dother, partials)
+def bwd(i: Saved) -> Grads:
+    """Results of reference_bwd."""
+    n, c, h, w = i.x.shape
+    ct, grads = i.gamma.shape[0], empty_grads(i)
+    dy = empty_image(i.x, ct).zero_() if i.dy is None else i.dy  # only x was used: too rare for a mode of the kernel
+    partials = i.mean.new_empty((3, n, ct))
+    shape, warps = constants(c, ct - c, i.groups, h * w, i.act, i.p > 0)
+    tensors = (dy, i.dx, i.x, i.other, i.gamma, i.beta, i.seed if i.p > 0 else None, i.mean, i.rstd, grads.da)
+    scalars = (i.skip_scale, inv_keep(i.p), dropout_threshold(i.p), i.layer, i.n0)
     residual_group_norm_silu_bwd_kernel[(n * triton.cdiv(ct, shape["SLAB"]),)](
-        *tensors, skip_scale, inv_keep, threshold, layer, n0, **shape, num_warps=warps
+        *tensors, None if i.other is None else grads.dother, partials, *scalars, **shape, num_warps=warps
     )
-    return da, x.new_empty(0) if dother is None else dother, sum_over_n(partials)
-
-
-Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], int, int, str]
-
-
-def compile_cases() -> list[Case]:
-    """(name, kernel, signature, constexprs, attributes, num_warps, num_stages, note) of each DDPM++/NCSN++ shape in fp16."""
-    channels = [(128, 0), (256, 0), (256, 128), (128, 256), (256, 256)]
-    cases = []
-    for hw in (1024, 256, 64):
-        for c, c2 in channels:
-            for drop in (False, True):
-                cases += [_case(kernel, c, c2, hw, drop) for kernel in KERNELS]
-    return cases
-
-
-KERNELS = (residual_group_norm_silu_fwd_kernel, residual_group_norm_silu_bwd_kernel)
-
-
-def _case(kernel: Any, c: int, c2: int, hw: int, drop: bool) -> Case:
-    shape, warps = constants(c, c2, 32, hw, True, drop)
-    types = dict.fromkeys(("bias", "skip_bias", "gamma", "beta", "mean", "rstd", "partials"), "*fp32")
-    types |= {"seed": "*i64", "skip_scale": "fp32", "eps": "fp32", "inv_keep": "fp32"}
-    types |= dict.fromkeys(NOT_SPECIALISED, "i32")
-    absent = [name for name, missing in (("other", c2 == 0), ("dother", c2 == 0), ("seed", not drop)) if missing]
-    constexprs: dict[str, Any] = shape | {name: None for name in absent if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constexprs else types.get(name, "*fp16") for name in kernel.arg_names}
-    pointers = [(i,) for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") and name != "seed"]
-    attributes = {at: [["tt.divisibility", 16]] for at in pointers}
-    way = "fwd" if kernel is KERNELS[0] else "bwd"
-    name = f"{way} c={c}+{c2} hw={hw} drop={int(drop)}"
-    note = "DRAM 4s and 1s of other" if way == "fwd" else "DRAM 4s and 3s of other: dy, other, dother"
-    return name, kernel, signature, constexprs, attributes, warps, 2, note
+    return grads._replace(sums=sum_over_n(partials))

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 def load_emulated(name: str) -> None:
     """Backend 'emulated' of one op: csrc/<name>.cu compiled by g++."""
-    from ect_kernels import emulator
+    import emulator
 
     try:
         emulator.load(name)

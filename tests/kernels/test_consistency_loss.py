@@ -24,7 +24,9 @@ GPU = torch.cuda.is_available()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 BACKENDS = [
     pytest.param("cpu", "reference"),
-    pytest.param("cpu", "triton", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")),
+    pytest.param(
+        "cpu", "triton", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
+    ),
     pytest.param("cpu", "emulated"),
     *(pytest.param("cuda", name, marks=ON_GPU) for name in ("triton", "cuda")),
 ]
@@ -66,7 +68,7 @@ def inputs(
     return {**images, **levels, "c": huber, "sigma_data": 0.5}
 
 
-# (N, C, H, W): CIFAR's, the digits', ADM's (on chip in CUDA, read twice in Triton), one that is read twice everywhere; odd ones.
+# (N, C, H, W): CIFAR's, the digits', ADM's (on chip in CUDA, read twice in Triton), read twice in both; odd ones.
 SIZES = [(4, 3, 32, 32), (5, 1, 8, 8), (1, 3, 64, 64), (2, 5, 64, 65), (3, 3, 5, 7), (2, 2, 1, 3), (2, 1, 1, 1)]
 
 
@@ -105,7 +107,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("weighting", list(WEIGHTINGS))
 @pytest.mark.parametrize("c", [0.0, 0.06])
 def test_with_perturb_equals_the_objective(weighting: str, c: float, device: str, backend: str) -> None:
-    """Loss, and gradients at F_t and at the parameters, of ConsistencyObjective.loss around EDMPrecond, from uint8 images on."""
+    """Loss, and gradients at F_t and at the parameters, of ConsistencyObjective.loss around EDMPrecond, from uint8 on."""
     target = prepare(device, backend)
     n, size, channels = 6, 8, 3
     generator = torch.Generator().manual_seed(3)

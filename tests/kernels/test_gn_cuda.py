@@ -214,6 +214,8 @@ SIZES = [
     Case(2, (4, 4), 32, 8, HALF, v=True, offset=1),  # sizes allow vectors, addresses do not
     Case(2, (4, 4), 24, 3, torch.float32, mean=1000.0, v=True),
     Case(1, (8, 8), 64, 8, HALF, mean=1000.0, p=0.0),
+    Case(1, (8, 8), 128, 32, BF16, mean=1000.0, p=0.0, act=False),
+    Case(1, (8, 8), 384, 32, BF16, mean=1000.0, p=0.0),
 ]
 RESIDUAL = [
     Case(1, (8, 8), 256, 32, BF16, residual=True),
@@ -226,6 +228,7 @@ RESIDUAL = [
     Case(2, (3, 5), 16, 3, HALF, residual=True, c2=5, skip=False),
     Case(2, (4, 4), 24, 2, BF16, residual=True, bias=False, skip=False, act=False, p=0.0),
     Case(2, (4, 4), 16, 2, HALF, residual=True, c2=16, offset=3),
+    Case(1, (8, 8), 64, 8, HALF, residual=True, c2=32, mean=1000.0, p=0.0, act=False),
 ]
 
 

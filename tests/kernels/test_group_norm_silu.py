@@ -61,7 +61,7 @@ def prepare(device: str, backend: str, dtype: torch.dtype = FP32) -> torch.devic
 
 def inputs(
     n: int, c: int, groups: int, h: int, w: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, v: bool = False,
-    modulated: bool = False, act: bool = True, p: float = 0.0, mean: float = 0.0, std: float = 1.0, n0: int = 3,
+    modulated: bool = False, act: bool = True, p: float = 0.0, mean: float = 0.0, std: float = 1.0, v_mean: float = 0.0, n0: int = 3,
 ) -> dict[str, Any]:  # fmt: skip
     generator = torch.Generator().manual_seed(c * h + w)
 
@@ -72,7 +72,7 @@ def inputs(
     kwargs["x"] = kwargs["x"].contiguous(memory_format=torch.channels_last)
     kwargs |= {"gamma": random(c, scale=0.2, offset=1), "beta": random(c, scale=0.3), "groups": groups, "eps": 1e-6}
     if v:
-        kwargs["v"] = random(n, c).to(dtype)
+        kwargs["v"] = random(n, c, offset=v_mean).to(dtype)
     if modulated:
         kwargs |= {"scale": random(n, c, scale=0.3).to(dtype), "shift": random(n, c, scale=0.3).to(dtype)}
     if p > 0:
@@ -109,6 +109,15 @@ CASES = [
     case("large mean fp32", 1, 64, 16, 16, 16, FP32, mean=1000.0, p=0.2),
     case("large mean fp16 linear", 1, 128, 32, 8, 8, HALF, mean=1000.0, act=False),
     case("large mean bf16", 1, 128, 32, 8, 8, BF16, v=True, mean=100.0),
+    # Where a mean kept in fp32, or the difference of two of them, would cost digits: every step of its own rounding shows.
+    case("mean 1000 bf16 linear", 1, 128, 32, 8, 8, BF16, mean=1000.0, act=False),
+    case("mean 1000 bf16", 1, 384, 32, 8, 8, BF16, mean=1000.0),
+    case("mean 1000 chunked linear", 1, 48, 1, 32, 32, FP32, mean=1000.0, act=False),
+    case("mean -300 and v fp32", 2, 32, 4, 16, 1, FP32, v=True, modulated=True, mean=-300.0),
+    case("mean -300 and v fp32 ragged", 2, 30, 3, 16, 1, FP32, v=True, modulated=True, mean=-300.0, act=False),
+    # Little is left of a gradient in a group of two: terms rounded to the tensor's dtype on the way would be all of it.
+    case("pairs fp16", 2, 32, 16, 1, 1, HALF, v=True),
+    case("v of 300, one element fp16", 2, 1, 1, 1, 1, HALF, v=True, modulated=True, std=0.01, v_mean=300.0),
     case("zero variance fp32", 1, 24, 2, 15, 20, FP32, mean=0.1, std=0.0),
     case("zero variance fp16", 1, 64, 16, 8, 8, HALF, mean=37.7, std=0.0),
 ]  # fmt: skip
@@ -254,6 +263,9 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 def test_limits() -> None:
     prepare("cpu", "emulated")
+    with pytest.raises(BackendError, match="4097 channels a group \\(only up to 4096"):
+        group_norm_silu(**inputs(1, 4097, 1, 1, 1, FP32), backend="emulated")
+    check(group_norm_silu, "emulated", case("widest group", 1, 4096, 1, 2, 1, FP32, v=True), "cpu")
     double = inputs(1, 8, 2, 3, 3, torch.float64)
     with pytest.raises(BackendError, match="'emulated' cannot run: dtype torch\\.float64"):
         group_norm_silu(**double, backend="emulated")
@@ -312,7 +324,7 @@ import json, pathlib, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import sass
-from ect_kernels.group_norm_silu_triton import compile_cases
+from triton_cases import group_norm_silu as compile_cases
 for name, kernel, signature, constexprs, attrs, warps, stages, note in compile_cases():
     if any(part in name for part in ("256x32x32 dropout", "384x32x32")):
         for arch in (80, 90):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ect_kernels import native
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {
     "plain": ["-O2", "-fPIC", "-shared"],
     "program": ["-O2"],
