@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo test check format readme clean
+.PHONY: demo test test-gpu sanitize check format readme clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
 
 test: .venv/.test-installed
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-gpu: .venv/.test-installed  # the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, under the address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m pytest tests/kernels/test_sanitize.py
 
 check: .venv/.test-installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from ect_kernels import dispatch
 from rich.console import Console
 
 from ect import report
@@ -20,6 +21,7 @@ from ect.errors import UserError
 from ect.grid import save_png
 from ect.log import RunLog
 from ect.metrics import QualityRow, Sampler, consistency_samplers, heun_samplers, make_evaluator, quality_rows
+from ect.models import fused
 from ect.options import load as load_config
 from ect.options import run_folder, to_dict
 from ect.resume import refuse_changed_maths
@@ -75,6 +77,7 @@ class Job:
         cfg = self.cfg
         set_threads(cfg.threads)
         self.device = resolve(cfg.device)
+        self._choose_kernels()
         self.dataset = load(cfg.data)
         self.stop = StopSignal()
         self.seconds: dict[str, float] = {}
@@ -88,6 +91,16 @@ class Job:
         )
         for note in self.evaluator.notes if self.evaluator is not None else []:
             self.console.print(note, markup=False, highlight=False)
+
+    def _choose_kernels(self) -> None:
+        """Apply --kernels, and say which backend each op uses where the networks run on the ops."""
+        try:
+            dispatch.set_choice(self.cfg.kernels)
+        except dispatch.BackendError as error:
+            raise UserError(f"--kernels {self.cfg.kernels}: {error}") from error
+        if fused.wanted(None, torch.zeros(0, device=self.device)):
+            for op, backend, why in dispatch.table(self.device):
+                self.console.print(f"{op}: {backend} ({why})", markup=False, highlight=False)
 
     def run(self) -> bool:
         with self.stop.watch():

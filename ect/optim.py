@@ -1,30 +1,66 @@
 """FlatState: a network's parameters, gradients, moments and weight averages in flat arenas, updated by RAdam or Adam.
 
-One arena a role means a handful of launches a step whatever the number of parameters. Sources: Liu et al., "On the variance of
-the adaptive learning rate and beyond" (RAdam, 2020); Kingma & Ba, 2015 (Adam); the results equal torch.optim's.
+One arena a role means three launches a step whatever the number of parameters (`ect_kernels.radam_ema`, which has formulas
+and sources); the results equal torch.optim's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from ect_kernels.radam_ema import F64, I64, MAX_EMAS, OPTIMIZERS, new_state, radam_ema
 from torch import Tensor, nn
 
 _ALIGN = 8  # elements: 16 bytes in half precision, so every view can be read in 128-bit vectors
+
+
+class _Setting:
+    """A Python number that the kernels read at `index` of the device scalars; assigning it writes both, reading no device."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __get__(self, state: FlatState, owner: type) -> Any:
+        return state._settings[self.index]
+
+    def __set__(self, state: FlatState, value: float | None) -> None:
+        state._set(self.index, value)
+
+
+class _EmaBetas(list[float]):
+    """The EMA betas as a list whose items, when assigned, are written to the device scalars."""
+
+    def __init__(self, state: FlatState, values: Iterable[float]) -> None:
+        super().__init__(values)
+        self.state = state
+        for i, value in enumerate(self):
+            state._set(F64.EMA_BETA0 + i, value)
+
+    def __setitem__(self, i: Any, value: Any) -> None:
+        super().__setitem__(i, value)
+        for k, beta in enumerate(self):  # i may be a slice
+            self.state._set(F64.EMA_BETA0 + k, beta)
 
 
 class FlatState:
     """Optimizer state of `net`. The network's parameters become views into `params`, their .grad views into `grads`.
 
     Args: net: moved to its device before. optimizer: 'radam' or 'adam'. lr, betas, eps: torch's meaning. ema_betas: one
-    weight average per entry, ema <- beta ema + (1 - beta) params, starting at the parameters. clip: largest global
-    gradient norm, or None. Raises ValueError on an unknown optimizer or an impossible value.
+    weight average per entry (at most 3), ema <- beta ema + (1 - beta) params, starting at the parameters. clip: largest
+    global gradient norm, or None. loss_scale: where the gradients are those of `loss_scale` times the loss: the first value
+    of a scale that follows overflow; growth_interval: good steps before it doubles. half: fp16 or bf16 for a copy `shadow`
+    of the parameters, kept up to date. Raises ValueError on an unknown optimizer or an impossible value.
 
-    lr and ema_betas may be changed between steps. Non-finite gradients never enter the moments: nan becomes 0 and inf
-    +-1e5 (the public code's rule); `nonfinite` counts them, on the device.
+    lr, eps, clip and ema_betas may be changed between steps. Non-finite gradients never enter the moments: without a loss
+    scale nan becomes 0 and inf +-1e5 (the public code's rule), with one the whole step is skipped; `nonfinite` counts the
+    values and `skipped` the steps. These, `steps`, `grad_norm` and `loss_scale` are 0-d tensors on the device, written by
+    step(), which reads nothing on the host.
     """
+
+    lr, eps, clip = _Setting(F64.LR), _Setting(F64.EPS), _Setting(F64.CLIP)
 
     def __init__(
         self,
@@ -35,18 +71,23 @@ class FlatState:
         eps: float = 1e-8,
         ema_betas: Sequence[float] = (),
         clip: float | None = None,
+        loss_scale: float | None = None,
+        growth_interval: int = 2000,
+        half: torch.dtype | None = None,
     ) -> None:
-        if optimizer not in ("radam", "adam"):
+        if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}; known: 'radam', 'adam'")
+        emas_ok = len(ema_betas) <= MAX_EMAS and all(0 <= b <= 1 for b in ema_betas)
         for name, value, ok in [
             ("lr", lr, lr >= 0), ("betas", betas, all(0 <= b < 1 for b in betas)), ("eps", eps, eps >= 0),
-            ("ema_betas", ema_betas, all(0 <= b <= 1 for b in ema_betas)), ("clip", clip, clip is None or clip > 0),
+            ("ema_betas", ema_betas, emas_ok), ("clip", clip, clip is None or clip > 0),
+            ("loss_scale", loss_scale, loss_scale is None or 0 < loss_scale < math.inf),
+            ("growth_interval", growth_interval, growth_interval >= 1),
+            ("half", half, half in (None, torch.float16, torch.bfloat16)),
         ]:  # fmt: skip
             if not ok:
                 raise ValueError(f"{name} is {value}, out of range")
-        self.net, self.optimizer, self.lr, self.betas, self.eps = net, optimizer, lr, tuple(betas), eps
-        self.ema_betas, self.clip = list(ema_betas), clip
-        self.steps = 0
+        self.net, self.optimizer, self.betas = net, optimizer, tuple(betas)
         self._names, self._shapes, self._offsets, end = [], [], [], 0
         for name, p in net.named_parameters():
             self._names.append(name)
@@ -54,6 +95,11 @@ class FlatState:
             self._offsets.append(end)
             end += -(-p.numel() // _ALIGN) * _ALIGN
         device = next(net.parameters()).device
+        self.state_f64, self.state_i64 = new_state(
+            optimizer, lr, betas, eps, clip, ema_betas, loss_scale, growth_interval, device
+        )
+        self._settings: dict[int, float | None] = {F64.LR: lr, F64.EPS: eps, F64.CLIP: clip}
+        self._ema_betas = _EmaBetas(self, ema_betas)
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device) for _ in range(4))
         self._parameters = list(net.parameters())
         for p, view in zip(self._parameters, self.views(self.params), strict=True):
@@ -61,9 +107,34 @@ class FlatState:
             p.data = view
         self._grad_views = self.views(self.grads)
         self.emas = [self.params.clone() for _ in self.ema_betas]
-        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-        self.grad_norm = torch.zeros((), device=device)
+        self.shadow = None if half is None else self.params.to(half)
+        self.steps, self.nonfinite, _, self.skipped = self.state_i64[: I64.GROWTH_INTERVAL].unbind()
+        self.loss_scale = None if loss_scale is None else self.state_f64[F64.LOSS_SCALE]
         self.zero_grad()
+
+    def _set(self, index: int, value: float | None) -> None:
+        if index not in self._settings or self._settings[index] != value:
+            self._settings[index] = value
+            self.state_f64[index].fill_(math.inf if value is None else value)
+
+    @property
+    def ema_betas(self) -> list[float]:
+        return self._ema_betas
+
+    @ema_betas.setter
+    def ema_betas(self, values: Sequence[float]) -> None:
+        if len(values) != len(self.emas):
+            raise ValueError(f"ema_betas is {values}; there are {len(self.emas)} weight averages")
+        self._ema_betas = _EmaBetas(self, values)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradient, before the clip; inf where the step was skipped."""
+        return self.state_f64[F64.GRAD_NORM]
+
+    @grad_norm.setter
+    def grad_norm(self, value: Tensor) -> None:
+        self.grad_norm.copy_(value)
 
     def views(self, arena: Tensor) -> list[Tensor]:
         """The parameters' views of an arena, in named_parameters() order."""
@@ -74,48 +145,21 @@ class FlatState:
         """Zero all gradients and tie every parameter's .grad to the arena."""
         self.grads.zero_()
         for p, view in zip(self._parameters, self._grad_views, strict=True):
-            p.grad = view
+            if p.grad is not view:
+                p.grad = view
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the accumulated gradients: clean, clip, RAdam or Adam, weight averages."""
+        """One update from the accumulated gradients, which are left cleaned and clipped (a loss scale stays on them)."""
         for p, view in zip(self._parameters, self._grad_views, strict=True):
             if p.grad is None:  # someone cleared or replaced it: bring the arena in line
                 view.zero_()
-            elif p.grad.data_ptr() != view.data_ptr():
+            elif p.grad is not view and p.grad.data_ptr() != view.data_ptr():
                 view.copy_(p.grad)
-        grads = self.grads
-        self.nonfinite += grads.numel() - grads.isfinite().sum()
-        grads.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
-        self.grad_norm = grads.norm()
-        if self.clip is not None:
-            grads.mul_((self.clip / (self.grad_norm + 1e-6)).clamp(max=1.0))
-        self.steps += 1
-        beta1, beta2 = self.betas
-        self.exp_avg.lerp_(grads, 1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-        scale, correction2 = self._coefficients()
-        if correction2 is None:
-            self.params.add_(self.exp_avg, alpha=-scale)
-        elif self.optimizer == "adam":
-            self.params.addcdiv_(self.exp_avg, (self.exp_avg_sq.sqrt() / correction2).add_(self.eps), value=-scale)
-        else:
-            self.params.addcdiv_(self.exp_avg, self.exp_avg_sq.sqrt().add_(self.eps), value=-scale * correction2)
-        for ema, beta in zip(self.emas, self.ema_betas, strict=True):
-            ema.lerp_(self.params, 1 - beta)
-
-    def _coefficients(self) -> tuple[float, float | None]:
-        """Step size on the first moment, and sqrt(1 - beta2^t), or None where RAdam takes a plain momentum step."""
-        (beta1, beta2), t = self.betas, self.steps
-        scale, correction2 = self.lr / (1 - beta1**t), 1 - beta2**t
-        if self.optimizer == "adam":
-            return scale, math.sqrt(correction2)
-        rho_inf = 2 / (1 - beta2) - 1
-        rho = rho_inf - 2 * t * beta2**t / correction2
-        if rho <= 5:
-            return scale, None
-        rectification = ((rho - 4) * (rho - 2) * rho_inf) / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        return scale * math.sqrt(rectification), math.sqrt(correction2)
+        radam_ema(
+            self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.emas, self.shadow,
+            self.state_f64, self.state_i64,
+        )  # fmt: skip
 
     def ema_state_dict(self, i: int = 0) -> dict[str, Tensor]:
         """Copies of weight average i under all keys of net.state_dict(); buffers come from the network."""
@@ -124,23 +168,33 @@ class FlatState:
             state[name] = view.clone()
         return state
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs, per parameter and named: params.*, exp_avg.*, exp_avg_sq.*, ema<i>.*; nonfinite."""
+    def _arenas(self) -> dict[str, Tensor]:
         arenas = {"params": self.params, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        arenas |= {f"ema{i}": ema for i, ema in enumerate(self.emas)}
+        return arenas | {f"ema{i}": ema for i, ema in enumerate(self.emas)}
+
+    def _counters(self) -> dict[str, Tensor]:
+        counters = {"nonfinite": self.nonfinite, "steps": self.steps}
+        if self.loss_scale is not None:
+            counters |= {"skipped": self.skipped, "loss_scale": self.loss_scale}
+            counters["good_steps"] = self.state_i64[I64.GOOD_STEPS]
+        return counters
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything a resume needs: per parameter and named params.*, exp_avg.*, exp_avg_sq.*, ema<i>.*; nonfinite, steps;
+        with a loss scale also skipped, loss_scale, good_steps."""
         named = {
-            f"{role}.{name}": view.clone()
-            for role, arena in arenas.items()
+            f"{role}.{name}": view
+            for role, arena in self._arenas().items()
             for name, view in zip(self._names, self.views(arena), strict=True)
         }
-        return {**named, "nonfinite": self.nonfinite.clone(), "steps": torch.tensor(self.steps)}
+        return {name: tensor.clone() for name, tensor in (named | self._counters()).items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of state_tensors(). Raises KeyError where a tensor is missing."""
-        arenas = {"params": self.params, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        arenas |= {f"ema{i}": ema for i, ema in enumerate(self.emas)}
-        for role, arena in arenas.items():
+        for role, arena in self._arenas().items():
             for name, view in zip(self._names, self.views(arena), strict=True):
                 view.copy_(tensors[f"{role}.{name}"])
-        self.nonfinite.copy_(tensors["nonfinite"])
-        self.steps = int(tensors["steps"])
+        for name, counter in self._counters().items():
+            counter.copy_(tensors[name])
+        if self.shadow is not None:
+            self.shadow.copy_(self.params)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import torch
 from ect_kernels import philox
+from ect_kernels.consistency_loss import consistency_loss
+from ect_kernels.perturb import perturb
 from torch import Tensor
 
 from ect.data.augment import AugmentPipe
 from ect.data.resident import ImageStream, to_float
-from ect.models import EDMPrecond, MaskKey
-from ect.objective import Objective
+from ect.models import EDMPrecond, MaskKey, fused
+from ect.objective import WEIGHTINGS, ConsistencyObjective, Objective
 from ect.optim import FlatState
 
 
@@ -49,6 +51,12 @@ class TrainStep:
     def loss(self, nimg: int, n0: int, seed: Tensor, stage: int) -> Tensor:
         """Per-sample loss [micro_batch] of the images nimg + n0 ..."""
         images, labels = self.stream.batch(nimg + n0, self.micro_batch)
+        if (
+            self.augment is None
+            and isinstance(self.objective, ConsistencyObjective)
+            and fused.wanted(self.net.runs_on_ops, self.state.params)
+        ):
+            return self.fused_loss(self.objective, images, labels, n0, seed, stage)
         y, augment_labels = self.prepare(images, n0, seed)
         n, device = len(y), y.device
         normal = philox.normal(seed, philox.STREAM_T, n0, n, 1, device).view(n)
@@ -60,11 +68,32 @@ class TrainStep:
 
         return self.objective.train_loss(denoiser, y, normal, eps, stage)
 
+    def fused_loss(
+        self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: int, seed: Tensor, stage: int
+    ) -> Tensor:
+        """What objective.train_loss computes, on the ops: from uint8 images to the U-Net's inputs, and from its outputs to loss
+        and gradient, in one launch each. A test holds the two equal."""
+        n, device, sigma_data = len(images), images.device, objective.sigma_data
+        t = (objective.P_mean + objective.P_std * philox.normal(seed, philox.STREAM_T, n0, n, 1, device).view(n)).exp()
+        r = objective.mapping(t, stage)
+        in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, seed, n0=n0, flip=self.flips(n, n0, seed))
+        mask, unet = MaskKey(seed, n0), self.net.model
+        F_t = unet(in_t, t.log() / 4, labels, None, mask)
+        with torch.no_grad():
+            F_r = unet(in_r, torch.where(r > 0, r, torch.ones_like(r)).log() / 4, labels, None, mask)
+        weight = WEIGHTINGS[objective.weighting](t, r, sigma_data)
+        return consistency_loss(F_t, F_r, x_t, x_r, t, r, weight, objective.c, sigma_data)
+
+    def flips(self, n: int, n0: int, seed: Tensor) -> Tensor | None:
+        """Which images to mirror, bool [n]; None: none."""
+        if not self.xflip:
+            return None
+        return philox.uniform(seed, philox.STREAM_FLIP, n0, n, 1, seed.device).view(n) < 0.5
+
     def prepare(self, images: Tensor, n0: int, seed: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 [n, H, W, C] -> (float32 [n, C, H, W] in [-1, 1], flipped and augmented; augmentation labels [n, 9])."""
         n, device = len(images), images.device
-        flip = philox.uniform(seed, philox.STREAM_FLIP, n0, n, 1, device).view(n) < 0.5 if self.xflip else None
-        y = to_float(images, flip)
+        y = to_float(images, self.flips(n, n0, seed))
         if self.augment is None:
             return y, None
         uniform = philox.uniform(seed, philox.STREAM_AUGMENT_UNIFORM, n0, n, self.augment.uniforms, device)

@@ -154,10 +154,68 @@ def test_state_survives_a_round_trip() -> None:
         second.load_state_tensors(incomplete)
 
 
+def test_settings_reach_the_device_scalars_when_assigned() -> None:
+    nets = [mlp(), mlp()]
+    a = FlatState(nets[0], "adam", lr=1e-2, eps=1e-3, ema_betas=[0.9, 0.5], clip=2.0)
+    b = FlatState(nets[1], "adam", lr=1.0, ema_betas=[0.1, 0.2])
+    b.lr, b.eps, b.clip, b.ema_betas[0] = 1e-2, 1e-3, 2.0, 0.9
+    b.ema_betas[1:] = [0.5]
+    assert torch.equal(a.state_f64, b.state_f64)
+    assert (b.lr, b.eps, b.clip, b.ema_betas) == (1e-2, 1e-3, 2.0, [0.9, 0.5])
+    b.clip, b.ema_betas = None, [0.0, 1.0]
+    assert b.clip is None
+    start = b.params.clone()
+    backward(nets[1], 0)
+    b.step()
+    assert torch.equal(b.emas[0], b.params) and torch.equal(b.emas[1], start) and not torch.equal(b.params, start)
+    with pytest.raises(ValueError, match="2 weight averages"):
+        b.ema_betas = [0.5]
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_loss_scale_skips_overflow_and_survives_a_round_trip(half: torch.dtype) -> None:
+    plain, net, other = mlp(), mlp(), mlp()
+    want = FlatState(plain, lr=1e-2, ema_betas=[0.9])
+    state, resumed = (
+        FlatState(n, lr=1e-2, ema_betas=[0.9], loss_scale=256.0, growth_interval=3, half=half) for n in (net, other)
+    )
+
+    def step(state: FlatState, net: torch.nn.Module, i: int, overflow: bool = False) -> None:
+        state.zero_grad()
+        backward(net, i)
+        if state.loss_scale is not None:
+            state.grads.mul_(state.loss_scale)
+        if overflow:
+            net[2].bias.grad[1] = math.inf  # type: ignore[index, union-attr]
+        state.step()
+
+    for i in range(8):
+        step(want, plain, i)
+        if i == 4:
+            step(state, net, i, overflow=True)
+            assert math.isinf(float(state.grad_norm))
+        step(state, net, i)
+    assert torch.equal(state.params, want.params) and torch.equal(state.emas[0], want.emas[0])
+    assert torch.equal(state.shadow, state.params.to(half))
+    assert (int(state.steps), int(state.skipped), int(state.nonfinite)) == (8, 1, 1)
+    assert float(state.loss_scale) == 512.0  # doubled after three, halved, doubled after three more
+    assert float(state.grad_norm) == pytest.approx(float(want.grad_norm))
+    resumed.load_state_tensors(state.state_tensors())
+    assert torch.equal(resumed.shadow, state.shadow)
+    for i in range(8, 12):
+        step(state, net, i)
+        step(resumed, other, i)
+    for name, tensor in state.state_tensors().items():
+        assert torch.equal(tensor, resumed.state_tensors()[name]), name
+    assert float(state.loss_scale) == 1024.0
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("optimizer", "sgd"), ("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1), ("ema_betas", [2.0]), ("clip", 0.0)],
-)
+    [("optimizer", "sgd"), ("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1), ("ema_betas", [2.0]), ("clip", 0.0),
+     ("ema_betas", [0.9] * 4), ("loss_scale", 0.0), ("loss_scale", math.inf), ("growth_interval", 0),
+     ("half", torch.float32)],
+)  # fmt: skip
 def test_impossible_values_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         FlatState(mlp(), **{name: value})

@@ -158,3 +158,14 @@ def test_tuning_on_gaussian_data_finds_the_exact_consistency_function() -> None:
         assert float(error.square().mean().sqrt()) < 0.08, t
         gap = x * 0.5 / (t * t + 0.25) ** 0.5 - mean
         assert float(error.square().mean()) < 0.1 * float(gap.square().mean()) or t < 0.5
+
+
+@pytest.mark.parametrize("c", [0.0, 0.06])
+@pytest.mark.parametrize("options", [{}, {"xflip": True, "dataset": DATA, "micro_batch": 4}])
+def test_the_fused_step_equals_the_readable_one(c: float, options: dict) -> None:
+    objective = ConsistencyObjective(c=c, weighting="inverse_c_out_sq")
+    plain, fused = make(objective, **options), make(objective, **options)
+    plain.net.model.fused, fused.net.model.fused = False, True
+    for stage in (0, 3):  # with and without rows of r = 0
+        assert float(fused(0, stage)) == pytest.approx(float(plain(0, stage)), rel=1e-5)
+        torch.testing.assert_close(fused.state.grads, plain.state.grads, rtol=1e-3, atol=1e-4)

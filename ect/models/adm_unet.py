@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ect.models import fused
 from ect.models.layers import (
     BlockStyle,
     Conv2d,
@@ -45,6 +46,8 @@ class DhariwalUNet(nn.Module):
         label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.fused: bool | None = None
+        """Run on the fused ops? None: on a GPU, or where a kernel backend was asked for by name."""
         self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
         emb_channels = model_channels * channel_mult_emb
@@ -121,6 +124,8 @@ class DhariwalUNet(nn.Module):
         """
         mask = default_mask(self, mask, x.device)
         emb = self.embed(noise_labels, class_labels, augment_labels, mask)
+        if fused.wanted(self.fused, x):
+            return fused.adm_unet(self, x, emb, mask)
         skips: list[Tensor] = []
         for layer in self.enc.values():
             x = layer(x, emb, mask) if isinstance(layer, UNetBlock) else layer(x)

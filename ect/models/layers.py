@@ -21,7 +21,7 @@ class MaskKey(NamedTuple):
 
     seed: Tensor
     """int64, 0-d: changes every step."""
-    n0: Tensor | int
+    n0: int
     """Global index of the first sample of this micro-batch."""
 
 
@@ -87,26 +87,27 @@ class Conv2d(nn.Module):
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
         self.register_buffer("resample_filter", taps if up or down else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
+        """x [N, in_channels, H, W] -> [N, out_channels, H', W']; bias=False leaves the bias to the caller."""
         if self.resample_filter is None:
-            return self.convolve(x)
+            return self.convolve(x, bias)
         taps = self.resample_filter.to(x.dtype)
         pad, channels = (taps.shape[-1] - 1) // 2, x.shape[1]
         if self.fused and self.down:
-            x = self.convolve(x, pad)  # the bias passes the filter unchanged: its taps sum to 1
+            x = self.convolve(x, bias, pad)  # the bias passes the filter unchanged: its taps sum to 1
             return F.conv2d(x, taps.expand(self.out_channels, 1, -1, -1), stride=2, groups=self.out_channels)
         taps = taps.expand(channels, 1, -1, -1)
         if self.up:
             x = F.conv_transpose2d(x, taps * 4, stride=2, padding=pad, groups=channels)
         else:
             x = F.conv2d(x, taps, stride=2, padding=pad, groups=channels)
-        return self.convolve(x)
+        return self.convolve(x, bias)
 
-    def convolve(self, x: Tensor, extra_pad: int = 0) -> Tensor:
+    def convolve(self, x: Tensor, bias: bool, extra_pad: int = 0) -> Tensor:
         """The convolution alone, or x itself where there is none."""
         if self.weight is None:
             return x
-        return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2 + extra_pad)
+        return F.conv2d(x, self.weight, self.bias if bias else None, padding=self.kernel // 2 + extra_pad)
 
 
 class GroupNorm(nn.Module):

@@ -20,6 +20,11 @@ class EDMPrecond(nn.Module):
         self.model, self.sigma_data = net, sigma_data
 
     @property
+    def runs_on_ops(self) -> bool | None:
+        """The U-Net's choice between plain forward and fused ops (None: by device)."""
+        return self.model.fused  # type: ignore[return-value]
+
+    @property
     def img_resolution(self) -> int:
         return int(self.model.img_resolution)  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ect.models import fused
 from ect.models.layers import (
     BlockStyle,
     Conv2d,
@@ -52,6 +53,8 @@ class SongUNet(nn.Module):
         resample_filter: Sequence[int] = (1, 1),
     ) -> None:
         super().__init__()
+        self.fused: bool | None = None
+        """Run on the fused ops? None: on a GPU, or where a kernel backend was asked for by name."""
         for name, value, known in [
             ("embedding_type", embedding_type, ("positional", "fourier")),
             ("encoder_type", encoder_type, ("standard", "skip", "residual")),
@@ -170,6 +173,8 @@ class SongUNet(nn.Module):
         """
         mask = default_mask(self, mask, x.device)
         emb = self.embed(noise_labels, class_labels, augment_labels, mask)
+        if fused.wanted(self.fused, x):
+            return fused.song_unet(self, x, emb, mask)
         skips: list[Tensor] = []
         aux = x
         for name, layer in self.enc.items():

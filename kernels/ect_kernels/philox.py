@@ -76,6 +76,24 @@ def normal(
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).view(batch, -1)[:, :per_sample]
 
 
+def dropout_threshold(p: float) -> int:
+    """Elements whose 16 bits are below it are dropped."""
+    return round(65536 * p)
+
+
+def inv_keep(p: float) -> float:
+    """The exact inverse of the fraction that is kept."""
+    return 65536.0 / (65536 - dropout_threshold(p))
+
+
+def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
+    """Raises ValueError where p is no probability that can be drawn, or has no seed to be drawn from."""
+    if dropout_threshold(p) not in range(65536):
+        raise ValueError(f"{op}: p is {p}, expected 0 <= p < 1")
+    if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"{op}: p is {p} and needs a seed, a 0-d int64 tensor; found {seed}")
+
+
 def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | int = 0) -> Tensor:
     """Inverted dropout of x [N, C, H, W] (logical NCHW, any strides) with a mask that is a function of the global index.
 
@@ -83,7 +101,6 @@ def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | in
     (i // 8 mod 2^32, layer, 0, 0); element k = i mod 8 uses the low (k even) or high (k odd) half of word k // 2 and is kept
     where that 16-bit value is at least round(65536 p). Kept values are scaled by the exact inverse of the kept fraction.
     """
-    threshold = round(65536 * p)
     n, c, h, w = x.shape
     per_sample = c * h * w
     start = torch.as_tensor(n0, dtype=torch.int64, device=x.device) * per_sample
@@ -92,5 +109,5 @@ def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | in
     words = torch.stack(philox4x32(seed, counters, layer), dim=-1)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()
     index = start % 8 + torch.arange(n * per_sample, device=x.device)
-    keep = (halves[index] >= threshold).view(n, h, w, c).permute(0, 3, 1, 2)
-    return torch.where(keep, x * (65536.0 / (65536 - threshold)), torch.zeros((), dtype=x.dtype, device=x.device))
+    keep = (halves[index] >= dropout_threshold(p)).view(n, h, w, c).permute(0, 3, 1, 2)
+    return torch.where(keep, x * inv_keep(p), torch.zeros((), dtype=x.dtype, device=x.device))

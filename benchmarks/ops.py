@@ -1,0 +1,94 @@
+"""Time, bytes and error of every op, backend and shape: python benchmarks/ops.py [--device cpu] [--op NAME] [--dtype fp16].
+
+A backend is timed only after it passed ect_kernels.testing.check on the same numbers. On a GPU the last columns give the bytes
+the op cannot do without per second of its time, also as a share of a large copy's, each run starting with a cold L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+import cases
+import emulator
+import measure
+from ect_kernels import dispatch, testing
+from rich.console import Console
+from rich.table import Table
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def times(bench: cases.Bench, backend: str, device: torch.device) -> list[tuple[str, float, int]]:
+    """(pass, seconds, bytes) of forward and, where there is one, backward."""
+    kwargs, function = bench.case.make(device), bench.timed or bench.function
+    with torch.no_grad():
+        rows = [("fwd", measure.seconds(lambda: function(**kwargs, backend=backend), device), bench.forward)]
+    if not bench.backward:
+        return rows
+    inputs: dict[str, Tensor] = {name: kwargs[name].requires_grad_() for name in bench.case.grads}
+    outputs = function(**kwargs, backend=backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    ones = [torch.ones_like(out) for out in outputs]
+
+    def backward() -> Any:
+        return torch.autograd.grad(outputs, list(inputs.values()), ones, retain_graph=True)
+
+    return [*rows, ("bwd", measure.seconds(backward, device), bench.backward)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--op", choices=cases.OPS, action="append", help="only this op (may be repeated)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--images", type=int, default=0, help="batch size (128 on a GPU, 1 on the CPU)")
+    parser.add_argument("--quick", action="store_true", help="two shapes an op")
+    options = parser.parse_args(argv)
+    device, gpu = options.device, options.device.type == "cuda"
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(measure.header(device), highlight=False)
+    if not gpu:
+        torch.set_num_threads(1)
+        _load_emulator(options.op or cases.OPS, console)
+    table = Table("op", "shape", "backend", "pass", "time", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else []))
+    failed = False
+    for op in options.op or cases.OPS:
+        for bench in cases.benches(op, options.images or (128 if gpu else 1), DTYPES[options.dtype], options.quick):
+            for backend in dispatch.OPS[op].usable(device):
+                cells = (op, bench.case.name, backend)
+                try:
+                    figures = testing.check(bench.function, backend, bench.case, device)
+                except AssertionError as error:
+                    failed = True
+                    table.add_row(*cells, "", "", "", f"[red]{error}[/]")
+                    continue
+                worst = max((f.error / f.bar if f.bar else 0.0 for f in figures), default=0.0)
+                for name, seconds, size in times(bench, backend, device):
+                    row = [name, f"{1e3 * seconds:.3f} ms", f"{size / 1e6:.2f}", f"{worst:.2f}"]
+                    if gpu:
+                        rate = size / seconds
+                        row += [f"{rate / 1e9:.0f}", f"{100 * rate / measure.copy_bandwidth(device):.0f} %"]
+                    table.add_row(*cells, *row)
+    console.print(table, highlight=False)
+    return 1 if failed else 0
+
+
+def _load_emulator(ops: Sequence[str], console: Console) -> None:
+    try:
+        emulator.load(*ops)
+    except FileNotFoundError as error:
+        console.print(f"no backend 'emulated': {error}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

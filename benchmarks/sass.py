@@ -1,0 +1,231 @@
+"""Reads compiled kernels without a GPU: what cuobjdump, nvdisasm and the PTX say of registers, spills, memory and widths."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+SM_SHARED = {80: 164 * 1024, 90: 228 * 1024}  # shared memory of an SM, bytes
+CTA_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # the most that one CTA may have
+PHILOX = ("0x2daee0ad", "0x326172a9", "0xd2511f53", "0xcd9e8d57")  # its two multipliers as nvdisasm writes them
+PHILOX_MULTIPLIES = 19  # wide multiplies of one call: 20, less the first rounds' product with a zero counter word
+
+Widths = dict[str, frozenset[int]]  # "load x" -> bits
+
+
+@dataclass
+class Usage:
+    """What one compiled kernel takes. static_shared and stack in bytes; spills: count of local-memory instructions."""
+
+    registers: int
+    stack: int
+    static_shared: int
+    spills: int = 0
+    atomics: int = 0
+    mufu: int = 0
+    philox: int = 0
+    max_threads: int = 0
+    sass: Counter[str] = field(default_factory=Counter)
+    access: Widths = field(default_factory=dict)
+
+    @property
+    def philox_calls(self) -> int:
+        return round(self.philox / PHILOX_MULTIPLIES)
+
+
+@cache
+def tool(name: str) -> str:
+    """Path of nvcc, cuobjdump or nvdisasm: the toolkit's, else Triton's own. Raises FileNotFoundError."""
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    try:
+        import triton
+
+        folders.append(Path(triton.__file__).parent / "backends/nvidia/bin")
+    except ImportError:
+        pass
+    found = shutil.which(name)
+    for path in [Path(found)] if found else [folder / name for folder in folders]:
+        if path.is_file():
+            return str(path)
+    raise FileNotFoundError(f"no {name} on PATH, in CUDA_HOME, /usr/local/cuda or Triton's package")
+
+
+def read(cubin: Path, ptx: str, arch: int) -> dict[str, Usage]:
+    """Usage of each kernel of a cubin by its (mangled) name; `ptx` is the text it was assembled from."""
+    usage = resources(_output("cuobjdump", "-res-usage", str(cubin)))
+    if arch >= 90:  # there the figure includes the 1 KiB that the system keeps
+        for kernel in usage.values():
+            kernel.static_shared = max(0, kernel.static_shared - 1024)
+    for name, text in functions(_output("nvdisasm", "-c", str(cubin))).items():
+        count_instructions(usage[name], text)
+    for name, (threads, body) in entries(ptx).items():
+        usage[name].max_threads = threads
+        usage[name].access = accesses(body)
+    return usage
+
+
+def _output(name: str, *args: str) -> str:
+    return subprocess.run([tool(name), *args], check=True, capture_output=True, text=True).stdout
+
+
+def resources(text: str) -> dict[str, Usage]:
+    """`cuobjdump -res-usage`."""
+    usage = {}
+    for name, line in re.findall(r"Function (\S+):\n\s*(REG:.*)", text):
+        value = {key: int(number) for key, number in re.findall(r"([A-Z]+):(\d+)", line)}
+        usage[name] = Usage(value["REG"], value["STACK"], value["SHARED"])
+    return usage
+
+
+def functions(sass: str) -> dict[str, str]:
+    """`nvdisasm -c`, split by kernel."""
+    parts = re.split(r"^\.text\.(\S+):$", sass, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+MEMORY = re.compile(r"(LDG|STG|LDGSTS|LDS|STS|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG|REDUX)\b")
+
+
+def width(opcode: str) -> int:
+    """Bits of a memory instruction: LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
+    found = re.search(r"\.[USB]?(8|16|32|64|128|256)\b", opcode)
+    return int(found[1]) if found else 32
+
+
+def count_instructions(usage: Usage, sass: str) -> None:
+    for opcode, operands in INSTRUCTION.findall(sass):
+        kind = MEMORY.match(opcode)
+        if kind:
+            usage.sass[f"{kind[1]}.{width(opcode)}"] += 1
+        usage.spills += opcode.startswith(("LDL", "STL"))
+        usage.atomics += opcode.startswith(("ATOM", "RED.", "REDG", "UBLKRED"))
+        usage.mufu += opcode.startswith("MUFU")
+        multiplies = re.match(r"U?IMAD\.(HI|WIDE)\.U32", opcode) is not None
+        usage.philox += multiplies and any(word in operands for word in PHILOX)
+
+
+def entries(ptx: str) -> dict[str, tuple[int, str]]:
+    """(most threads of a CTA or 0, body) of each kernel of a PTX file."""
+    found = {}
+    for part in re.split(r"\.entry\s+", ptx)[1:]:
+        name = re.match(r"[\w$]+", part)
+        assert name is not None
+        head, _, body = part.partition("{")
+        threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", head)
+        count = 1
+        for number in threads.groups() if threads else ():
+            count *= int(number or 1)
+        found[name[0]] = (count if threads else 0, body)
+    return found
+
+
+STATEMENT = re.compile(r"^\s*(?:\{\s*)?(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+([^;]*)", re.S)
+
+
+def accesses(body: str) -> Widths:
+    """Bits of every access to global memory, by kernel parameter: {"load 0": {128}, "store 3+8": {32}, "atomic 2": {32}}.
+
+    An address is followed back through 64-bit arithmetic to the parameters it comes from, over all paths at once; '?' where it
+    comes from none.
+    """
+    statements = []
+    for line in re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", body, flags=re.M).split(";"):
+        # Labels and declarations may precede an instruction on the same line.
+        if found := STATEMENT.match(re.sub(r"^\s*(?:[\w$.]+:(?!:)\s*)+", "", line)):
+            statements.append((found[1], found[2]))
+    origin = _origins(statements)
+    found_bits: dict[str, set[int]] = {}
+    for opcode, operands in statements:
+        if (access := _access(opcode, operands)) is None:
+            continue
+        verb, bits, register = access
+        for parameter in origin.get(register) or {"?"}:
+            found_bits.setdefault(f"{verb} {parameter}", set()).add(bits)
+    return {key: frozenset(value) for key, value in found_bits.items()}
+
+
+def _origins(statements: list[tuple[str, str]]) -> dict[str, frozenset[str]]:
+    """{64-bit register: kernel parameters whose pointer it may hold, "3" or "3+8" inside a struct}."""
+    places: dict[str, tuple[str, int]] = {}  # registers that hold the address of a parameter
+    origin: dict[str, frozenset[str]] = {}
+    grew = True
+    while grew:
+        grew = False
+        for opcode, operands in statements:
+            target = re.match(r"(%rd\d+|\{[^}]*\})\s*,(.*)", operands, re.S)
+            if target is None or opcode.startswith(("ld.global", "ld.shared", "ld.local", "st", "atom", "red")):
+                continue
+            registers, source = re.findall(r"%rd\d+", target[1]), target[2]
+            place = _place(source, places)
+            if opcode.startswith("ld.param"):
+                sources = frozenset({f"{place[0]}+{place[1]}" if place[1] else place[0]} if place else ())
+            elif place and registers:
+                grew |= registers[0] not in places
+                places.setdefault(registers[0], place)
+                continue
+            else:
+                sources = frozenset().union(*(origin.get(r, frozenset()) for r in _base(opcode, source)))
+            for k, register in enumerate(registers):
+                if k and place:  # ld.param.v2: the next eight bytes
+                    sources = frozenset({f"{place[0]}+{place[1] + 8 * k}"})
+                before = origin.get(register, frozenset())
+                if not sources <= before:
+                    origin[register] = before | sources
+                    grew = True
+    return origin
+
+
+def _place(source: str, places: dict[str, tuple[str, int]]) -> tuple[str, int] | None:
+    """(parameter, offset in bytes) that an operand names: "[kernel_param_0+16]", "kernel_param_0", "[%rd1+8]", "%rd1, 8"."""
+    if found := re.search(r"_param_(\d+)(?:\+(\d+))?\]?\s*$", source):
+        return found[1], int(found[2] or 0)
+    found = re.fullmatch(r"\s*\[?\s*(%rd\d+)(?:\s*[+,]\s*(-?\d+))?\s*\]?\s*", source)
+    if found and found[1] in places:
+        index, offset = places[found[1]]
+        return index, offset + int(found[2] or 0)
+    return None
+
+
+def _base(opcode: str, operands: str) -> list[str]:
+    """Registers whose pointer an instruction hands on; indices are multiplied or shifted before they are added to one."""
+    registers = re.findall(r"%rd\d+", operands)
+    verb = opcode.split(".")[0]
+    if verb in ("add", "mov", "cvta", "selp", "or", "min", "max"):
+        return registers
+    if verb == "mad":
+        return re.findall(r"(%rd\d+)\s*$", operands)
+    return registers[:1] if verb == "sub" else []
+
+
+def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
+    """(verb, bits, address register) of an access to global memory, else None."""
+    verb = {"ld": "load", "st": "store", "atom": "atomic", "red": "atomic", "cp": "load"}.get(opcode.split(".")[0])
+    addresses = re.findall(r"\[\s*(%rd\d+)", operands)
+    if verb is None or not addresses or any(s in opcode for s in (".param", ".local", ".const")):
+        return None
+    if opcode.startswith("cp.async"):
+        size = re.search(r",\s*(?:0x)?(\d+)", operands)
+        return ("load", 8 * int(size[1]), addresses[-1]) if size and ".bulk" not in opcode else None
+    if ".shared" in opcode:
+        return None
+    vector = re.search(r"\.v(\d)", opcode)
+    element = re.search(r"\.[bsuf](8|16|32|64|128)\b", opcode) or re.search(r"x(2)\b", opcode)
+    assert element is not None, f"no element size in {opcode!r}"
+    return verb, int(element[1]) * (int(vector[1]) if vector else 1), addresses[0]
+
+
+def ctas_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
+    """Resident CTAs by registers (256 at a time, four partitions), threads and shared memory (1 KiB a CTA is kept)."""
+    if shared > CTA_SHARED[arch]:
+        return 0
+    warps = -(-threads // 32)
+    by_registers = 4 * (16384 // (-(-registers * 32 // 256) * 256)) // warps
+    by_shared = SM_SHARED[arch] // (-(-(shared + 1024) // 128) * 128)
+    return min(by_registers, 64 // warps, 32, by_shared)

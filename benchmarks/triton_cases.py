@@ -1,0 +1,129 @@
+"""What the launchers of ect_kernels ask Triton's compiler for, for compilation without a GPU: one function an op.
+
+Each gives cases (name, kernel, signature, constexprs, attributes, num_warps, num_stages, note). A name or note with "generic"
+says that no network's shape needs it. GroupNorm's are those of DDPM++ and NCSN++ in float16, all with 32 groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from ect_kernels import consistency_loss_triton as consistency
+from ect_kernels import group_norm_silu_triton as gn
+from ect_kernels import perturb_triton as pt
+from ect_kernels import radam_ema_triton as radam
+from ect_kernels import residual_group_norm_silu_triton as residual
+
+Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], Any], int, int, str]
+NORMS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256, 8), (512, 8)]  # C, H = W
+
+
+def _aligned(signature: dict[str, str], *whole: str) -> dict[tuple[int], Any]:
+    """Attributes: pointers, and the numbers named in `whole`, are multiples of 16."""
+    found = [k for k, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in whole]
+    return {(k,): [["tt.divisibility", 16]] for k in found}
+
+
+def group_norm_silu() -> list[Case]:
+    """Each shape of the first norm of a block, and, where a block has them, of the second (v, dropout) and of the attention's
+    (no activation), forward and backward."""
+    uses = [(c, size, "plain") for c, size in NORMS]
+    uses += [(256, size, "dropout") for size in (32, 16, 8)] + [(256, size, "linear") for size in (16, 8)]
+    cases = []
+    for c, size, use in uses:
+        absent = {"scale", "shift", "dscale", "dshift", *(() if use == "dropout" else ("v", "dv", "seed"))}
+        for kernel in (gn.group_norm_silu_fwd_kernel, gn.group_norm_silu_bwd_kernel):
+            back = kernel is gn.group_norm_silu_bwd_kernel
+            options = gn.options(c, 32, size * size, use != "linear", back, use == "dropout")
+            warps = options.pop("num_warps")
+            constexprs = {**options, **{name: None for name in kernel.arg_names if name in absent}}
+            types = {"eps": "fp32", "inv_keep": "fp32", "threshold": "i32", "layer": "i32", "n0": "i32", "N": "i32"}
+            types |= {"x": "*fp16", "y": "*fp16", "dx": "*fp16", "dy": "*fp16", "seed": "*i64"}
+            signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp32") for a in kernel.arg_names}
+            passes = 1 if options["ROWS"] >= size * size else 2
+            moved = (3, 5)[passes - 1] if back else (2, 3)[passes - 1]
+            name = f"{kernel.__name__} {c}x{size}x{size} {use}"
+            note = f"{passes} pass, {moved}s" + (" (second read from L2)" if passes == 2 else "")
+            cases.append((name, kernel, signature, constexprs, _aligned(signature), warps, 3, note))
+    return cases
+
+
+def residual_group_norm_silu() -> list[Case]:
+    """Forward and backward of each (C, C2) at each size, with and without dropout."""
+    channels = [(128, 0), (256, 0), (256, 128), (128, 256), (256, 256)]
+    kernels = (residual.residual_group_norm_silu_fwd_kernel, residual.residual_group_norm_silu_bwd_kernel)
+    cases = []
+    for hw, (c, c2), drop, kernel in itertools.product((1024, 256, 64), channels, (False, True), kernels):
+        shape, warps = residual.constants(c, c2, 32, hw, True, drop)
+        types = dict.fromkeys(("bias", "skip_bias", "gamma", "beta", "mean", "rstd", "partials"), "*fp32")
+        types |= {"seed": "*i64", "skip_scale": "fp32", "eps": "fp32", "inv_keep": "fp32"}
+        types |= dict.fromkeys(residual.NOT_SPECIALISED, "i32")
+        absent = [name for name, missing in (("other", c2 == 0), ("dother", c2 == 0), ("seed", not drop)) if missing]
+        constexprs: dict[str, Any] = shape | {name: None for name in absent if name in kernel.arg_names}
+        signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp16") for a in kernel.arg_names}
+        way = "fwd" if kernel is kernels[0] else "bwd"
+        name = f"{way} c={c}+{c2} hw={hw} drop={int(drop)}"
+        note = "DRAM 4s and 2s of other" if way == "fwd" else "DRAM 4s and 3s of other: dy, other, dother"
+        cases.append((name, kernel, signature, constexprs, _aligned(signature), warps, 2, note))
+    return cases
+
+
+def perturb() -> list[Case]:
+    cases: list[Case] = []
+    for name, kernel, constant in (
+        ("C3", pt.perturb_fwd_kernel, {"C": 3, "B": pt.GROUPS}),
+        ("C1 (a generic size)", pt.perturb_fwd_kernel, {"C": 1, "B": pt.GROUPS}),
+        ("generic", pt.perturb_generic_fwd_kernel, {"B": pt.BLOCK}),
+    ):
+        for dtype, absent in itertools.product(("*fp16", "*bf16", "*fp32"), (("eps", "flip"), ("eps",), ("seed",))):
+            constexprs = {**constant, **dict.fromkeys(absent)}
+            types = {"images": "*u8", "flip": "*u8", "seed": "*i64", "in_t": dtype, "in_r": dtype, "sd2": "fp32"}
+            types |= dict.fromkeys(("n0", "W", "HW", "chunks", "C"), "i32")
+            signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp32") for a in kernel.arg_names}
+            attrs = _aligned(signature, *(("W", "HW") if kernel is pt.perturb_fwd_kernel else ()))
+            label = f"{name} {dtype[1:]}, no {' or '.join(absent)}"
+            note = "9 B + 2s a value, 4 B more with eps"
+            cases.append((label, kernel, signature, constexprs, attrs, pt.WARPS, 3, note))
+    return cases
+
+
+def consistency_loss() -> list[Case]:
+    kernel = consistency.consistency_loss_fwd_kernel
+    cases: list[Case] = []
+    for size in (3072, 64, 12288):  # 3x32x32, 1x8x8, 3x64x64
+        block, whole, warps = consistency.options(size)
+        note = "3s + 8 B a value" if whole else "generic: 5s + 16 B a value, the second read from L2"
+        note = "generic: less than 16 B a lane" if size == 64 else note
+        for dtype in ("*fp16", "*bf16", "*fp32"):
+            types = [dtype, dtype, *["*fp32"] * 6, dtype, *["fp32"] * 3, "i32", "constexpr", "constexpr"]
+            signature = dict(zip(kernel.arg_names, types, strict=True))
+            constexprs = {"BLOCK": block, "WHOLE": whole}
+            name = f"{size} values {dtype[1:]}"
+            cases.append((name, kernel, signature, constexprs, _aligned(signature, "M"), warps, 3, note))
+    return cases
+
+
+def radam_ema() -> list[Case]:
+    """The three launches, the last with each number of averages and each kind of shadow."""
+    cases: list[Case] = []
+
+    def add(name: str, kernel: Any, types: list[str], note: str, **constants: int) -> None:
+        names = kernel.arg_names
+        signature = dict(zip(names, [*types, *["constexpr"] * (len(names) - len(types))], strict=True))
+        constexprs: dict[str, Any] = {k: constants.get(k) for k, kind in signature.items() if kind == "constexpr"}
+        cases.append((name, kernel, signature, constexprs, _aligned(signature), radam.WARPS, 3, note))
+
+    f32, f64, i64, most = "*fp32", "*fp64", "*i64", radam.MAX_EMAS
+    sizes = {"BLOCK": radam.CHECK_BLOCK, "CHUNK": radam.CHUNK}
+    add("check", radam.radam_ema_check_kernel, [f32, f64, "i32", "i64"], "4 B a parameter", **sizes)
+    sizes = {"BLOCK": radam.PARTIALS_BLOCK, "MAX_EMAS": most}
+    note = "one program: scalars, no tensor"
+    add("scalars", radam.radam_ema_scalars_kernel, [f64, "i32", f64, i64, f32], note, **sizes)
+    for emas, shadow in itertools.product(range(most + 1), ("constexpr", "*fp16", "*bf16")):
+        types = [f32] * (4 + emas) + ["constexpr"] * (most - emas) + [shadow, f32, "i64"]
+        moved = 28 + 8 * emas + (0 if shadow == "constexpr" else 2)
+        name = f"update, {emas} EMAs, shadow {'none' if shadow == 'constexpr' else shadow[1:]}"
+        note = f"{moved} B a parameter (4 more where the clip bites)"
+        add(name, radam.radam_ema_update_kernel, types, note, BLOCK=radam.BLOCK)
+    return cases

@@ -1,0 +1,39 @@
+// 16-byte vectors of float, half and bfloat16, and their conversion to and from fp32.
+#pragma once
+#include "cuda_compat.h"
+#include <stdint.h>
+
+// dtype codes of the launchers: 0 float, 1 half, 2 bfloat16 (native.dtype_code in Python).
+enum DType { F32 = 0, F16 = 1, BF16 = 2 };
+
+template <class T> struct Vec;   // VEC elements of T are one 128-bit access
+template <> struct Vec<float> { static constexpr int N = 4; };
+template <> struct Vec<__half> { static constexpr int N = 8; };
+template <> struct Vec<__nv_bfloat16> { static constexpr int N = 8; };
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+template <class T> __device__ __forceinline__ void unpack(const uint4& v, float (&f)[Vec<T>::N]) {
+  union { uint4 v; T e[Vec<T>::N]; } p; p.v = v;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::N; i++) f[i] = to_float(p.e[i]);
+}
+template <class T> __device__ __forceinline__ uint4 pack(const float (&f)[Vec<T>::N]) {
+  union { uint4 v; T e[Vec<T>::N]; } p;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::N; i++) p.e[i] = from_float<T>(f[i]);
+  return p.v;
+}
+
+__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.f, 1.f + __expf(-z)); }
+
+// Runs CALL with `type T` bound to the element type of a dtype code; returns cudaErrorInvalidValue on an unknown one.
+#define BY_DTYPE(code, CALL) \
+  switch (code) { case F32: { using T = float; CALL; break; } case F16: { using T = __half; CALL; break; } \
+    case BF16: { using T = __nv_bfloat16; CALL; break; } default: return (int)cudaErrorInvalidValue; }

@@ -1,0 +1,47 @@
+// residual_group_norm_silu: x = (a + bias[c] + skip_bias[c] + skip) * skip_scale, written in the tensors' dtype, and
+// y = dropout(silu(GN(cat(x, other)) * gamma + beta)) in one pass, channels-last; groups may straddle x and other.
+// DRAM traffic in tensor sizes s: 4s forward (a, skip, x, y) and backward (dy, x, dx, da) where the slab stays in shared memory.
+#include "gn_backward.cuh"
+#include "gn_forward.cuh"
+
+template <class T, int V> __global__ void __launch_bounds__(gn::THREADS, 3) residual_group_norm_silu_fwd_kernel(const gn::Forward f) {
+  gn::forward<T, V, true>(f);
+}
+template <class T, int V> __global__ void __launch_bounds__(gn::THREADS, 2) residual_group_norm_silu_bwd_kernel(const gn::Backward f) {
+  gn::backward<T, V, true>(f);
+}
+
+extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, const void* skip, const float* skip_bias,
+    const void* other, const float* gamma, const float* beta, const int64_t* seed, void* x, void* y, float* mean, float* rstd,
+    int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t groups, int64_t dtype, int64_t act, int64_t threshold, int64_t layer,
+    int64_t n0, double skip_scale, double eps, double inv_keep, void* stream) {
+  gn::Forward f{};
+  f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
+  f.affine = {gamma, beta, nullptr, nullptr, nullptr};
+  f.act = act != 0; f.eps = float(eps);
+  f.other = other; f.y = y; f.mean = mean; f.rstd = rstd;
+  f.a = a; f.skip = skip; f.bias = bias; f.skip_bias = skip_bias; f.x_out = x; f.skip_scale = float(skip_scale);
+  const bool aligned = gn::aligned16({a, skip, other, x, y});
+  if (!gn::layout(f.p, n, hw, c, c2, groups, gn::dtype_size(dtype), 1, 2, aligned)) return (int)cudaErrorInvalidValue;
+  BY_DTYPE(dtype, return f.p.vector ? gn::start(residual_group_norm_silu_fwd_kernel<T, 8>, f, n, stream)
+                                    : gn::start(residual_group_norm_silu_fwd_kernel<T, 1>, f, n, stream));
+}
+
+extern "C" int residual_group_norm_silu_bwd(const void* dy, const void* dx, const void* x, const void* other,
+    const float* gamma, const float* beta, const int64_t* seed, const float* mean, const float* rstd, void* da, void* dother,
+    float* dgamma, float* dbeta, float* dbias, float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t groups,
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, double skip_scale, double inv_keep, void* stream) {
+  gn::Backward f{};
+  f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
+  f.affine = {gamma, beta, nullptr, nullptr, nullptr};
+  f.act = act != 0; f.n = n;
+  f.dy = dy; f.x = x; f.other = other; f.mean = mean; f.rstd = rstd;
+  f.dx = da; f.dother = dother; f.partials = partials; f.dx_in = dx; f.skip_scale = float(skip_scale);
+  const bool aligned = gn::aligned16({dy, dx, x, other, da, dother});
+  if (!gn::layout(f.p, n, hw, c, c2, groups, gn::dtype_size(dtype), 2, 3, aligned)) return (int)cudaErrorInvalidValue;
+  auto run = [&](auto* kernel) { return gn::start(kernel, f, n, stream); };
+  int error = 0;
+  BY_DTYPE(dtype, error = f.p.vector ? run(residual_group_norm_silu_bwd_kernel<T, 8>) : run(residual_group_norm_silu_bwd_kernel<T, 1>));
+  if (error != 0) return error;
+  return sum_over_n({partials, {dgamma, dbeta, dbias}, {int(c + c2), int(c + c2), int(c)}, n, int(c + c2)}, 3, stream);
+}

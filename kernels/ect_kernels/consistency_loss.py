@@ -1,0 +1,174 @@
+"""consistency_loss: the loss of each sample from the two raw network outputs, and its gradient, in one launch.
+
+    D_t = c_skip(t) x_t + c_out(t) F_t,   c_skip(s) = sd^2 / (s^2 + sd^2),   c_out(s) = s sd / sqrt(s^2 + sd^2)
+    target = c_skip(r) x_r + c_out(r) F_r   where r > 0, else x_r (F_r is not read)                     sd: sigma_data
+    s = ||D_t - target||^2,  q = sqrt(s + c^2) (1 where that is 0),  loss = weight s / (q + c)
+    dF = d loss / d F_t = weight c_out(t) (D_t - target) / q
+
+One sample is one sum: whatever is not finite in it stays in it. The gradient at distance 0 is 0, also for c = 0. Where s
+overflows, loss and gradient are NaN, as autograd makes them.
+Sources: Geng et al., "Consistency models made easy" (ECT, arXiv 2406.14548), section 3; Karras et al., 2022 (EDM), table 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ect_kernels import native
+from ect_kernels.dispatch import Backend, Op
+from ect_kernels.tensors import check_shapes, nhwc, register, wide
+
+DRAM = {
+    "forward": "3s + 8 B a value: F_t, F_r, x_t, x_r read, dF written (samples too large for the chip are read again, from L2)",
+    "backward": "2s",
+}
+
+
+class Inputs(NamedTuple):
+    """Arguments of the op: images [N, C, H, W], vectors [N]."""
+
+    F_t: Tensor
+    F_r: Tensor
+    x_t: Tensor
+    x_r: Tensor
+    t: Tensor
+    r: Tensor
+    weight: Tensor
+    c: float
+    sigma_data: float
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of the arithmetic and of the loss."""
+        return wide(self.F_t)
+
+
+class Output(NamedTuple):
+    """loss: [N], wide. dF: like F_t, channels-last."""
+
+    loss: Tensor
+    dF: Tensor
+
+
+def _output(i: Inputs) -> Output:
+    """Room for the results."""
+    dF = torch.empty_like(i.F_t, memory_format=torch.channels_last)
+    return Output(i.F_t.new_empty(i.F_t.shape[0], dtype=i.wide), dF)
+
+
+def reference_fwd(i: Inputs) -> Output:
+    n, sd = i.F_t.shape[0], i.sigma_data
+
+    def denoised(F: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        total = (sigma**2 + sd**2).view(n, 1, 1, 1)
+        return sd**2 / total * x + (sigma * sd).view(n, 1, 1, 1) / total.sqrt() * F.to(i.wide)
+
+    has_teacher = (i.r > 0).view(n, 1, 1, 1)
+    d = denoised(i.F_t, i.x_t, i.t) - torch.where(has_teacher, denoised(i.F_r, i.x_r, i.r), i.x_r)
+    s = d.square().flatten(1).sum(1)
+    radicand = s + i.c * i.c
+    root = torch.where(radicand == 0, torch.ones_like(radicand), radicand).sqrt()
+    slope = i.weight * (i.t * sd / (i.t**2 + sd**2).sqrt()) / root + (s - s)  # s - s: 0, or NaN where s overflowed
+    out = _output(i)
+    out.dF.copy_(slope.view(n, 1, 1, 1) * d)
+    return out._replace(loss=i.weight * (s / (root + i.c)))
+
+
+def triton_fwd(i: Inputs) -> Output:
+    from ect_kernels import consistency_loss_triton
+
+    out = _output(i)
+    consistency_loss_triton.forward(i, out)
+    return out
+
+
+def _limits(i: Inputs) -> str | None:
+    if i.F_t.dtype not in native.DTYPES:
+        return f"dtype {i.F_t.dtype}"
+    return "samples of 2^28 values or more" if i.F_t.shape[1:].numel() >= 1 << 28 else None
+
+
+def _native(backend: str) -> Backend:
+    """csrc/consistency_loss.cu, on the GPU ('cuda') or through the emulator ('emulated')."""
+
+    def fwd(i: Inputs) -> Output:
+        out = _output(i)
+        sizes = (i.F_t.shape[0], i.F_t.shape[1:].numel(), native.DTYPES[i.F_t.dtype])
+        native.launch(backend, "consistency_loss_fwd", *i[:7], *out, *sizes, float(i.c), float(i.sigma_data))
+        return out
+
+    return Backend(fwd, limits=_limits)
+
+
+OP = Op("consistency_loss", {
+    "reference": Backend(reference_fwd),
+    "triton": Backend(triton_fwd, limits=_limits),
+    "cuda": _native("cuda"),
+    "emulated": _native("emulated"),
+})  # fmt: skip
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    i, backend = Inputs(*args[:-1]), args[-1]
+    if i.F_t.numel() == 0:
+        loss, dF = _output(i)
+        return loss.zero_(), dF
+    dtypes = (i.F_t.dtype, i.F_t.dtype, i.wide, i.wide)
+    F_t, F_r, x_t, x_r = (nhwc(x.to(d)) for x, d in zip(i[:4], dtypes, strict=True))
+    t, r, weight = (v.to(i.wide).contiguous() for v in i[4:7])
+    return tuple(OP.backends[backend].fwd(Inputs(F_t, F_r, x_t, x_r, t, r, weight, i.c, i.sigma_data)))
+
+
+def _backward(dF: Tensor, dloss: Tensor) -> Tensor:
+    """dF times the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
+    return torch.mul(dF, dloss.view(-1, 1, 1, 1), out=torch.empty_like(dF))
+
+
+_forward_op = register(
+    "consistency_loss",
+    """(Tensor F_t, Tensor F_r, Tensor x_t, Tensor x_r, Tensor t, Tensor r, Tensor weight, float c, float sigma_data,
+    str backend) -> (Tensor loss, Tensor dF)""",
+    _forward,
+    lambda *args: tuple(_output(Inputs(*args[:-1]))),
+)
+_backward_op = register(
+    "consistency_loss_bwd", "(Tensor dF, Tensor dloss) -> Tensor", _backward, lambda dF, dloss: torch.empty_like(dF)
+)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _autograd(ctx: torch.autograd.function.FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    (dF,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    return (_backward_op(dF, dloss), *(None for _ in range(9)))
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def consistency_loss(
+    F_t: Tensor, F_r: Tensor, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, weight: Tensor, c: float, sigma_data: float,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """weight (sqrt(||D_t - target||^2 + c^2) - c), float32 [N]; see the module's formulas. Gradient: F_t alone.
+
+    Args: F_t, F_r: student's and teacher's raw network outputs [N, C, H, W], fp16, bf16 or fp32. x_t, x_r: their noisy images,
+    fp32 (all made channels-last if they are not). t, r, weight: fp32 [N]; t > r >= 0. c: >= 0, 0 is the plain distance.
+    Raises ValueError, dispatch.BackendError.
+    """
+    shape = tuple(F_t.shape)
+    if F_t.dim() != 4:
+        raise ValueError(f"consistency_loss: F_t is {shape}, expected [N, C, H, W]")
+    vectors = ("t", t, shape[:1]), ("r", r, shape[:1]), ("weight", weight, shape[:1])
+    check_shapes("consistency_loss", ("F_r", F_r, shape), ("x_t", x_t, shape), ("x_r", x_r, shape), *vectors)
+    if not c >= 0:
+        raise ValueError(f"consistency_loss: c is {c}, expected 0 or more")
+    inputs = Inputs(F_t, F_r, x_t, x_r, t, r, weight, c, sigma_data)
+    loss: Tensor = _forward_op(*inputs, OP.pick(F_t.device, (inputs,), backend))[0]
+    return loss

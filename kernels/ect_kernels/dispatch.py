@@ -1,0 +1,141 @@
+"""Which implementation of an operation runs: chosen once per op and device, printed as a table, never silently slow.
+
+Order: the `backend` argument of a call, then `set_choice` (the trainer's --kernels), then the environment variable ECT_KERNELS,
+each of the form "group_norm_silu=cuda,*=triton", then `auto`. A named backend that cannot run raises BackendError with the
+reason; only `auto` may fall back, and it warns once for each shape that makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ect_kernels import native
+
+NAMES = ("reference", "triton", "cuda", "apex", "emulated")
+AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("reference",)}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run; the message says which, why, and what can."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One written form of an op.
+
+    fwd, bwd: functions of the op's registered forward and backward (bwd None for an op without). limits: called with the
+    arguments of fwd, returns why this backend cannot take them, or None.
+    """
+
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any] | None = None
+    limits: Callable[..., str | None] = lambda *args: None
+
+
+@dataclass
+class Op:
+    """An operation and its written forms by name."""
+
+    name: str
+    backends: Mapping[str, Backend]
+    _warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    def pick(self, device: torch.device, args: tuple[Any, ...], backend: str | None = None) -> str:
+        """The backend for a call with these forward arguments on `device`. Raises BackendError for a named one that cannot."""
+        name = backend or requested(self.name)
+        if name is not None:
+            reason = self.why_not(name, device) or self.backends[name].limits(*args)
+            if reason is not None:
+                raise BackendError(
+                    f"{self.name}: backend {name!r} cannot run: {reason}; have: {', '.join(self.usable(device))}"
+                )
+            return name
+        first = None
+        for name in self.candidates(device):
+            reason = self.backends[name].limits(*args)
+            if reason is None:
+                if first is not None and first not in self._warned:
+                    self._warned.add(first)
+                    warnings.warn(f"{self.name}: {first}; using {name}", stacklevel=3)
+                return name
+            first = first or f"{name} does not take {reason}"
+        raise BackendError(f"{self.name}: {first}; no backend does")
+
+    def candidates(self, device: torch.device) -> list[str]:
+        return [name for name in AUTO.get(device.type, ("reference",)) if self.why_not(name, device) is None]
+
+    def usable(self, device: torch.device) -> list[str]:
+        return [name for name in self.backends if self.why_not(name, device) is None]
+
+    def why_not(self, name: str, device: torch.device) -> str | None:
+        """Why backend `name` cannot run on `device` at all, or None."""
+        if name not in self.backends:
+            return f"this op has no such backend, but {', '.join(self.backends)}"
+        if name in ("cuda", "apex") and device.type != "cuda":
+            return f"it needs CUDA tensors, these are on {device.type}"
+        if name == "cuda":
+            return native.why_not_built(device)
+        if name == "triton":
+            return native.why_no_triton(device)
+        if name == "emulated":
+            return "it runs on CPU tensors" if device.type != "cpu" else native.why_not_emulated()
+        if name == "apex":
+            return native.why_no_apex()
+        return None
+
+
+OPS: dict[str, Op] = {}
+_choice: dict[str, str] = {}
+
+
+def parse_choice(text: str) -> dict[str, str]:
+    """{"op or *": "backend"} of "op=backend,*=backend"; a lone backend name stands for all ops. Raises BackendError."""
+    choice = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, name = part.rpartition("=")
+        op = op.strip() or "*"
+        if name not in NAMES or (op != "*" and op not in OPS):
+            known = f"ops {', '.join(OPS)} or *; backends {', '.join(NAMES)}"
+            raise BackendError(f"cannot read {part!r} in {text!r}; expected op=backend with {known}")
+        choice[op] = name
+    return choice
+
+
+def set_choice(text: str | None) -> None:
+    """Choose backends for all following calls; None or '' goes back to ECT_KERNELS and auto."""
+    global _choice
+    _choice = parse_choice(text or "")
+
+
+def requested(op: str) -> str | None:
+    """The backend asked for by name for this op, or None for auto."""
+    for choice in (_choice, parse_choice(os.environ.get("ECT_KERNELS", ""))):
+        name = choice.get(op, choice.get("*"))
+        if name is not None:
+            return name
+    return None
+
+
+def table(device: torch.device) -> list[tuple[str, str, str]]:
+    """(op, backend, why) for each op on `device`, as `auto` or the request decides before any shape is known."""
+    rows = []
+    for op in OPS.values():
+        name = requested(op.name)
+        if name is not None:
+            reason = op.why_not(name, device)
+            rows.append((op.name, name, "asked for by name" if reason is None else f"CANNOT RUN: {reason}"))
+            continue
+        name = op.candidates(device)[0]
+        passed = [f"{other}: {op.why_not(other, device)}" for other in ("cuda", "triton") if op.why_not(other, device)]
+        why = "; ".join(passed) if name == "reference" and passed else f"first choice on {device.type}"
+        rows.append((op.name, name, why))
+    return rows

@@ -1,0 +1,102 @@
+"""Calls the C launchers of csrc/: on the GPU through the built extension, on the CPU through the emulator's library.
+
+Every launcher has the form `extern "C" int op_fwd(pointers, int64_t, double ..., void* stream)` and returns a CUDA error code.
+So one calling convention serves both: tensors go as addresses (None as 0), ints as int64, floats as double.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Argument = Tensor | int | float | bool | None
+
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""dtype codes of the launchers (csrc/common/vec.cuh)."""
+
+
+@lru_cache(None)
+def extension() -> Any | None:
+    """The compiled module ect_kernels._C, or None where it was not built."""
+    try:
+        return importlib.import_module("ect_kernels._C")
+    except ImportError:
+        return None
+
+
+def why_not_built(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on `device`, or None."""
+    module = extension()
+    if module is None:
+        return "the CUDA extension was not built (no nvcc at install time); reinstall with nvcc on PATH"
+    major, minor = torch.cuda.get_device_capability(device)
+    have = 10 * major + minor
+    if not any(arch == have or (arch // 10 == major and arch <= have) or ptx <= have for arch, ptx in module.archs()):
+        return f"it was built for {module.archs()}, not for sm_{have}; reinstall with ECT_CUDA_ARCHS={have}"
+    return None
+
+
+@lru_cache(None)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`, or None. On CPU tensors they run under TRITON_INTERPRET=1 only."""
+    if not _has_triton():
+        return "triton is not installed (it exists for Linux)"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "it needs a GPU, or TRITON_INTERPRET=1"
+
+
+def why_no_apex() -> str | None:
+    """Why NVIDIA apex's GroupNorm cannot be used, or None."""
+    try:
+        importlib.import_module("apex.contrib.group_norm")
+    except ImportError:
+        return "apex.contrib.group_norm is not installed (NVIDIA/apex from source; PyPI's apex is another project)"
+    return None
+
+
+_emulated: list[ctypes.CDLL] = []
+
+
+def load_emulator(path: str | os.PathLike[str]) -> None:
+    """Use a library that benchmarks/emulator.py made of a .cu file, for backend 'emulated'."""
+    library = ctypes.CDLL(os.fspath(path))
+    library.cuda_host_message.restype = ctypes.c_char_p
+    _emulated.insert(0, library)
+
+
+def why_not_emulated() -> str | None:
+    return None if _emulated else "no emulator library is loaded (load() of benchmarks/emulator.py)"
+
+
+def launch(backend: str, name: str, *args: Argument) -> None:
+    """Run launcher `name` on the current stream. Raises RuntimeError with CUDA's (or the emulator's) message.
+
+    Tensors must outlive the call, which their use on the same stream ensures.
+    """
+    values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    if backend == "cuda":
+        module = extension()
+        assert module is not None
+        getattr(module, name)(*values, torch.cuda.current_stream().cuda_stream)
+        return
+    assert backend == "emulated"
+    library = next((lib for lib in _emulated if hasattr(lib, name)), None)
+    if library is None:
+        raise RuntimeError(f"{name}: not in the emulator libraries that are loaded")
+    converted = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(int(v)) for v in values]
+    code = getattr(library, name)(*converted, ctypes.c_void_p(0))
+    if code != 0:
+        raise RuntimeError(f"{name}: error {code}: {library.cuda_host_message().decode()}")

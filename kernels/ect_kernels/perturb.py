@@ -1,0 +1,162 @@
+"""perturb: from uint8 images to the inputs of student and teacher, and the noisy images their denoisers need.
+
+    y = images / 127.5 - 1, mirrored left to right where flip[n]
+    x_t = y + t[n] eps,  x_r = y + r[n] eps                                 fp32
+    in_t = x_t / sqrt(t^2 + sigma_data^2),  in_r likewise with r            in `dtype`; with 1 for r where r = 0
+
+eps is given or drawn: element j = (c H + h) W + w of sample n is philox.normal(seed, STREAM_EPS, n0, N, C H W)[n, j], from the
+same uniform bits in every backend. A row with r = 0 has no teacher (its target is y), so in_r only has to be finite.
+Source: Geng et al., "Consistency models made easy" (ECT, arXiv 2406.14548); c_in: Karras et al., 2022 (EDM), table 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ect_kernels import native, philox
+from ect_kernels.dispatch import Backend, Op
+from ect_kernels.tensors import check_shapes, nhwc, register
+
+DRAM = {"forward": "9 B + 2s a value: uint8 read, fp32 x_t, x_r and in_t, in_r written (4 B more where eps is given)"}
+MAX_ROW = 8192  # values in a row of an image: what the CUDA kernel keeps in shared memory
+
+
+class Inputs(NamedTuple):
+    """Arguments of the op."""
+
+    images: Tensor
+    t: Tensor
+    r: Tensor
+    seed: Tensor | None
+    flip: Tensor | None
+    eps: Tensor | None
+    sigma_data: float
+    n0: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the outputs: N, C, H, W."""
+        n, h, w, c = self.images.shape
+        return n, c, h, w
+
+
+class Output(NamedTuple):
+    """Channels-last [N, C, H, W]; in_t and in_r in `dtype`, x_t and x_r in t's dtype."""
+
+    in_t: Tensor
+    in_r: Tensor
+    x_t: Tensor
+    x_r: Tensor
+
+
+def _output(i: Inputs) -> Output:
+    """Room for the results."""
+    dtypes = (i.dtype, i.dtype, i.t.dtype, i.t.dtype)
+    return Output(*(i.images.new_empty(i.shape, dtype=d).to(memory_format=torch.channels_last) for d in dtypes))
+
+
+def reference_fwd(i: Inputs) -> Output:
+    """Arithmetic in t's dtype, fp32 or fp64."""
+    n, wide = i.shape[0], i.t.dtype
+    images = i.images if i.flip is None else torch.where(i.flip.view(n, 1, 1, 1), i.images.flip(2), i.images)
+    y = images.permute(0, 3, 1, 2).to(wide) / 127.5 - 1
+    eps = i.eps
+    if eps is None:
+        assert i.seed is not None
+        eps = philox.normal(i.seed, philox.STREAM_EPS, i.n0, n, y[0].numel(), y.device).view(i.shape)
+    out = _output(i)
+    for sigma, x, scaled in ((i.t, out.x_t, out.in_t), (i.r, out.x_r, out.in_r)):
+        x.copy_(y + sigma.view(n, 1, 1, 1) * eps.to(wide))
+        positive = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+        scaled.copy_(x * (1 / (positive**2 + i.sigma_data**2).sqrt()).view(n, 1, 1, 1))
+    return out
+
+
+def triton_fwd(i: Inputs) -> Output:
+    from ect_kernels import perturb_triton
+
+    out = _output(i)
+    perturb_triton.forward(i, out)
+    return out
+
+
+def _limits(i: Inputs) -> str | None:
+    if i.t.dtype != torch.float32 or i.dtype not in native.DTYPES:
+        return f"t of {i.t.dtype} with dtype {i.dtype}"
+    _, c, h, w = i.shape
+    return "images of 2^28 values or more" if c * h * w >= 1 << 28 else None
+
+
+def _native(backend: str) -> Backend:
+    """csrc/perturb.cu, on the GPU ('cuda') or through the emulator ('emulated')."""
+
+    def fwd(i: Inputs) -> Output:
+        out = _output(i)
+        n, c, h, w = i.shape
+        tensors = (i.images, i.t, i.r, i.seed, i.flip, i.eps, *out)
+        native.launch(backend, "perturb_fwd", *tensors, n, h, w, c, native.DTYPES[i.dtype], i.n0, float(i.sigma_data))
+        return out
+
+    def limits(i: Inputs) -> str | None:
+        _, c, _, w = i.shape
+        return _limits(i) or (f"rows of more than {MAX_ROW} values" if w * c > MAX_ROW else None)
+
+    return Backend(fwd, limits=limits)
+
+
+OP = Op("perturb", {
+    "reference": Backend(reference_fwd),
+    "triton": Backend(triton_fwd, limits=_limits),
+    "cuda": _native("cuda"),
+    "emulated": _native("emulated"),
+})  # fmt: skip
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    i, backend = Inputs(*args[:-1]), args[-1]
+    if i.images.numel() == 0:
+        return tuple(_output(i))
+    i = i._replace(images=i.images.contiguous(), t=i.t.contiguous(), r=i.r.contiguous())
+    if i.flip is not None:
+        i = i._replace(flip=i.flip.contiguous())
+    if i.eps is not None:
+        i = i._replace(eps=nhwc(i.eps.to(i.t.dtype)))
+    return tuple(OP.backends[backend].fwd(i))
+
+
+_forward_op = register(
+    "perturb",
+    """(Tensor images, Tensor t, Tensor r, Tensor? seed, Tensor? flip, Tensor? eps, float sigma_data, int n0,
+    ScalarType dtype, str backend) -> (Tensor in_t, Tensor in_r, Tensor x_t, Tensor x_r)""",
+    _forward,
+    lambda *args: tuple(_output(Inputs(*args[:-1]))),
+)
+
+
+def perturb(
+    images: Tensor, t: Tensor, r: Tensor, sigma_data: float, seed: Tensor | None, n0: int = 0, flip: Tensor | None = None,
+    eps: Tensor | None = None, dtype: torch.dtype = torch.float32, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(in_t, in_r, x_t, x_r), channels-last [N, C, H, W]; formulas above. Nothing here has a gradient.
+
+    Args: images: uint8 [N, H, W, C]. t, r: float32 [N], t > 0, r >= 0. sigma_data: standard deviation of the data. seed: 0-d
+    int64 tensor on the images' device; n0: global number of images[0]. flip: bool [N] or None. eps: [N, C, H, W], or None to
+    draw it (seed is not read otherwise). dtype: of in_t and in_r. Raises ValueError, dispatch.BackendError.
+    """
+    if images.dim() != 4 or images.dtype != torch.uint8:
+        raise ValueError(f"perturb: images are {images.dtype} {tuple(images.shape)}, expected uint8 [N, H, W, C]")
+    n, h, w, c = images.shape
+    check_shapes("perturb", ("t", t, (n,)), ("r", r, (n,)), ("flip", flip, (n,)), ("eps", eps, (n, c, h, w)))
+    if r.dtype != t.dtype or t.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"perturb: t and r are {t.dtype} and {r.dtype}, expected float32")
+    if flip is not None and flip.dtype != torch.bool:
+        raise ValueError(f"perturb: flip is {flip.dtype}, expected bool")
+    if eps is None and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"perturb: drawing eps needs a seed, a 0-d int64 tensor; found {seed}")
+    inputs = Inputs(images, t, r, seed if eps is None else None, flip, eps, sigma_data, n0, dtype)
+    in_t, in_r, x_t, x_r = _forward_op(*inputs, OP.pick(images.device, (inputs,), backend))
+    return in_t, in_r, x_t, x_r

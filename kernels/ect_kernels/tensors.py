@@ -1,0 +1,51 @@
+"""What the ops do alike to their tensors, and how they are registered with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Some = TypeVar("Some", Tensor, Tensor | None)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on x: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def fp32(v: Tensor | None) -> Tensor | None:
+    """A vector as the kernels read it: contiguous float32."""
+    return None if v is None else v.to(torch.float32).contiguous()
+
+
+def nhwc(x: Some) -> Some:
+    """x channels-last: itself, or a copy."""
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_image(like: Tensor, channels: int) -> Tensor:
+    """Channels-last [N, channels, H, W], its strides the same for fakes also where H = W = 1 would make them ambiguous."""
+    n, _, h, w = like.shape
+    return like.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
+
+
+def check_shapes(op: str, *named: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raises ValueError for the first of (name, tensor or None, expected shape) that has another shape."""
+    for name, tensor, shape in named:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
+
+
+def register(
+    name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> torch.library.CustomOpDef:
+    """ect::<name>, a functional op of this schema, which may be broken into lines.
+
+    function: runs it. fake: gives its results' shapes and strides.
+    """
+    op = torch.library.custom_op(f"ect::{name}", mutates_args=(), schema=" ".join(schema.split()))(function)
+    op.register_fake(fake)
+    return op

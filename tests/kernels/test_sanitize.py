@@ -1,0 +1,73 @@
+"""The emulator's sanitizer builds: they catch planted bugs of every kind, and pass every CUDA kernel of csrc/."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import emulator
+import pytest
+
+HERE = emulator.ROOT / "tests" / "emulator"
+CLEAN, NO_BARRIER, GLOBAL_END, SHARED_END, MISALIGNED, UNWRITTEN, DIVERGENT, LOST_ADD, NO_WAIT = range(9)
+# (planted bug, kind of build, what its report says)
+CAUGHT = [
+    (NO_BARRIER, "thread", "data race"),
+    (NO_BARRIER, "program", "value: y"),
+    (GLOBAL_END, "address", "heap-buffer-overflow"),
+    (SHARED_END, "address", "out of bounds"),
+    (SHARED_END, "program", "value: y"),
+    (MISALIGNED, "address", "misaligned address"),
+    (UNWRITTEN, "program", "value: y"),
+    (UNWRITTEN, "address", "value: y"),
+    (DIVERGENT, "program", "divergent __syncthreads"),
+    (DIVERGENT, "thread", "divergent __syncthreads"),
+    (LOST_ADD, "thread", "data race"),
+    (NO_WAIT, "program", "value: y"),
+]
+KINDS = ("program", "address", "thread")
+
+
+@cache
+def _build(kind: str, *files: Path) -> Path:
+    return emulator.build(kind, *files)
+
+
+def run(kind: str, source: Path, main: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Build (once) and run a sanitizer main; skips where g++ or CUDA's headers are missing."""
+    try:
+        program = _build(kind, source, main)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    # Threads last to first, so that what a missing barrier leaves open is read before it is written.
+    env = {**os.environ, "CUDA_HOST_ORDER": "rev"}
+    return subprocess.run([program, *args], capture_output=True, text=True, env=env, timeout=300)
+
+
+def plant(kind: str, number: int) -> subprocess.CompletedProcess[str]:
+    return run(kind, HERE / "plants.cu", HERE / "plants_main.cpp", str(number))
+
+
+@pytest.mark.parametrize(("number", "kind", "report"), CAUGHT)
+def test_planted_bug_is_caught(number: int, kind: str, report: str) -> None:
+    result = plant(kind, number)
+    assert result.returncode != 0
+    assert report in result.stderr, result.stderr[:2000]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_kernel_passes(kind: str) -> None:
+    result = plant(kind, CLEAN)
+    assert result.returncode == 0, result.stderr[:2000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("source", emulator.sources(), ids=lambda path: path.stem)
+def test_kernels_pass_the_sanitizers(source: Path, kind: str) -> None:
+    main = HERE / f"san_{source.stem}.cpp"
+    assert main.is_file(), f"no sanitizer main {main.name} for {source.name}"
+    result = run(kind, source, main)
+    assert result.returncode == 0, (result.stdout + result.stderr)[:4000]
