@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo test test-gpu sanitize check format readme clean
+.PHONY: demo test test-gpu sanitize check format readme kernel-report clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -25,6 +25,9 @@ check: .venv/.test-installed
 format: .venv/.test-installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+kernel-report: .venv/.test-installed  # registers, spills, access widths of every kernel, against the bars
+	$(BIN)/python benchmarks/kernel_report.py --check
 
 readme: .venv/.installed  # train the digits anew, and put their picture, tables and checkpoint where they are shown
 	rm -rf runs/readme
