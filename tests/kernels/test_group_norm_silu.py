@@ -61,7 +61,8 @@ def prepare(device: str, backend: str, dtype: torch.dtype = FP32) -> torch.devic
 
 def inputs(
     n: int, c: int, groups: int, h: int, w: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, v: bool = False,
-    modulated: bool = False, act: bool = True, p: float = 0.0, mean: float = 0.0, std: float = 1.0, v_mean: float = 0.0, n0: int = 3,
+    modulated: bool = False, act: bool = True, p: float = 0.0, mean: float = 0.0, std: float = 1.0, v_mean: float = 0.0,
+    n0: int = 3,
 ) -> dict[str, Any]:  # fmt: skip
     generator = torch.Generator().manual_seed(c * h + w)
 
