@@ -140,7 +140,7 @@ class Config:
     device: str = "auto"
     """'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1'."""
     threads: int | None = None
-    """CPU threads. None: as many as physical cores that this process may use."""
+    """CPU threads. None: as many as CPUs that this process may use."""
     kernels: str = ""
     """Backends of the fused ops, e.g. 'group_norm_silu=cuda,*=triton' (python -m ect_kernels lists them). Empty: automatic."""
     dry_run: bool = False

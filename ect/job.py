@@ -127,11 +127,16 @@ class Job:
         """One phase, from its last checkpoint if it has one. Returns its model file, or None if stopped before its end."""
         run_dir.mkdir(exist_ok=True)
         resume = None
-        if self.cfg.resume is not None and (run_dir / "latest").is_file():
+        if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
-            resume = named if named.is_file() and named.parent == run_dir else run_dir
+            if named.is_file() and named.parent == run_dir and named.name != "config.json":
+                resume = named
+            elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
+                resume = run_dir
         cfg = replace(cfg, resume=resume)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop)
+        if self.cfg.preset != "digits" and cfg.objective.kind == "consistency" and cfg.init_from is None and not resume:
+            trainer.notes.append("no --init-from: training a consistency model from scratch, not tuning a teacher")
         self._write_config(cfg, run_dir)
         self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
         total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None

@@ -45,7 +45,9 @@ class Mapping:
             raise ValueError(f"mapping q is {self.q}; it divides the gap at each stage and must be greater than 1")
 
     def __call__(self, t: Tensor, stage: Tensor | int) -> Tensor:
-        """t [N] > 0 and a stage (int or 0-d tensor, >= 0) -> r [N] with 0 <= r < t, in t's dtype."""
+        """t [N] > 0 and a stage (int or 0-d tensor, >= 0) -> r [N] with 0 <= r <= t, in t's dtype.
+
+        r = t only where the gap q^-(stage + 1) is below the dtype's rounding (fp32: 2^-24)."""
         power = torch.as_tensor(stage, dtype=torch.float64, device=t.device) + 1
         decay = (self.q**-power).to(t.dtype)
         n = 1 + self.k * torch.sigmoid(-self.b * t) if self.kind == "sigmoid" else torch.ones_like(t)

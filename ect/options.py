@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from ect.config import PRESETS, Config
 from ect.errors import UserError
 
 T = TypeVar("T")
+MAX_TIGHTNESS = 16
+"""log2 of the largest q^n_stages: 1 - r/t falls to 2^-16, which fp32 still resolves to 1 part in 256."""
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -106,16 +110,31 @@ def describe(cfg: Config) -> str:
                 if name != "dry-run":
                     lines.append(f"--{prefix}{name}" if item else f"--{prefix}no-{name}")
             else:
-                text = " ".join(map(str, item)) if isinstance(item, tuple) else str(item)
+                text = shlex.join(map(str, item)) if isinstance(item, tuple) else shlex.quote(str(item))
                 lines.append(f"--{prefix}{name} {text}")
 
     walk(cfg, "")
     return "\n".join(lines)
 
 
+def _numbers(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """(option, value) of every float, nested dicts included."""
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{name}.")
+        else:
+            items = value if isinstance(value, list) else [value]
+            found += [(f"{prefix}{name}".replace("_", "-"), item) for item in items if isinstance(item, float)]
+    return found
+
+
 def check(cfg: Config) -> None:
     """Raises UserError naming the first option whose value is impossible."""
-    micro = cfg.micro_batch
+    micro, mult = cfg.micro_batch, cfg.net.channel_mult
+    for name, number in _numbers(to_dict(cfg)):
+        if not math.isfinite(number):
+            raise UserError(f"--{name} {number}: expected a finite number")
     rules: list[tuple[str, Any, bool, str]] = [
         ("--batch", cfg.batch, cfg.batch >= 1, "at least 1"),
         ("--micro-batch", micro, micro is None or (micro >= 1 and cfg.batch % micro == 0), f"a divisor of --batch {cfg.batch}"),
@@ -128,6 +147,15 @@ def check(cfg: Config) -> None:
         ("--net.sigma-data", cfg.net.sigma_data, cfg.net.sigma_data > 0, "greater than 0"),
         ("--net.model-channels", cfg.net.model_channels, cfg.net.model_channels >= 4 and cfg.net.model_channels % 4 == 0,
          "a multiple of 4"),
+        ("--net.channel-mult", mult, len(mult) > 0 and min(mult) >= 1, "one factor of at least 1 for each resolution"),
+        ("--pretrain.total-kimg", cfg.pretrain.total_kimg, cfg.pretrain.total_kimg >= 0, "0 (no pretraining) or more"),
+        *(
+            (f"--log.{name}-kimg", value, value >= 0, "0 or greater")
+            for name, value in [
+                ("stats", cfg.log.stats_kimg), ("sample", cfg.log.sample_kimg), ("eval", cfg.log.eval_kimg),
+                ("checkpoint", cfg.log.checkpoint_kimg),
+            ]
+        ),
         ("--net.num-blocks", cfg.net.num_blocks, cfg.net.num_blocks >= 1, "at least 1"),
         ("--log.keep", cfg.log.keep, cfg.log.keep >= 1, "at least 1"),
         ("--eval.samples", cfg.eval.samples, cfg.eval.samples == 0 or cfg.eval.samples >= 2, "0 (off) or at least 2"),
@@ -146,6 +174,26 @@ def check(cfg: Config) -> None:
             (f"--{prefix}objective.P-std", objective.P_std, objective.P_std > 0, "greater than 0"),
             (f"--{prefix}objective.n-stages", objective.n_stages, objective.n_stages >= 1, "at least 1"),
             (f"--{prefix}objective.stage-kimg", objective.stage_kimg, objective.stage_kimg > 0, "greater than 0"),
+            (
+                f"--{prefix}optim.decay-kimg",
+                optim.decay_kimg,
+                optim.decay_kimg >= 0 and (optim.decay != "rsqrt" or optim.decay_kimg > 0),
+                "0 or greater, and above 0 for decay rsqrt",
+            ),
+            (f"--{prefix}optim.warmup-kimg", optim.warmup_kimg, optim.warmup_kimg >= 0, "0 or greater"),
+            (
+                f"--{prefix}optim.ema-rampup",
+                optim.ema_rampup,
+                optim.ema_rampup is None or optim.ema_rampup > 0,
+                "greater than 0",
+            ),
+            (f"--{prefix}objective.b", objective.b, objective.b >= 0, "0 or greater"),
+            (
+                f"--{prefix}objective.n-stages",
+                objective.n_stages,
+                objective.kind == "diffusion" or objective.n_stages * math.log2(max(objective.q, 1.0)) <= MAX_TIGHTNESS,
+                f"q^n_stages of at most 2^{MAX_TIGHTNESS}: beyond, t - r drowns in fp32 rounding",
+            ),
             (f"--{prefix}optim.lr", optim.lr, optim.lr > 0, "greater than 0"),
             (f"--{prefix}optim.betas", optim.betas, all(0 <= b < 1 for b in optim.betas), "from 0 to below 1"),
             (f"--{prefix}optim.eps", optim.eps, optim.eps >= 0, "0 or greater"),

@@ -29,7 +29,8 @@ def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
         ImageDraw.Draw(head).text((2, 3), title, fill="black", font=font)
         pixels = torch.frombuffer(bytearray(head.tobytes()), dtype=torch.uint8)
         parts += [pixels.view(_TITLE_HEIGHT, strip.shape[1], 3), strip]
-    return torch.cat(parts)
+    widest = max(part.shape[1] for part in parts)  # a small data set may have fewer images than the samplers
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, widest - part.shape[1]), value=255) for part in parts])
 
 
 def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:

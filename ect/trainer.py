@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ class StopSignal:
             if self.requested:
                 raise KeyboardInterrupt
             self.requested = True
+            print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
 
         previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -175,30 +177,32 @@ class Trainer:
         if self.path is None:
             self.grids()
             self.path = self.save()
-        row_time, row_nimg = time.monotonic(), self.nimg
+        step_seconds, row_nimg, shown = 0.0, self.nimg, {}
         while self.nimg < self.total_img and not self.stop.requested:
+            started = time.monotonic()
             stage = schedule.stage_at(self.nimg, cfg.objective)
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
             self.state.ema_betas[0] = schedule.ema_beta_at(self.nimg, cfg.batch, cfg.optim)
             self.tally.add(self.step(self.nimg, stage))
             before, self.nimg = self.nimg, self.nimg + cfg.batch
             last = self.nimg >= self.total_img
+            step_seconds += time.monotonic() - started
 
             def due(kimg: float, before: int = before, last: bool = last) -> bool:
                 interval = round(kimg * 1000)
                 return last or (interval > 0 and self.nimg // interval > before // interval)
 
             if due(every.stats_kimg):
-                row = self.row(stage, (time.monotonic() - row_time) / (self.nimg - row_nimg) * 1000)
+                row = self.row(stage, step_seconds / (self.nimg - row_nimg) * 1000)
                 shown = {"loss": row["loss"], "stage": stage} if self.consistency else {"loss": row["loss"]}
-                self.log.step(self.nimg, **shown)
-                row_time, row_nimg = time.monotonic(), self.nimg
+                step_seconds, row_nimg = 0.0, self.nimg
+            self.log.step(self.nimg, **shown)
+            if due(every.checkpoint_kimg) or self.stop.requested:  # first of all: what follows may fail
+                self.path = self.save()
             if due(every.sample_kimg):
                 self.grids()
             if due(every.eval_kimg) and not last and self.evaluator is not None:
                 self.evaluate()
-            if due(every.checkpoint_kimg) or self.stop.requested:
-                self.path = self.save()
         return self.path
 
     def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every test runs on one thread (a busy machine makes OpenMP spin) and with uninitialised memory filled with NaN."""
+"""Every test runs on one thread: on a busy machine OpenMP spins."""
 
 from __future__ import annotations
 

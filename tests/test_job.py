@@ -43,7 +43,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     def call(self, nimg, stage):  # type: ignore[no-untyped-def]
         count[0] += 1
         if count[0] == steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(self, nimg, stage)
 
     monkeypatch.setattr("ect.step.TrainStep.__call__", call)
@@ -143,7 +143,7 @@ def test_a_stop_during_the_report_is_made_up_for(tmp_path: Path, monkeypatch) ->
         original = Job.finish
 
         def finish(self, models):  # type: ignore[no-untyped-def]
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             return original(self, models)
 
         patch.setattr(Job, "finish", finish)
@@ -158,10 +158,11 @@ def test_an_impatient_user_gets_out(tmp_path: Path, monkeypatch, capsys) -> None
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("ect.step.TrainStep.__call__", step)
     assert main(["--run-dir", str(tmp_path / "run"), "--pretrain.total-kimg", "0"]) == 130
     assert "last checkpoint" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_resume_refuses_other_data(uninterrupted: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -52,7 +53,7 @@ def test_presets_are_sound_and_survive_json(name: str) -> None:
     check(cfg)
     assert cfg.preset == name
     assert from_dict(Config, json.loads(json.dumps(to_dict(cfg)))) == cfg
-    options = [word for line in describe(cfg).splitlines() if line[0] != "#" for word in line.split()]
+    options = [word for line in describe(cfg).splitlines() if line[0] != "#" for word in shlex.split(line)]
     assert parse(options) == cfg
 
 
@@ -87,13 +88,20 @@ def test_unknown_or_ill_typed_options_say_what_was_meant(args: list[str], said: 
         ("--eval.batch", "0"), ("--eval.mid-t", "90"), ("--objective.q", "1"), ("--objective.c", "-0.1"),
         ("--objective.k", "-1"), ("--objective.P-std", "0"), ("--objective.n-stages", "0"), ("--objective.stage-kimg", "0"),
         ("--optim.lr", "0"), ("--optim.eps", "-1"), ("--optim.clip", "0"), ("--optim.ema-beta", "1"),
-        ("--pretrain.optim.lr", "-1"), ("--pretrain.objective.q", "0.5"),
+        ("--pretrain.optim.lr", "-1"), ("--pretrain.objective.q", "0.5"), ("--log.stats-kimg", "nan"),
+        ("--total-kimg", "inf"), ("--pretrain.total-kimg", "-3"), ("--log.eval-kimg", "-1"), ("--optim.warmup-kimg", "-4"),
+        ("--optim.ema-rampup", "-1"), ("--optim.decay-kimg", "-1"), ("--objective.b", "-3"), ("--net.channel-mult", "0"),
+        ("--objective.n-stages", "24"),
     ],
 )  # fmt: skip
 def test_impossible_values_name_the_option(option: str, value: str, capsys) -> None:  # type: ignore[no-untyped-def]
     assert main([option, value]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and option in error and "expected" in error
+
+
+def test_rsqrt_decay_needs_its_start() -> None:
+    assert main(["--optim.decay", "rsqrt", "--optim.decay-kimg", "0"]) == 2
 
 
 def test_dry_run_prints_and_needs_no_torch() -> None:

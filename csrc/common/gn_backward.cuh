@@ -9,7 +9,8 @@ template <int V> struct Gradient {
   float m[V], rstd[V], w[V], add[V], inv_keep;
   const float* v;   // in shared memory, read for every row: registers are short
   bool act;
-  __device__ Gradient(const Backward& f, const float* params, const Channels<V>& ch) : inv_keep(f.drop.inv_keep), v(f.affine.v ? params + 4 * f.p.slab + ch.k : nullptr), act(f.act) {
+  __device__ Gradient(const Backward& f, const float* params, const Channels<V>& ch)
+      : inv_keep(f.drop.inv_keep), v(f.affine.v ? params + 4 * f.p.slab + ch.k : nullptr), act(f.act) {
     load<false>(params + ch.k, m);
     load<false>(params + f.p.slab + ch.k, rstd);
     load<false>(params + 2 * f.p.slab + ch.k, w);

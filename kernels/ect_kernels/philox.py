@@ -55,7 +55,7 @@ def philox4x32(
 def uniform(
     seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device
 ) -> Tensor:
-    """float32 [batch, per_sample], uniform in (0, 1), of the global samples n0 ... n0 + batch.
+    """float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch.
 
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
     """

@@ -1,0 +1,145 @@
+"""The wiring from configuration to objects, and what a trainer saves and where it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ect import schedule
+from ect.checkpoint import read_model
+from ect.config import DataConfig, NetConfig, ObjectiveConfig, OptimConfig, PretrainConfig
+from ect.data import load
+from ect.job import Job
+from ect.log import RunLog
+from ect.models import DhariwalUNet
+from ect.models.layers import FourierEmbedding
+from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping
+from ect.report import strips
+from ect.step import TrainStep
+from ect.trainer import Trainer
+from tests.tiny import config, run
+
+EVERYTHING = config(
+    seed=5,
+    micro_batch=4,
+    net=NetConfig("adm", 16, (1, 2), 2, (4,), 0.3, 0.15, 0.6),
+    data=DataConfig(labels=True, xflip=True, augment=0.25),
+    objective=ObjectiveConfig("consistency", -0.9, 1.7, "const", 3.0, 5.0, 2.0, 0.05, "inverse_t", 3, 0.024),
+    optim=OptimConfig("adam", 3e-4, (0.8, 0.95), 1e-6, 0.7, 0.016, "linear", 0.04, 0.97, 0.05),
+)
+
+
+def make(cfg: Any, folder: Path) -> Trainer:
+    return Trainer(cfg, folder, load(cfg.data), torch.device("cpu"))
+
+
+def test_every_field_reaches_its_object(tmp_path: Path) -> None:
+    trainer = make(EVERYTHING, tmp_path)
+    step, state, net = trainer.step, trainer.state, trainer.net
+    assert step.objective == ConsistencyObjective(Mapping("const", 3.0, 5.0, 2.0), 0.05, "inverse_t", 0.6, -0.9, 1.7)
+    assert (step.seed, step.batch, step.micro_batch, step.xflip, step.augment.p) == (5, 8, 4, True, 0.25)
+    assert step.stream.seed == 5 and step.stream.labels is not None
+    assert (state.optimizer, state.betas, float(state.eps), state.clip) == ("adam", (0.8, 0.95), 1e-6, 0.7)
+    assert isinstance(net.model, DhariwalUNet) and net.sigma_data == 0.6
+    kwargs = trainer.spec["kwargs"]
+    assert (kwargs["dropout"], kwargs["label_dropout"], kwargs["num_blocks"]) == (0.3, 0.15, 2)
+    assert (kwargs["label_dim"], kwargs["augment_dim"], kwargs["attn_resolutions"]) == (10, 9, [4])
+    assert net.training and not trainer.ema_net.training
+
+
+def test_diffusion_and_ncsnpp(tmp_path: Path) -> None:
+    cfg = replace(EVERYTHING, net=replace(EVERYTHING.net, arch="ncsnpp"))
+    cfg = replace(cfg, objective=ObjectiveConfig(kind="diffusion", P_mean=-0.7, P_std=0.9))
+    trainer = make(cfg, tmp_path)
+    assert trainer.step.objective == DiffusionObjective(0.6, -0.7, 0.9)
+    assert isinstance(trainer.net.model.map_noise, FourierEmbedding)
+    assert any("aux_residual" in name for name in trainer.net.model.enc)
+
+
+def test_schedules_reach_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = TrainStep.__call__
+
+    def call(self: TrainStep, nimg: int, stage: int) -> torch.Tensor:
+        seen.append((nimg, stage, float(self.state.lr), float(self.state.ema_betas[0])))
+        return original(self, nimg, stage)
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+    trainer = make(EVERYTHING, tmp_path)
+    with RunLog(tmp_path, trainer.total_img, quiet=True) as log:
+        trainer.run(log)
+    cfg = EVERYTHING
+    for nimg, stage, lr, beta in seen:
+        assert stage == schedule.stage_at(nimg, cfg.objective)
+        assert lr == pytest.approx(schedule.lr_at(nimg, 8, trainer.total_img, cfg.optim))
+        assert beta == pytest.approx(schedule.ema_beta_at(nimg, 8, cfg.optim))
+    assert len({row[1] for row in seen}) == 3 and len({row[2] for row in seen}) > 5 and len(seen) == 10
+
+
+def test_the_model_file_holds_the_average(tmp_path: Path) -> None:
+    run(config(), tmp_path / "run")
+    model = read_model(tmp_path / "run").state
+    state = load_file(tmp_path / "run" / "checkpoint-000000.080.state.safetensors")
+    for name, value in model.items():
+        if f"ema0.{name}" in state:
+            assert torch.equal(value, state[f"ema0.{name}"])
+    assert not torch.equal(state["ema0.model.map_layer0.weight"], state["params.model.map_layer0.weight"])
+
+
+def test_tuning_starts_at_the_pretrained_average(tmp_path: Path) -> None:
+    cfg = config(pretrain=PretrainConfig(total_kimg=0.08), log=replace(config().log, keep=99))
+    run(cfg, tmp_path / "run")
+    teacher = read_model(tmp_path / "run" / "pretrain").state
+    start = read_model(tmp_path / "run" / "checkpoint-000000.000.safetensors").state
+    assert all(torch.equal(start[name], teacher[name]) for name in teacher)
+
+
+def test_a_checkpoint_is_saved_before_what_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = Trainer.grids, [0]
+
+    def grids(self: Trainer) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise OSError("disk full")
+        original(self)
+
+    monkeypatch.setattr(Trainer, "grids", grids)
+    with pytest.raises(OSError, match="disk full"):
+        Job(config(run_dir=tmp_path / "run"), Console(quiet=True)).run()
+    assert read_model(tmp_path / "run").info["nimg"] == 32
+
+
+def test_a_lost_pointer_does_not_restart_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(config(), folder)
+    stats = (folder / "stats.jsonl").read_text()
+    (folder / "latest").unlink()
+    for source in (folder, folder / "checkpoint-000000.080.safetensors"):
+        run(replace(config(), resume=source), folder)
+        assert (folder / "stats.jsonl").read_text() == stats
+
+
+def test_a_moved_data_set_is_the_same_data_set(tmp_path: Path) -> None:
+    from ect.grid import save_png
+
+    images = torch.randint(0, 256, [10, 8, 8, 1], dtype=torch.uint8)
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for i, image in enumerate(images):
+            save_png(image, tmp_path / folder / f"{i}.png")
+    run(
+        config(data=DataConfig(source=str(tmp_path / "here"))), tmp_path / "run"
+    )  # ten images: fewer than a strip shows
+    moved = config(data=DataConfig(source=str(tmp_path / "there")), resume=tmp_path / "run", total_kimg=0.08)
+    run(moved, tmp_path / "run")
+
+
+def test_strips_of_unequal_length() -> None:
+    few, many = torch.zeros(2, 4, 4, 1, dtype=torch.uint8), torch.zeros(5, 4, 4, 1, dtype=torch.uint8)
+    assert strips({"a": few, "b": many}, 2).shape[1] == strips({"b": many}, 2).shape[1]
