@@ -125,7 +125,6 @@ class Job:
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
         """One phase, from its last checkpoint if it has one. Returns its model file, or None if stopped before its end."""
-        run_dir.mkdir(exist_ok=True)
         resume = None
         if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
@@ -137,6 +136,7 @@ class Job:
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop)
         if self.cfg.preset != "digits" and cfg.objective.kind == "consistency" and cfg.init_from is None and not resume:
             trainer.notes.append("no --init-from: training a consistency model from scratch, not tuning a teacher")
+        run_dir.mkdir(exist_ok=True)  # not before the trainer stands: a refused start leaves nothing behind
         self._write_config(cfg, run_dir)
         self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
         total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None

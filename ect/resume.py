@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ect.errors import UserError
 
-_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "micro_batch", "init_from", "preset", "kernels"}
+_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "micro_batch", "init_from", "kernels"}
 # The data may have moved: their fingerprint says whether they are the same.
 _FREE |= {"data.source", "data.resolution"}
 _FREE_GROUPS = ("log.", "eval.")

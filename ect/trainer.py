@@ -36,7 +36,19 @@ GRID_HEUN_STEPS = (18,)
 
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
-    """What ect.models.build needs for a new network of the configured architecture."""
+    """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
+    mult = " ".join(map(str, cfg.channel_mult))
+    if dataset.resolution >> (len(cfg.channel_mult) - 1) < 1:
+        raise UserError(
+            f"--net.channel-mult {mult}: images of {dataset.resolution}x{dataset.resolution} cannot be halved "
+            f"{len(cfg.channel_mult) - 1} times; give fewer factors"
+        )
+    for width in (cfg.model_channels * m for m in (1, *cfg.channel_mult)):
+        if width % min(32, width // 4):
+            raise UserError(
+                f"--net.model-channels {cfg.model_channels}, --net.channel-mult {mult}: {width} channels do not divide into "
+                f"{min(32, width // 4)} groups of the norm; choose multiples of 128, or up to 128 of 4"
+            )
     kwargs: dict[str, Any] = {
         "img_resolution": dataset.resolution, "in_channels": dataset.channels, "out_channels": dataset.channels,
         "label_dim": dataset.label_dim, "augment_dim": augment_dim, "model_channels": cfg.model_channels,
@@ -164,6 +176,7 @@ class Trainer:
             )
         net = build(spec)
         self.notes += checkpoint.load_weights(net, snapshot)
+        self.notes.append(f"architecture and sigma_data are those of {cfg.init_from}; of --net only the dropouts count")
         return spec, net.to(self.device).train()
 
     @property

@@ -15,6 +15,7 @@ from ect import schedule
 from ect.checkpoint import read_model
 from ect.config import DataConfig, NetConfig, ObjectiveConfig, OptimConfig, PretrainConfig
 from ect.data import load
+from ect.errors import UserError
 from ect.job import Job
 from ect.log import RunLog
 from ect.models import DhariwalUNet
@@ -143,3 +144,17 @@ def test_a_moved_data_set_is_the_same_data_set(tmp_path: Path) -> None:
 def test_strips_of_unequal_length() -> None:
     few, many = torch.zeros(2, 4, 4, 1, dtype=torch.uint8), torch.zeros(5, 4, 4, 1, dtype=torch.uint8)
     assert strips({"a": few, "b": many}, 2).shape[1] == strips({"b": many}, 2).shape[1]
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (NetConfig(model_channels=8, channel_mult=(1, 1, 1, 1, 1)), "--net.channel-mult 1 1 1 1 1: images of 8x8"),
+        (NetConfig(model_channels=132, channel_mult=(1,)), "--net.model-channels 132"),
+    ],
+)
+def test_impossible_networks_are_named_and_leave_nothing_behind(net: NetConfig, said: str, tmp_path: Path) -> None:
+    cfg = config(net=net, run_dir=tmp_path / "run", pretrain=PretrainConfig(total_kimg=0.08))
+    with pytest.raises(UserError, match=said):
+        Job(cfg, Console(quiet=True)).run()
+    assert not list((tmp_path / "run").iterdir())
