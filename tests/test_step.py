@@ -82,9 +82,9 @@ def test_every_step_draws_new_noise_levels_and_noise_from_streams_of_their_own()
     step.objective = Spy()  # type: ignore[assignment]
     for number in (0, 1):
         step.loss(12 * number, 0, torch.tensor((1 << 32) | number), 0)
-    for (normal, eps), (other_normal, other_eps) in [seen]:
-        assert not torch.equal(normal, other_normal) and not torch.equal(eps, other_eps)
-        assert not torch.equal(normal, eps.flatten(1)[:, 0])
+    (normal, eps), (other_normal, other_eps) = seen
+    assert not torch.equal(normal, other_normal) and not torch.equal(eps, other_eps)
+    assert not torch.equal(normal, eps.flatten(1)[:, 0])
 
 
 def test_augmentation_labels_reach_the_network() -> None:
