@@ -56,7 +56,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
         T* mine = tile + (row * p.columns + b.column) * V;
         if (computed) {
           compute(at, e);
-          store(static_cast<T*>(f.x_out) + at, e);
+          store<true>(static_cast<T*>(f.x_out) + at, e);
           if (p.resident) store(mine, e);
         } else if (p.resident) {
           load<false>(mine, e);
@@ -149,7 +149,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
 #pragma unroll
         for (int j = 0; j < V; j++) e[j] = mask.keep(j) ? e[j] * f.drop.inv_keep : 0.f;
       }
-      store(to, e);
+      store<true>(to, e);
     }
   }
 }
