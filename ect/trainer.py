@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,76 +18,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ect import checkpoint, schedule
-from ect.config import Config, NetConfig, ObjectiveConfig
+from ect import checkpoint, memory, precision, schedule
+from ect.assembly import flat_state, network_spec, train_step
+from ect.config import Config
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
+from ect.distributed import World
 from ect.errors import UserError
+from ect.grid import GRID_SEEDS
 from ect.log import RunLog, peak_memory
 from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
 from ect.models import EDMPrecond, build
-from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
-from ect.optim import FlatState
 from ect.options import to_dict
 from ect.sampler import generate
-from ect.step import TrainStep
+from ect.signal_noise import signal_noise
 
-GRID_SEEDS = range(64)
 GRID_HEUN_STEPS = (18,)
-
-
-def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
-    """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
-    mult = " ".join(map(str, cfg.channel_mult))
-    if dataset.resolution >> (len(cfg.channel_mult) - 1) < 1:
-        raise UserError(
-            f"--net.channel-mult {mult}: images of {dataset.resolution}x{dataset.resolution} cannot be halved "
-            f"{len(cfg.channel_mult) - 1} times; give fewer factors"
-        )
-    for width in (cfg.model_channels * m for m in (1, *cfg.channel_mult)):
-        if width % min(32, width // 4):
-            raise UserError(
-                f"--net.model-channels {cfg.model_channels}, --net.channel-mult {mult}: {width} channels do not divide into "
-                f"{min(32, width // 4)} groups of the norm; choose multiples of 128, or up to 128 of 4"
-            )
-    kwargs: dict[str, Any] = {
-        "img_resolution": dataset.resolution, "in_channels": dataset.channels, "out_channels": dataset.channels,
-        "label_dim": dataset.label_dim, "augment_dim": augment_dim, "model_channels": cfg.model_channels,
-        "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
-        "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
-    }  # fmt: skip
-    if cfg.arch == "ncsnpp":
-        kwargs |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
-        kwargs |= {"resample_filter": [1, 3, 3, 1]}
-    unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
-    return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
-
-
-def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
-    if cfg.kind == "diffusion":
-        return DiffusionObjective(sigma_data, cfg.P_mean, cfg.P_std)
-    mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
-    return ConsistencyObjective(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+NOISE_IMAGES = 16
+ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first one again
 
 
 @dataclass
 class StopSignal:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step."""
+    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step. Ranks hear a signal at different steps, or not at all:
+    what one of them heard, all act upon after the same step (`heard`)."""
 
     requested: bool = False
+    world: World = World()
+
+    def heard(self) -> bool:
+        """Whether any rank was asked to stop; a call by all ranks. It costs a round trip between the hosts (on a GPU while it
+        works on the step just launched), and so ranks never drift apart, and a lost one is noticed in the next step."""
+        return self.world.any(self.requested)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry."""
+        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it
+        must come later, for torchrun answers one Ctrl-C with SIGINT and SIGTERM to each process."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
 
+        first = 0.0
+
         def handler(number: int, frame: FrameType | None) -> None:
-            if self.requested:
+            nonlocal first
+            if not self.requested:
+                self.requested, first = True, time.monotonic()
+                if self.world.rank == 0:
+                    print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
+            elif self.world.size == 1 or time.monotonic() > first + ECHO_SECONDS:
                 raise KeyboardInterrupt
-            self.requested = True
-            print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
 
         previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -114,7 +96,8 @@ class Trainer:
 
     Args: cfg: the configuration; resume and init_from are honoured. run_dir: existing folder. dataset: images and labels.
     device: where to train. evaluator: judges samples at eval intervals; None: no evaluation. stop: shared by the phases
-    of a job. Raises UserError where checkpoint, data and options do not fit. `notes` says what was left out on purpose.
+    of a job. world: of several processes each trains on its part of every batch, and rank 0 alone writes. Raises UserError
+    where checkpoint, data and options do not fit. `notes` says what was left out on purpose.
     """
 
     cfg: Config
@@ -123,6 +106,7 @@ class Trainer:
     device: torch.device
     evaluator: Evaluator | None = None
     stop: StopSignal = field(default_factory=StopSignal)
+    world: World = World()
     nimg: int = 0
 
     def __post_init__(self) -> None:
@@ -133,23 +117,31 @@ class Trainer:
         """Model file of the last checkpoint."""
         self.notes: list[str] = []
         self._seconds, self._since = 0.0, time.monotonic()
+        self.precision = precision.resolve(cfg.precision, self.device)
+        precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         self.spec, self.net = self._build()
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.state = FlatState(
-            self.net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
-            ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
-        )  # fmt: skip
-        self.step = TrainStep(
-            self.net, build_objective(cfg.objective, self.spec["sigma_data"]), self.state,
-            ImageStream(self.dataset, cfg.seed, self.device), seed=cfg.seed, batch=cfg.batch,
-            micro_batch=cfg.micro_batch, xflip=cfg.data.xflip, augment=cfg.data.augment,
-        )  # fmt: skip
+        plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
+        self.state = flat_state(cfg, self.net)
+        stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
+        self.step = train_step(replace(cfg, batch_per_device=plan.batch_per_device), self.state, stream, self.world)
+        self.notes += [str(plan), self.state.note(), stream.note]
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
         if cfg.resume is not None:
             self._resume(cfg.resume)
+        if self.precision.half is not None and self.consistency:
+            self.notes.append(self._signal_noise())
+
+    def _signal_noise(self) -> str:
+        """What the precision costs, as a line for the log."""
+        images, labels = self.dataset.images[:NOISE_IMAGES].to(self.device), self.dataset.labels
+        labels = None if labels is None else labels[:NOISE_IMAGES].to(self.device)
+        noise = signal_noise(self.net, self.precision.name, images, labels)
+        found = ", ".join(f"{100 * error:.0f} % at t = {t:g}" for t, error in noise.items())
+        return f"noise of {self.precision.name} on the signal D(x_t, t) - D(x_r, r) at its smallest: {found}"
 
     def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
         """The network in train mode: of the checkpoint's architecture with --init-from, else new."""
@@ -187,18 +179,20 @@ class Trainer:
     def run(self, log: RunLog) -> Path:
         """Train to total_kimg or to a stop signal; returns the last checkpoint's model file."""
         self.log, cfg, every = log, self.cfg, self.cfg.log
+        self._agree()
         if self.path is None:
             self.grids()
             self.path = self.save()
         step_seconds, row_nimg, shown = 0.0, self.nimg, {}
-        while self.nimg < self.total_img and not self.stop.requested:
+        stopping = self.stop.heard()
+        while self.nimg < self.total_img and not stopping:
             started = time.monotonic()
             stage = schedule.stage_at(self.nimg, cfg.objective)
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
             self.state.ema_betas[0] = schedule.ema_beta_at(self.nimg, cfg.batch, cfg.optim)
             self.tally.add(self.step(self.nimg, stage))
             before, self.nimg = self.nimg, self.nimg + cfg.batch
-            last = self.nimg >= self.total_img
+            last, stopping = self.nimg >= self.total_img, self.stop.heard()
             step_seconds += time.monotonic() - started
 
             def due(kimg: float, before: int = before, last: bool = last) -> bool:
@@ -210,7 +204,7 @@ class Trainer:
                 shown = {"loss": row["loss"], "stage": stage} if self.consistency else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
             self.log.step(self.nimg, **shown)
-            if due(every.checkpoint_kimg) or self.stop.requested:  # first of all: what follows may fail
+            if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
             if due(every.sample_kimg):
                 self.grids()
@@ -219,9 +213,9 @@ class Trainer:
         return self.path
 
     def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:
-        """Write the statistics since the last row; the loss is their mean over steps."""
+        """Write the statistics since the last row; the loss is their mean over steps and ranks."""
         row = {
-            "loss": float(self.tally.loss) / self.tally.steps,
+            "loss": self.world.mean(float(self.tally.loss)) / self.tally.steps,
             "stage": stage, "lr": self.state.lr, "ema_beta": self.state.ema_betas[0],
             "grad_norm": float(self.state.grad_norm), "nonfinite": int(self.state.nonfinite),
             "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
@@ -242,7 +236,9 @@ class Trainer:
     def grids(self) -> None:
         net = self.average()
         for sampler in self.samplers():
-            images = generate(net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, **sampler.options())
+            images = generate(
+                net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, world=self.world, **sampler.options()
+            )
             self.log.grid(f"nfe{sampler.nfe}", torch.cat(list(images)))
 
     def evaluate(self) -> None:
@@ -250,24 +246,38 @@ class Trainer:
         assert self.evaluator is not None
         cfg = self.cfg.eval
         rows = quality_rows(
-            self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device
-        )
+            self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device,
+            world=self.world,
+        )  # fmt: skip
         figures = {f"nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]}
         if figures:
             self.log.row(self.nimg, figures)
 
     def save(self) -> Path:
+        """Write a checkpoint; the path of its model file."""
+        loss = torch.tensor(self.world.mean(float(self.tally.loss)))
+        return Path(self.world.first(lambda: str(self._write(loss))))
+
+    def _write(self, tally_loss: Tensor) -> Path:
         info = {
             "preset": self.cfg.preset, "objective": self.cfg.objective.kind, "nimg": self.nimg,
             "data": self.dataset.name, "mid_t": list(self.cfg.eval.mid_t),
         }  # fmt: skip
         tensors = self.state.state_tensors()
-        tensors |= {"tally_loss": self.tally.loss, "grad_norm": self.state.grad_norm}
+        tensors |= {"tally_loss": tally_loss, "grad_norm": self.state.grad_norm}
         meta = {
             "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
             "config": to_dict(self.cfg), "data": self.fingerprint,
         }  # fmt: skip
         return self.checkpoints.save(self.nimg, self.state.ema_state_dict(0), self.spec, info, tensors, meta)
+
+    def _agree(self) -> None:
+        """Raise UserError unless all ranks start from the same point."""
+        state = self.state
+        arenas = [state.params, state.exp_avg, state.exp_avg_sq, *state.emas]
+        sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas] if self.world.size > 1 else []
+        options, weights = json.dumps(to_dict(self.cfg)), str(sums)
+        self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
     def _resume(self, source: Path) -> None:
         tensors, meta, self.path = checkpoint.Checkpoints.load(source)
