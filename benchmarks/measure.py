@@ -1,12 +1,15 @@
-"""Time and bandwidth: the median of several runs, on a GPU with CUDA events and a cold L2."""
+"""The machine, and time and bandwidth on it: medians of several runs, on a GPU with CUDA events."""
 
 from __future__ import annotations
 
+import math
 import os
+import platform
+import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,88 @@ FLUSH = 512 << 20  # bytes written before every run: several times any L2
 
 def header(device: torch.device) -> str:
     """The machine and the software of a measurement, in one line."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+    found = machine(device)
+    where = found["device"] if device.type == "cuda" else f"{found['device']}, {os.cpu_count()} cores"
+    clocks = ", ".join(f"{name} {value}" for name, value in found["clocks"].items())
+    driver = f", driver {found['driver']}" if found["driver"] else ""
+    return f"{where} ({clocks}){driver}; torch {found['torch']}, CUDA {found['cuda']}; commit {found['commit']}"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device, driver, the clocks at this moment, torch, CUDA and commit: what a timing depends on."""
     git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    return f"{where}; torch {torch.__version__}, CUDA {torch.version.cuda}; commit {commit}"
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "commit": _output(git) or "unknown"}
+    if device.type != "cuda":
+        return {"device": _processor(), "driver": None, "clocks": {"MHz now": _megahertz()}, **found}
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    values = dict(zip(fields, (value.strip() for value in _output(query).split(",")), strict=False))
+    driver = values.pop("driver_version", None) or "unknown"
+    return {"device": torch.cuda.get_device_name(device), "driver": driver, "clocks": values, **found}
+
+
+def slug(device: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-")
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; nothing where it fails or is missing."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _cpuinfo(key: str) -> list[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+
+
+def _processor() -> str:
+    return "cpu " + next(iter(_cpuinfo("model name")), platform.processor() or platform.machine())
+
+
+def _megahertz() -> str:
+    return f"{statistics.median(map(float, speeds)):.0f}" if (speeds := _cpuinfo("cpu MHz")) else "unknown"
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, least: float = 0.2
+) -> dict[str, list[float]]:
+    """Seconds of a call, a value for each round: every round times all functions one after another, so that a machine which
+    slows down slows them all. least: seconds that a value averages over. The functions have run before."""
+    calls = {name: max(1, math.ceil(least / _clock(function, device, 1))) for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds):
+        names = list(functions)[turn % len(functions) :] + list(functions)[: turn % len(functions)]
+        for name in names:
+            times[name].append(_clock(functions[name], device, calls[name]))
+    return times
+
+
+def _clock(function: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Seconds of one of `calls` calls in a row, of the host and the device together, by `clock`."""
+    now = clock(device)[1]
+    _synchronize(device)
+    start = now()
+    for _ in range(calls):
+        function()
+    _synchronize(device)
+    return (now() - start) / calls
+
+
+def clock(device: torch.device) -> tuple[str, Callable[[], float]]:
+    """What `interleaved` reads: the wall clock, but for one CPU thread the processor time, of which other work takes no part."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return "CPU time", time.process_time
+    return "wall clock", time.perf_counter
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @cache

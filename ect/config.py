@@ -128,8 +128,9 @@ class Config:
     """Length of the run in thousands of images."""
     batch: int = 128
     """Images an optimizer step."""
-    micro_batch: int | None = None
-    """Images a forward pass: a divisor of batch; gradients accumulate. None: the whole batch at once."""
+    batch_per_device: int | Literal["auto"] | None = None
+    """Images a forward pass: a divisor of each device's share of batch; gradients accumulate. None: the whole share at
+    once; 'auto': as many as the predicted memory allows."""
     seed: int = 0
     init_from: Path | None = None
     """Pretrained network: a public EDM/ECT .pkl or one of our .safetensors."""
@@ -141,6 +142,15 @@ class Config:
     """'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1'."""
     threads: int | None = None
     """CPU threads. None: as many as CPUs that this process may use."""
+    precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
+    """Arithmetic of training. fp16 and bf16: half precision inside the residual blocks, fp32 at both ends, fp32 weights. fp16
+    scales the loss; bf16 needs no scale, but puts up to 8 times fp16's noise on the signal. auto: fp16 on a GPU, else fp32."""
+    graph: bool | None = None
+    """Capture the whole update into one CUDA graph. None: on a GPU."""
+    compile: bool | None = None
+    """Run the network through torch.compile. None: on a GPU."""
+    channels_last: bool | None = None
+    """Keep the weights of convolutions in the memory order [out, k, k, in]. None: on a GPU."""
     kernels: str = ""
     """Backends of the fused ops, e.g. 'group_norm_silu=cuda,*=triton' (python -m ect_kernels lists them). Empty: automatic."""
     dry_run: bool = False

@@ -6,14 +6,17 @@ and sources); the results equal torch.optim's.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from ect_kernels.radam_ema import F64, I64, MAX_EMAS, OPTIMIZERS, new_state, radam_ema
 from torch import Tensor, nn
 
+Net = TypeVar("Net", bound=nn.Module)
 _ALIGN = 8  # elements: 16 bytes in half precision, so every view can be read in 128-bit vectors
 
 
@@ -45,14 +48,19 @@ class _EmaBetas(list[float]):
             self.state._set(F64.EMA_BETA0 + k, beta)
 
 
-class FlatState:
-    """Optimizer state of `net`. The network's parameters become views into `params`, their .grad views into `grads`.
+class FlatState(Generic[Net]):
+    """Optimizer state of `net`. The network's parameters become views into the arena `params`.
 
     Args: net: moved to its device before. optimizer: 'radam' or 'adam'. lr, betas, eps: torch's meaning. ema_betas: one
     weight average per entry (at most 3), ema <- beta ema + (1 - beta) params, starting at the parameters. clip: largest
     global gradient norm, or None. loss_scale: where the gradients are those of `loss_scale` times the loss: the first value
     of a scale that follows overflow; growth_interval: good steps before it doubles. half: fp16 or bf16 for a copy `shadow`
-    of the parameters, kept up to date. Raises ValueError on an unknown optimizer or an impossible value.
+    of the parameters, kept up to date; core: names of the parameters that `compute` takes from it. channels_last: lay the
+    weights of convolutions out in memory as [out, k, k, in]. Raises ValueError on an unknown optimizer or an impossible value.
+
+    `compute` is the network to train: `net` itself, or with half a twin of shared buffers whose parameters are views of
+    `shadow` (core) and of `params` (the others). A step takes gradients of `inputs`, its parameters, then calls
+    `load_grads` and `step`.
 
     lr, eps, clip and ema_betas may be changed between steps. Non-finite gradients never enter the moments: without a loss
     scale nan becomes 0 and inf +-1e5 (the public code's rule), with one the whole step is skipped; `nonfinite` counts the
@@ -64,7 +72,7 @@ class FlatState:
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Net,
         optimizer: str = "radam",
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -74,6 +82,8 @@ class FlatState:
         loss_scale: float | None = None,
         growth_interval: int = 2000,
         half: torch.dtype | None = None,
+        core: Collection[str] = (),
+        channels_last: bool = False,
     ) -> None:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}; known: 'radam', 'adam'")
@@ -88,12 +98,11 @@ class FlatState:
             if not ok:
                 raise ValueError(f"{name} is {value}, out of range")
         self.net, self.optimizer, self.betas = net, optimizer, tuple(betas)
-        self._names, self._shapes, self._offsets, end = [], [], [], 0
-        for name, p in net.named_parameters():
-            self._names.append(name)
-            self._shapes.append(p.shape)
-            self._offsets.append(end)
-            end += -(-p.numel() // _ALIGN) * _ALIGN
+        self._names = [name for name, _ in net.named_parameters()]
+        self._shapes = [p.shape for p in net.parameters()]
+        padded = [-(-shape.numel() // _ALIGN) * _ALIGN for shape in self._shapes]
+        *self._offsets, end = itertools.accumulate(padded, initial=0)
+        self._channels_last = channels_last
         device = next(net.parameters()).device
         self.state_f64, self.state_i64 = new_state(
             optimizer, lr, betas, eps, clip, ema_betas, loss_scale, growth_interval, device
@@ -101,16 +110,24 @@ class FlatState:
         self._settings: dict[int, float | None] = {F64.LR: lr, F64.EPS: eps, F64.CLIP: clip}
         self._ema_betas = _EmaBetas(self, ema_betas)
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros(end, device=device) for _ in range(4))
-        self._parameters = list(net.parameters())
-        for p, view in zip(self._parameters, self.views(self.params), strict=True):
+        for p, view in zip(net.parameters(), self.views(self.params), strict=True):
             view.copy_(p.detach())
             p.data = view
         self._grad_views = self.views(self.grads)
         self.emas = [self.params.clone() for _ in self.ema_betas]
         self.shadow = None if half is None else self.params.to(half)
+        self.compute = net if self.shadow is None else self._twin(self.shadow, core)
+        self.inputs = list(self.compute.parameters())
         self.steps, self.nonfinite, _, self.skipped = self.state_i64[: I64.GROWTH_INTERVAL].unbind()
         self.loss_scale = None if loss_scale is None else self.state_f64[F64.LOSS_SCALE]
-        self.zero_grad()
+
+    def _twin(self, shadow: Tensor, core: Collection[str]) -> Net:
+        """The network with its `core` parameters replaced by views of `shadow`; the other tensors are shared."""
+        shared: dict[int, Tensor] = {id(buffer): buffer for buffer in self.net.buffers()}
+        views = self.views(shadow)
+        for (name, p), view in zip(self.net.named_parameters(), views, strict=True):
+            shared[id(p)] = nn.Parameter(view) if name in core else p
+        return copy.deepcopy(self.net, shared)
 
     def _set(self, index: int, value: float | None) -> None:
         if index not in self._settings or self._settings[index] != value:
@@ -138,34 +155,44 @@ class FlatState:
 
     def views(self, arena: Tensor) -> list[Tensor]:
         """The parameters' views of an arena, in named_parameters() order."""
-        offsets = zip(self._offsets, self._shapes, strict=True)
-        return [arena[offset : offset + shape.numel()].view(shape) for offset, shape in offsets]
+        return [
+            self._view(arena[offset : offset + shape.numel()], shape)
+            for offset, shape in zip(self._offsets, self._shapes, strict=True)
+        ]
 
-    def zero_grad(self) -> None:
-        """Zero all gradients and tie every parameter's .grad to the arena."""
-        self.grads.zero_()
-        for p, view in zip(self._parameters, self._grad_views, strict=True):
-            if p.grad is not view:
-                p.grad = view
+    def _view(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        if not self._channels_last or len(shape) != 4:
+            return flat.view(shape)
+        out, channels, height, width = shape
+        return flat.view(out, height, width, channels).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def load_grads(self, grads: Sequence[Tensor], add: bool = False) -> None:
+        """Put gradients of `inputs`, of a micro-batch, into the arena, or add them to what is there; any float dtypes."""
+        if add:
+            torch._foreach_add_(self._grad_views, list(grads))
+        else:
+            torch._foreach_copy_(self._grad_views, list(grads))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the accumulated gradients, which are left cleaned and clipped (a loss scale stays on them)."""
-        for p, view in zip(self._parameters, self._grad_views, strict=True):
-            if p.grad is None:  # someone cleared or replaced it: bring the arena in line
-                view.zero_()
-            elif p.grad is not view and p.grad.data_ptr() != view.data_ptr():
-                view.copy_(p.grad)
+        """One update from the gradients loaded, which are left cleaned and clipped (a loss scale stays on them)."""
         radam_ema(
             self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.emas, self.shadow,
             self.state_f64, self.state_i64,
         )  # fmt: skip
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that load_grads() and step() write."""
+        shadow = [] if self.shadow is None else [self.shadow]
+        arenas = [self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.emas, *shadow]
+        return [*arenas, self.state_f64, self.state_i64]
+
     def ema_state_dict(self, i: int = 0) -> dict[str, Tensor]:
         """Copies of weight average i under all keys of net.state_dict(); buffers come from the network."""
-        state = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
+        state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in self.net.state_dict().items()}
         for name, view in zip(self._names, self.views(self.emas[i]), strict=True):
-            state[name] = view.clone()
+            state[name] = view.clone(memory_format=torch.contiguous_format)
         return state
 
     def _arenas(self) -> dict[str, Tensor]:
@@ -187,7 +214,8 @@ class FlatState:
             for role, arena in self._arenas().items()
             for name, view in zip(self._names, self.views(arena), strict=True)
         }
-        return {name: tensor.clone() for name, tensor in (named | self._counters()).items()}
+        everything = named | self._counters()
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in everything.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of state_tensors(). Raises KeyError where a tensor is missing."""

@@ -131,13 +131,14 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 
 def check(cfg: Config) -> None:
     """Raises UserError naming the first option whose value is impossible."""
-    micro, mult = cfg.micro_batch, cfg.net.channel_mult
+    per_device, mult = cfg.batch_per_device, cfg.net.channel_mult
     for name, number in _numbers(to_dict(cfg)):
         if not math.isfinite(number):
             raise UserError(f"--{name} {number}: expected a finite number")
     rules: list[tuple[str, Any, bool, str]] = [
         ("--batch", cfg.batch, cfg.batch >= 1, "at least 1"),
-        ("--micro-batch", micro, micro is None or (micro >= 1 and cfg.batch % micro == 0), f"a divisor of --batch {cfg.batch}"),
+        ("--batch-per-device", per_device, not isinstance(per_device, int) or (per_device >= 1 and cfg.batch % per_device == 0),
+         f"a divisor of --batch {cfg.batch}"),
         ("--total-kimg", cfg.total_kimg, cfg.total_kimg > 0, "greater than 0"),
         ("--seed", cfg.seed, 0 <= cfg.seed < 2**31, "from 0 to 2^31 - 1"),
         ("--threads", cfg.threads, cfg.threads is None or cfg.threads >= 1, "at least 1"),

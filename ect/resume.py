@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ect.errors import UserError
 
-_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "micro_batch", "init_from", "kernels"}
+_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "batch_per_device", "init_from", "kernels"}
+_FREE |= {"graph", "compile", "channels_last"}
 # The data may have moved: their fingerprint says whether they are the same.
 _FREE |= {"data.source", "data.resolution"}
 _FREE_GROUPS = ("log.", "eval.")
@@ -20,7 +21,7 @@ def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise UserError listing every option by which a resumed run would compute something else.
 
     Args: saved, new: dataclasses.asdict of the two configurations. Logging, evaluation, device and the size of a
-    micro-batch are free, and so is total_kimg unless the learning rate falls linearly towards it.
+    forward pass are free, and so is total_kimg unless the learning rate falls linearly towards it.
     """
     old, now = _flatten(saved), _flatten(new)
     free = set(_FREE)

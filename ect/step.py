@@ -1,6 +1,6 @@
-"""TrainStep: one update, top to bottom. Every random draw is a pure function of (run seed, step, index in the batch).
-
-So accumulation over micro-batches equals one large batch to fp32 rounding, and a resume needs no generator state.
+"""TrainStep: one update, top to bottom, without a host synchronisation; the same code on CPU, GPU and meta device.
+Random draws are pure functions of (run seed, step, index in the batch): micro-batches and ranks equal one large batch to fp32
+rounding, and a resume needs no generator state. All that changes is on the device: one CUDA graph serves the whole run.
 """
 
 from __future__ import annotations
@@ -13,89 +13,138 @@ from torch import Tensor
 
 from ect.data.augment import AugmentPipe
 from ect.data.resident import ImageStream, to_float
+from ect.distributed import World
 from ect.models import EDMPrecond, MaskKey, fused
 from ect.objective import WEIGHTINGS, ConsistencyObjective, Objective
 from ect.optim import FlatState
 
+WARM_UP = 3  # updates before a capture: libraries choose algorithms and allocate workspaces in the first ones
+
 
 class TrainStep:
-    """Calling it with (nimg, stage) trains on the images nimg ... nimg + batch of the stream and returns the mean loss.
+    """Calling it with (nimg, stage) trains on the images nimg ... nimg + batch of the stream, and returns the mean loss over
+    this rank's images, a 0-d tensor that the next call overwrites.
 
-    Args: net: preconditioned network in train mode whose parameters `state` holds. objective: what to minimise. stream:
-    uint8 images by global index. seed: the run's. batch, micro_batch: images an update, and a forward pass. xflip: flip
-    half the images. augment: probability of EDM's augmentations, 0 for none.
+    Args: state: its `compute` is the preconditioned network in train mode. objective: what to minimise. stream: uint8 images.
+    seed: the run's. batch, micro_batch: images an update (all ranks together), and a forward pass. xflip: mirror half the
+    images. augment: probability of EDM's augmentations. compiled: run the network through torch.compile. graph: capture the
+    update into a CUDA graph at the first call.
     """
 
     def __init__(
-        self, net: EDMPrecond, objective: Objective, state: FlatState, stream: ImageStream, *,
+        self, objective: Objective, state: FlatState[EDMPrecond], stream: ImageStream, *,
         seed: int, batch: int, micro_batch: int | None = None, xflip: bool = False, augment: float = 0.0,
+        compiled: bool = False, graph: bool = False, world: World = World(),
     ) -> None:  # fmt: skip
-        self.net, self.objective, self.state, self.stream = net, objective, state, stream
-        self.seed, self.batch, self.micro_batch = seed, batch, micro_batch or batch
-        self.xflip = xflip
-        self.augment = AugmentPipe(augment).to(state.params.device) if augment > 0 else None
+        self.objective, self.state, self.stream, self.world = objective, state, stream, world
+        self.seed, self.batch = seed, batch
+        share = batch // world.size
+        self.micro_batch = micro_batch or share
+        self.starts = range(world.rank * share, (world.rank + 1) * share, self.micro_batch)
+        self.net, self.xflip, self.compiled, self.wants_graph = state.compute, xflip, compiled, graph
+        if compiled:
+            self.net.model.compile(fullgraph=True, dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        device = state.params.device
+        self.augment = AugmentPipe(augment).to(device) if augment > 0 else None
+        self.key, self.stage = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.mean_loss = torch.zeros((), device=device)
 
     def __call__(self, nimg: int, stage: int) -> Tensor:
-        self.state.zero_grad()
-        device = self.state.params.device
-        # The run's seed is the high half of the Philox key, the step number the low half.
-        seed = torch.tensor((self.seed << 32) | (nimg // self.batch), device=device)
-        total = torch.zeros((), device=device)
-        for n0 in range(0, self.batch, self.micro_batch):
-            loss = self.loss(nimg, n0, seed, stage).sum() / self.batch
-            loss.backward()
-            total += loss.detach()
-        self.state.step()
-        return total
+        self.stream.seek(nimg)
+        self.key.fill_((self.seed << 32) | (nimg // self.batch))  # the run's seed is the high half of the Philox key
+        self.stage.fill_(stage)
+        if self.wants_graph and self.graph is None:
+            self.capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.update()
+        return self.mean_loss
 
-    def loss(self, nimg: int, n0: int, seed: Tensor, stage: int) -> Tensor:
-        """Per-sample loss [micro_batch] of the images nimg + n0 ..."""
-        images, labels = self.stream.batch(nimg + n0, self.micro_batch)
-        if (
-            self.augment is None
-            and isinstance(self.objective, ConsistencyObjective)
-            and fused.wanted(self.net.runs_on_ops, self.state.params)
-        ):
-            return self.fused_loss(self.objective, images, labels, n0, seed, stage)
-        y, augment_labels = self.prepare(images, n0, seed)
+    def update(self) -> None:
+        """One update of `tensors()`, from the images and scalars that __call__ put in place."""
+        scale = self.mean_loss.new_full((), 1 / self.batch)
+        if self.state.loss_scale is not None:
+            scale = scale * self.state.loss_scale
+        self.mean_loss.zero_()
+        for n0 in self.starts:
+            loss = self.loss(n0).sum()
+            grads = torch.autograd.grad(loss, self.state.inputs, scale, materialize_grads=True)
+            self.state.load_grads(grads, add=n0 != self.starts[0])
+            self.mean_loss += loss.detach() / (self.batch // self.world.size)
+        self.world.sum_(self.state.grads)
+        self.state.step()
+
+    def loss(self, n0: int) -> Tensor:
+        """Per-sample loss [micro_batch] of the images n0 ... of the batch."""
+        images, labels = self.stream.batch(n0, self.micro_batch)
+        on_ops = fused.wanted(self.net.runs_on_ops, self.state.params)
+        if on_ops and self.augment is None and isinstance(self.objective, ConsistencyObjective):
+            return self.fused_loss(self.objective, images, labels, n0)
+        y, augment_labels = self.prepare(images, n0)
         n, device = len(y), y.device
-        normal = philox.normal(seed, philox.STREAM_T, n0, n, 1, device).view(n)
-        eps = philox.normal(seed, philox.STREAM_EPS, n0, n, y[0].numel(), device).view(y.shape)
-        mask = MaskKey(seed, n0)
+        normal = philox.normal(self.key, philox.STREAM_T, n0, n, 1, device).view(n)
+        eps = philox.normal(self.key, philox.STREAM_EPS, n0, n, y[0].numel(), device).view(y.shape)
+        mask = MaskKey(self.key, n0)
 
         def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
             return self.net(x, sigma, labels, augment_labels, mask)
 
-        return self.objective.train_loss(denoiser, y, normal, eps, stage)
+        return self.objective.train_loss(denoiser, y, normal, eps, self.stage)
 
-    def fused_loss(
-        self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: int, seed: Tensor, stage: int
-    ) -> Tensor:
-        """What objective.train_loss computes, on the ops: from uint8 images to the U-Net's inputs, and from its outputs to loss
-        and gradient, in one launch each. A test holds the two equal."""
+    def fused_loss(self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: int) -> Tensor:
+        """What objective.train_loss computes, on the ops: one launch from uint8 images to the U-Net's inputs, and one from its
+        outputs to loss and gradient. A test holds the two equal."""
         n, device, sigma_data = len(images), images.device, objective.sigma_data
-        t = (objective.P_mean + objective.P_std * philox.normal(seed, philox.STREAM_T, n0, n, 1, device).view(n)).exp()
-        r = objective.mapping(t, stage)
-        in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, seed, n0=n0, flip=self.flips(n, n0, seed))
-        mask, unet = MaskKey(seed, n0), self.net.model
+        t = (
+            objective.P_mean + objective.P_std * philox.normal(self.key, philox.STREAM_T, n0, n, 1, device).view(n)
+        ).exp()
+        r = objective.mapping(t, self.stage)
+        in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, self.key, n0=n0, flip=self.flips(n, n0))
+        mask, unet = MaskKey(self.key, n0), self.net.model
+        # A graph compiled without gradients rounds differently, which is noise on D_t - D_r: the teacher runs the student's.
+        with torch.set_grad_enabled(self.compiled):
+            F_r = unet(in_r, torch.where(r > 0, r, torch.ones_like(r)).log() / 4, labels, None, mask).detach()
         F_t = unet(in_t, t.log() / 4, labels, None, mask)
-        with torch.no_grad():
-            F_r = unet(in_r, torch.where(r > 0, r, torch.ones_like(r)).log() / 4, labels, None, mask)
         weight = WEIGHTINGS[objective.weighting](t, r, sigma_data)
         return consistency_loss(F_t, F_r, x_t, x_r, t, r, weight, objective.c, sigma_data)
 
-    def flips(self, n: int, n0: int, seed: Tensor) -> Tensor | None:
+    def flips(self, n: int, n0: int) -> Tensor | None:
         """Which images to mirror, bool [n]; None: none."""
         if not self.xflip:
             return None
-        return philox.uniform(seed, philox.STREAM_FLIP, n0, n, 1, seed.device).view(n) < 0.5
+        return philox.uniform(self.key, philox.STREAM_FLIP, n0, n, 1, self.key.device).view(n) < 0.5
 
-    def prepare(self, images: Tensor, n0: int, seed: Tensor) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, images: Tensor, n0: int) -> tuple[Tensor, Tensor | None]:
         """uint8 [n, H, W, C] -> (float32 [n, C, H, W] in [-1, 1], flipped and augmented; augmentation labels [n, 9])."""
         n, device = len(images), images.device
-        y = to_float(images, self.flips(n, n0, seed))
+        y = to_float(images, self.flips(n, n0))
         if self.augment is None:
             return y, None
-        uniform = philox.uniform(seed, philox.STREAM_AUGMENT_UNIFORM, n0, n, self.augment.uniforms, device)
-        normal = philox.normal(seed, philox.STREAM_AUGMENT_NORMAL, n0, n, self.augment.normals, device)
+        uniform = philox.uniform(self.key, philox.STREAM_AUGMENT_UNIFORM, n0, n, self.augment.uniforms, device)
+        normal = philox.normal(self.key, philox.STREAM_AUGMENT_NORMAL, n0, n, self.augment.normals, device)
         return self.augment(y, uniform, normal)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that update() writes and that outlives it."""
+        return [*self.state.tensors(), self.mean_loss]
+
+    def warm_up(self, updates: int = WARM_UP) -> None:
+        """Run updates, then put everything back."""
+        saved = [tensor.clone() for tensor in self.tensors()]
+        for _ in range(updates):
+            self.update()
+        torch._foreach_copy_(self.tensors(), saved)
+
+    def capture(self) -> None:
+        """Record update(), gradient all-reduce included, into one CUDA graph, which later calls replay."""
+        device = self.state.params.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self.warm_up()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.update()

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ect import checkpoint, schedule
+from ect import checkpoint, precision, schedule
 from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
+from ect.distributed import World
 from ect.errors import UserError
 from ect.log import RunLog, peak_memory
 from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
-from ect.models import EDMPrecond, build
+from ect.models import EDMPrecond, build, half_precision_weights
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
 from ect.options import to_dict
@@ -67,6 +68,35 @@ def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
         return DiffusionObjective(sigma_data, cfg.P_mean, cfg.P_std)
     mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
     return ConsistencyObjective(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+
+
+def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
+    """The configured optimizer state of a network, in the configured precision and memory layout of its device."""
+    device = next(net.parameters()).device
+    arithmetic = precision.resolve(cfg.precision, device)
+    state = FlatState(
+        net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
+        ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
+        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
+        channels_last=_or_gpu(cfg.channels_last, device),
+    )  # fmt: skip
+    if arithmetic.half is not None:
+        state.compute.model.fused = True  # type: ignore[assignment]  # half precision is for the ops, which sum in fp32
+    return state
+
+
+def train_step(cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World()) -> TrainStep:
+    """The configured update of `state`, on images of `stream`."""
+    device = state.params.device
+    return TrainStep(
+        build_objective(cfg.objective, state.compute.sigma_data), state, stream, seed=cfg.seed, batch=cfg.batch,
+        micro_batch=cfg.batch_per_device, xflip=cfg.data.xflip, augment=cfg.data.augment,
+        compiled=_or_gpu(cfg.compile, device), graph=_or_gpu(cfg.graph, device) and device.type == "cuda", world=world,
+    )  # fmt: skip
+
+
+def _or_gpu(choice: bool | None, device: torch.device) -> bool:
+    return device.type == "cuda" if choice is None else choice
 
 
 @dataclass
@@ -136,15 +166,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         self.spec, self.net = self._build()
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.state = FlatState(
-            self.net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
-            ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
-        )  # fmt: skip
-        self.step = TrainStep(
-            self.net, build_objective(cfg.objective, self.spec["sigma_data"]), self.state,
-            ImageStream(self.dataset, cfg.seed, self.device), seed=cfg.seed, batch=cfg.batch,
-            micro_batch=cfg.micro_batch, xflip=cfg.data.xflip, augment=cfg.data.augment,
-        )  # fmt: skip
+        self.state = flat_state(cfg, self.net)
+        self.step = train_step(cfg, self.state, ImageStream(self.dataset, cfg.seed, self.device, cfg.batch))
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ect.config import DataConfig
+from ect.config import Config, DataConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.models import build
 from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
 from ect.optim import FlatState
 from ect.sampler import consistency_sample, heun_sample
 from ect.step import TrainStep
-from ect.trainer import network_spec
+from ect.trainer import flat_state, network_spec
 from tests.tiny import NET, config, run
 
 pytestmark = [
@@ -29,13 +30,39 @@ def _fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def train(device: str, objective: Objective) -> tuple[list[float], FlatState]:
+def train(device: str, objective: Objective, precision: str = "fp32", **options: Any) -> tuple[list[float], FlatState]:
     torch.manual_seed(0)
     data = load(DataConfig(labels=True))
     net = build(network_spec(replace(NET, label_dropout=0.2), "ECMPrecond", data, 9)).to(device).train()
-    state = FlatState(net, lr=1e-3, ema_betas=[0.9])
-    step = TrainStep(net, objective, state, ImageStream(data, 1, device), seed=1, batch=16, xflip=True, augment=0.3)
+    cfg = Config(precision=precision, batch=16, optim=OptimConfig(lr=1e-3, ema_beta=0.9))  # type: ignore[arg-type]
+    state = flat_state(cfg, net)
+    stream = ImageStream(data, 1, device, 16)
+    step = TrainStep(objective, state, stream, **{"seed": 1, "batch": 16, "xflip": True, "augment": 0.3, **options})
     return [float(step(16 * i, i)) for i in range(8)], state
+
+
+@pytest.mark.parametrize("options", [{"compiled": True}, {"graph": True}, {"compiled": True, "graph": True}])
+@pytest.mark.parametrize("augment", [0.0, 0.3])
+@pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])
+def test_compiled_and_captured_steps_equal_the_eager_one(objective: Objective, augment: float, options: dict) -> None:
+    (want, a), (got, b) = (train("cuda", objective, augment=augment, **o) for o in ({}, options))
+    assert got == pytest.approx(want, rel=1e-5 if "compiled" in options else 0)
+    torch.testing.assert_close(b.params, a.params, rtol=1e-3, atol=1e-4 if "compiled" in options else 0)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_every_precision_follows_fp32(precision: str) -> None:
+    (want, _), (got, state) = (train("cuda", ConsistencyObjective(), p, augment=0.0) for p in ("fp32", precision))
+    assert got == pytest.approx(want, rel=0.05)
+    assert int(state.skipped) < 8 and state.params.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_captured_step_moves_with_stage_learning_rate_and_data(dtype: torch.dtype) -> None:
+    name = "fp16" if dtype == torch.float16 else "fp32"
+    _, state = train("cuda", ConsistencyObjective(), name, augment=0.0, graph=True)
+    _, want = train("cuda", ConsistencyObjective(), name, augment=0.0)
+    assert torch.equal(state.params, want.params) and torch.equal(state.emas[0], want.emas[0])
 
 
 @pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])

@@ -173,7 +173,7 @@ def test_resume_refuses_other_data(uninterrupted: Path, monkeypatch) -> None:  #
 
 
 def test_micro_batches_train_the_same_network(uninterrupted: Path, tmp_path: Path) -> None:
-    run(config(micro_batch=4), tmp_path / "run")
+    run(config(batch_per_device=4), tmp_path / "run")
     got, want = final_state(tmp_path / "run"), final_state(uninterrupted)
     for name in want:
         if name.startswith("params."):
@@ -213,7 +213,7 @@ def test_every_network_trains_with_both_objectives_and_every_option(arch: str, k
         data=DataConfig(labels=True, xflip=True, augment=0.2),
         objective=ObjectiveConfig(kind=kind, mapping="const", c=0.03, weighting="inverse_c_out_sq"),  # type: ignore[arg-type]
         optim=OptimConfig(clip=1.0, optimizer="adam"),
-        micro_batch=4,
+        batch_per_device=4,
         eval=EvalConfig(samples=0, mid_t=(5.0, 0.8)),
     )
     folder = tmp_path / "run"

@@ -21,9 +21,13 @@ def mlp() -> torch.nn.Module:
     return net
 
 
-def backward(net: torch.nn.Module, i: int) -> None:
+def loss(net: torch.nn.Module, i: int) -> torch.Tensor:
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(i))
-    (net(x) ** 2).sum().backward()
+    return (net(x) ** 2).sum()
+
+
+def backward(state: FlatState, i: int) -> None:
+    state.load_grads(torch.autograd.grad(loss(state.compute, i), state.inputs))
 
 
 @pytest.mark.parametrize("name", ["radam", "adam"])
@@ -36,10 +40,9 @@ def test_equals_torch_over_30_steps(name: str, betas: tuple[float, float]) -> No
         theirs.parameters(), lr=1e-2, betas=betas, eps=1e-6
     )
     for i in range(30):  # crosses the step at which RAdam starts to rectify
-        state.zero_grad()
         optimizer.zero_grad()
-        backward(ours, i)
-        backward(theirs, i)
+        backward(state, i)
+        loss(theirs, i).backward()
         state.step()
         optimizer.step()
         for average, p in zip(ema.parameters(), theirs.parameters(), strict=True):
@@ -65,8 +68,7 @@ def test_golden_trajectory() -> None:
         r = objective.mapping(t, step // 3)
         loss = objective.loss(net, g["images"][step], t, r, g["eps"][step])
         assert (loss.detach() - g["losses"][step]).norm() / g["losses"][step].norm() <= 1e-3
-        state.zero_grad()
-        loss.mean().backward()
+        state.load_grads(torch.autograd.grad(loss.mean(), state.inputs))
         state.step()
     for got, want in [(net.state_dict(), part(g, "final.")), (state.ema_state_dict(0), part(g, "ema."))]:
         assert set(got) == set(want)
@@ -75,77 +77,76 @@ def test_golden_trajectory() -> None:
         assert error / math.sqrt(sum(float(b.square().sum()) for _, b in moved)) <= 1e-2
 
 
-def test_parameters_and_gradients_are_aligned_views() -> None:
-    net = mlp()
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_parameters_and_gradients_are_aligned_views(channels_last: bool) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Flatten(), torch.nn.Linear(20, 3))
     before = [p.detach().clone() for p in net.parameters()]
-    state = FlatState(net)
+    x = torch.randn(2, 3, 4, 4)
+    want = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    state = FlatState(net, channels_last=channels_last)
     for p, old in zip(net.parameters(), before, strict=True):
         assert torch.equal(p, old)
-        assert p.data_ptr() % 16 == 0 and p.grad.data_ptr() % 16 == 0
+        assert p.data_ptr() % 16 == 0
         assert p.untyped_storage().data_ptr() == state.params.untyped_storage().data_ptr()
-    backward(net, 0)
-    for p, view in zip(net.parameters(), state.views(state.grads), strict=True):
-        assert torch.equal(p.grad, view) and view.abs().sum() > 0
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last) is channels_last
+    for times in (1, 2):  # loaded, then added
+        state.load_grads(torch.autograd.grad(net(x).square().sum(), state.inputs), add=times == 2)
+        for grad, view in zip(want, state.views(state.grads), strict=True):
+            torch.testing.assert_close(times * grad, view)
+    assert all(tensor.is_contiguous() for tensor in state.state_tensors().values())
 
 
-def test_gradients_set_by_others_are_honoured() -> None:
-    a, b = mlp(), mlp()
-    states = [FlatState(net, "adam", lr=1e-2) for net in (a, b)]
-    for i in range(3):
-        states[0].zero_grad()
-        b.zero_grad(set_to_none=True)  # detaches .grad from the arena
-        backward(a, i)
-        backward(b, i)
-        for state in states:
-            state.step()
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q)
-    b.zero_grad(set_to_none=True)
-    states[1].step()
-    assert (states[1].grads == 0).all()
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_the_twin_computes_with_the_shadow_and_follows_every_step(half: torch.dtype) -> None:
+    net = mlp()
+    state = FlatState(net, "adam", lr=1e-2, half=half, core={"0.weight"})
+    twin = state.compute
+    assert twin is not net and twin[0].weight.dtype == half and twin[2].weight is net[2].weight
+    assert twin.constant is net.constant
+    for _ in range(2):
+        assert torch.equal(twin[0].weight, net[0].weight.to(half)) and torch.equal(twin[0].bias, net[0].bias)
+        before = net[0].weight.clone()
+        grads = [torch.ones_like(p) for p in state.inputs]
+        assert grads[0].dtype == half
+        state.load_grads(grads)
+        state.step()
+        assert not torch.equal(net[0].weight, before)
+    assert [name for name, _ in twin.named_parameters()] == [name for name, _ in net.named_parameters()]
 
 
 def test_nonfinite_gradients_are_cleaned_and_counted() -> None:
     net = mlp()
     state = FlatState(net, "adam", lr=1e-3, ema_betas=[0.9])
-    state.zero_grad()
-    backward(net, 0)
-    net[0].weight.grad[0, 0] = math.nan
-    net[0].weight.grad[0, 1] = math.inf
-    net[0].weight.grad[0, 2] = -math.inf
+    backward(state, 0)
+    state.grads[:3] = torch.tensor([math.nan, math.inf, -math.inf])
     state.step()
     assert int(state.nonfinite) == 3
     assert state.params.isfinite().all() and state.emas[0].isfinite().all()
-    assert net[0].weight.grad[0, :3].tolist() == [0.0, 1e5, -1e5]
+    assert state.grads[:3].tolist() == [0.0, 1e5, -1e5]
 
 
 def test_clip_bounds_the_global_norm() -> None:
-    net = mlp()
-    state = FlatState(net, clip=0.5)
-    backward(net, 0)
+    state = FlatState(mlp(), clip=0.5)
+    backward(state, 0)
     unclipped = state.grads.clone()
     state.step()
     assert float(state.grad_norm) == pytest.approx(float(unclipped.norm())) and state.grad_norm > 0.5
     torch.testing.assert_close(state.grads, unclipped * 0.5 / unclipped.norm(), rtol=1e-4, atol=1e-7)
-    state.zero_grad()
     state.clip = 1e9
-    backward(net, 0)
+    backward(state, 0)
     before = state.grads.clone()
     state.step()
     assert torch.equal(state.grads, before)
 
 
 def test_state_survives_a_round_trip() -> None:
-    a, b = mlp(), mlp()
-    first, second = (FlatState(net, lr=1e-2, ema_betas=[0.9]) for net in (a, b))
+    first, second = (FlatState(mlp(), lr=1e-2, ema_betas=[0.9]) for _ in range(2))
     for i in range(8):
-        first.zero_grad()
-        backward(a, i)
+        backward(first, i)
         first.step()
     second.load_state_tensors(first.state_tensors())
-    for state, net in ((first, a), (second, b)):
-        state.zero_grad()
-        backward(net, 9)
+    for state in (first, second):
+        backward(state, 9)
         state.step()
     assert torch.equal(first.params, second.params) and torch.equal(first.emas[0], second.emas[0])
     incomplete = first.state_tensors()
@@ -165,7 +166,7 @@ def test_settings_reach_the_device_scalars_when_assigned() -> None:
     b.clip, b.ema_betas = None, [0.0, 1.0]
     assert b.clip is None
     start = b.params.clone()
-    backward(nets[1], 0)
+    backward(b, 0)
     b.step()
     assert torch.equal(b.emas[0], b.params) and torch.equal(b.emas[1], start) and not torch.equal(b.params, start)
     with pytest.raises(ValueError, match="2 weight averages"):
@@ -174,27 +175,25 @@ def test_settings_reach_the_device_scalars_when_assigned() -> None:
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_loss_scale_skips_overflow_and_survives_a_round_trip(half: torch.dtype) -> None:
-    plain, net, other = mlp(), mlp(), mlp()
-    want = FlatState(plain, lr=1e-2, ema_betas=[0.9])
+    want = FlatState(mlp(), lr=1e-2, ema_betas=[0.9])
     state, resumed = (
-        FlatState(n, lr=1e-2, ema_betas=[0.9], loss_scale=256.0, growth_interval=3, half=half) for n in (net, other)
+        FlatState(mlp(), lr=1e-2, ema_betas=[0.9], loss_scale=256.0, growth_interval=3, half=half) for _ in range(2)
     )
 
-    def step(state: FlatState, net: torch.nn.Module, i: int, overflow: bool = False) -> None:
-        state.zero_grad()
-        backward(net, i)
+    def step(state: FlatState, i: int, overflow: bool = False) -> None:
+        backward(state, i)
         if state.loss_scale is not None:
             state.grads.mul_(state.loss_scale)
         if overflow:
-            net[2].bias.grad[1] = math.inf  # type: ignore[index, union-attr]
+            state.grads[1] = math.inf
         state.step()
 
     for i in range(8):
-        step(want, plain, i)
+        step(want, i)
         if i == 4:
-            step(state, net, i, overflow=True)
+            step(state, i, overflow=True)
             assert math.isinf(float(state.grad_norm))
-        step(state, net, i)
+        step(state, i)
     assert torch.equal(state.params, want.params) and torch.equal(state.emas[0], want.emas[0])
     assert torch.equal(state.shadow, state.params.to(half))
     assert (int(state.steps), int(state.skipped), int(state.nonfinite)) == (8, 1, 1)
@@ -203,8 +202,8 @@ def test_loss_scale_skips_overflow_and_survives_a_round_trip(half: torch.dtype) 
     resumed.load_state_tensors(state.state_tensors())
     assert torch.equal(resumed.shadow, state.shadow)
     for i in range(8, 12):
-        step(state, net, i)
-        step(resumed, other, i)
+        step(state, i)
+        step(resumed, i)
     for name, tensor in state.state_tensors().items():
         assert torch.equal(tensor, resumed.state_tensors()[name]), name
     assert float(state.loss_scale) == 1024.0

@@ -82,7 +82,7 @@ def test_unknown_or_ill_typed_options_say_what_was_meant(args: list[str], said: 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("--batch", "0"), ("--micro-batch", "7"), ("--total-kimg", "0"), ("--seed", "-1"), ("--threads", "0"),
+        ("--batch", "0"), ("--batch-per-device", "7"), ("--total-kimg", "0"), ("--seed", "-1"), ("--threads", "0"),
         ("--data.augment", "1.5"), ("--net.dropout", "1.0"), ("--net.label-dropout", "-0.1"), ("--net.sigma-data", "0"),
         ("--net.model-channels", "6"), ("--net.num-blocks", "0"), ("--log.keep", "0"), ("--eval.samples", "1"),
         ("--eval.batch", "0"), ("--eval.mid-t", "90"), ("--objective.q", "1"), ("--objective.c", "-0.1"),

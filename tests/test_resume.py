@@ -26,7 +26,7 @@ def test_a_config_read_back_from_json_is_the_same() -> None:
 
 
 def test_what_does_not_change_the_maths_is_free() -> None:
-    new = Config(run_dir=Path("b"), resume=Path("b"), dry_run=True, device="cuda", threads=3, micro_batch=8)
+    new = Config(run_dir=Path("b"), resume=Path("b"), dry_run=True, device="cuda", threads=3, batch_per_device=8)
     new = dataclasses.replace(new, init_from=Path("a"), total_kimg=7.0)
     new = dataclasses.replace(new, log=LogConfig(keep=9), eval=EvalConfig(samples=1))
     refuse_changed_maths(as_saved(Config()), dataclasses.asdict(new))

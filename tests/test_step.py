@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from ect.config import DataConfig
+from ect.config import Config, DataConfig, OptimConfig
 from ect.data import ImageStream, load
+from ect.distributed import World
 from ect.models import EDMPrecond, build
 from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
 from ect.optim import FlatState
 from ect.step import TrainStep
-from ect.trainer import network_spec
+from ect.trainer import flat_state, network_spec
 from tests.tiny import NET
 
 DATA = load(DataConfig(labels=True))
@@ -28,9 +29,17 @@ def make(objective: Objective | None = None, **options: Any) -> TrainStep:
     net = build(spec).train()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    state = FlatState(net, "adam", lr=1e-3)
+    optim = OptimConfig("adam", lr=1e-3)
+    state = flat_state(Config(precision=options.pop("precision", "fp32"), optim=optim), net)
     step = {"seed": 1, "batch": 12, **options}
-    return TrainStep(net, objective or ConsistencyObjective(), state, ImageStream(dataset, 1), **step)
+    return TrainStep(objective or ConsistencyObjective(), state, ImageStream(dataset, 1, batch=step["batch"]), **step)
+
+
+def put(step: TrainStep, nimg: int, stage: int) -> None:
+    """What a call does before the update."""
+    step.stream.seek(nimg)
+    step.key.fill_((step.seed << 32) | (nimg // step.batch))
+    step.stage.fill_(stage)
 
 
 @pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])
@@ -47,7 +56,6 @@ def test_accumulation_equals_one_batch(objective: Objective, options: dict, micr
 
 def test_the_loss_is_the_reference_objective_of_the_prepared_images() -> None:
     step = make(net={"dropout": 0.0})
-    seed = torch.tensor((1 << 32) | 3)
     captured: dict[str, torch.Tensor] = {}
 
     class Spy:
@@ -56,8 +64,9 @@ def test_the_loss_is_the_reference_objective_of_the_prepared_images() -> None:
             return ConsistencyObjective().train_loss(denoiser, y, normal, eps, stage)
 
     step.objective = Spy()  # type: ignore[assignment]
-    got = step.loss(36, 0, seed, 2)
-    images, _ = step.stream.batch(36, 12)
+    put(step, 36, 2)
+    got = step.loss(0)
+    images, _ = step.stream.batch(0, 12)
     assert torch.equal(captured["y"], images.permute(0, 3, 1, 2).float() / 127.5 - 1)
     t = (-1.1 + 2.0 * captured["normal"]).exp()
     objective = ConsistencyObjective()
@@ -81,7 +90,8 @@ def test_every_step_draws_new_noise_levels_and_noise_from_streams_of_their_own()
 
     step.objective = Spy()  # type: ignore[assignment]
     for number in (0, 1):
-        step.loss(12 * number, 0, torch.tensor((1 << 32) | number), 0)
+        put(step, 12 * number, 0)
+        step.loss(0)
     (normal, eps), (other_normal, other_eps) = seen
     assert not torch.equal(normal, other_normal) and not torch.equal(eps, other_eps)
     assert not torch.equal(normal, eps.flatten(1)[:, 0])
@@ -100,9 +110,9 @@ def test_the_key_holds_seed_and_step(nimg: int, monkeypatch: pytest.MonkeyPatch)
     keys = []
     original = TrainStep.loss
 
-    def loss(self: TrainStep, first: int, n0: int, seed: torch.Tensor, stage: int) -> torch.Tensor:
-        keys.append(int(seed))
-        return original(self, first, n0, seed, stage)
+    def loss(self: TrainStep, n0: int) -> torch.Tensor:
+        keys.append(int(self.key))
+        return original(self, n0)
 
     monkeypatch.setattr(TrainStep, "loss", loss)
     make(seed=7)(nimg, 0)
@@ -110,15 +120,14 @@ def test_the_key_holds_seed_and_step(nimg: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_flips_and_augmentation_change_the_images_and_label_them() -> None:
-    seed = torch.tensor(5)
-    images, _ = DATA.images[:64], None
-    plain, _ = make().prepare(images, 0, seed)
-    flipped, labels = make(xflip=True).prepare(images, 0, seed)
+    images = DATA.images[:64]
+    plain, _ = make().prepare(images, 0)
+    flipped, labels = make(xflip=True).prepare(images, 0)
     assert labels is None
     mirrored = (flipped == plain.flip(3)).flatten(1).all(1)
     same = (flipped == plain).flatten(1).all(1)
     assert (mirrored | same).all() and 16 < int((mirrored & ~same).sum()) < 48
-    augmented, labels = make(augment=0.5).prepare(images, 0, seed)
+    augmented, labels = make(augment=0.5).prepare(images, 0)
     assert labels is not None and labels.shape == (64, 9)
     untouched = (labels == 0).all(1)
     assert 0 < int(untouched.sum()) < 64
@@ -183,9 +192,9 @@ def test_tuning_on_gaussian_data_finds_the_exact_consistency_function() -> None:
     for i in range(steps):
         g = torch.Generator().manual_seed(i)
         y, normal, eps = 0.5 * torch.randn(256, 1, 1, 1, generator=g), *torch.randn(2, 256, generator=g)
-        state.zero_grad()
         state.lr = 3e-3 * (1 - i / steps)
-        objective.train_loss(D, y, normal, eps.view(-1, 1, 1, 1), min(i // 300, 7)).mean().backward()
+        loss = objective.train_loss(D, y, normal, eps.view(-1, 1, 1, 1), min(i // 300, 7)).mean()
+        state.load_grads(torch.autograd.grad(loss, state.inputs))
         state.step()
     D.load_state_dict(state.ema_state_dict(0))
     for t in (0.2, 1.0, 5.0, 20.0):
@@ -207,3 +216,80 @@ def test_the_fused_step_equals_the_readable_one(c: float, options: dict) -> None
     for stage in (0, 3):  # with and without rows of r = 0
         assert float(fused(0, stage)) == pytest.approx(float(plain(0, stage)), rel=1e-5)
         torch.testing.assert_close(fused.state.grads, plain.state.grads, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_half_precision_step_follows_fp32(half: torch.dtype) -> None:
+    name = "fp16" if half == torch.float16 else "bf16"
+    want, got = (make(precision=name, net={"dropout": 0.2}) for name in ("fp32", name))
+    want.net.model.fused = True
+    for i in range(3):
+        assert float(got(12 * i, 2)) == pytest.approx(float(want(12 * i, 2)), rel=0.02)
+    scale = 1.0 if got.state.loss_scale is None else float(got.state.loss_scale)
+    assert (scale > 1) == (half == torch.float16) and int(got.state.skipped) == 0
+    error = (got.state.grads / scale - want.state.grads).norm() / want.state.grads.norm()
+    assert 1e-5 < float(error) < 0.1  # it is rounded, and no more than that
+    seen = set()
+    for layer in got.net.modules():
+        if isinstance(layer, torch.nn.Module) and getattr(layer, "kernel", 0):
+            seen.add((layer.weight.dtype, layer in (got.net.model.enc["8x8_conv"], got.net.model.dec["8x8_aux_conv"])))
+    assert seen == {(half, False), (torch.float32, True)}
+
+
+def test_an_overflow_skips_the_step_and_the_next_one_works() -> None:
+    step = make(precision="fp16")
+    step.state.loss_scale.fill_(2.0**31)
+    before = step.state.params.clone()
+    step(0, 2)
+    assert torch.equal(step.state.params, before)
+    assert (int(step.state.skipped), float(step.state.loss_scale)) == (1, 2.0**30)
+    assert int(step.state.nonfinite) > 0
+    step.state.loss_scale.fill_(2.0**10)
+    step(12, 2)
+    assert not torch.equal(step.state.params, before) and int(step.state.skipped) == 1
+
+
+def test_warm_up_leaves_no_trace() -> None:
+    step, fresh = make(), make()
+    put(step, 0, 2)
+    step.warm_up(2)
+    for i in range(2):
+        assert torch.equal(step(12 * i, 2), fresh(12 * i, 2))
+    assert torch.equal(step.state.params, fresh.state.params)
+    assert torch.equal(step.state.state_f64, fresh.state.state_f64)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"xflip": True, "dataset": DATA, "net": {"label_dropout": 0.3, "dropout": 0.2}}]
+)
+def test_shares_of_two_ranks_add_up_to_one_batch(options: dict) -> None:
+    class Part(World):
+        def sum_(self, tensor: torch.Tensor) -> None:
+            tensor.add_(other.state.grads)
+
+    whole, other = make(**options), make(**options, world=World(0, 2))
+    put(other, 12, 2)
+    other.state.step = lambda: None  # type: ignore[method-assign]
+    other.update()
+    mine = make(**options, world=Part(1, 2))
+    loss = (mine(12, 2) + other.mean_loss) / 2
+    torch.testing.assert_close(loss, whole(12, 2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mine.state.params, whole.state.params, rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher() -> None:
+    class Same:
+        """A mapping with r = t."""
+
+        def __call__(self, t: torch.Tensor, stage: torch.Tensor) -> torch.Tensor:
+            return t
+
+    eager, compiled = make(net={"dropout": 0.2}), make(net={"dropout": 0.2}, compiled=True)
+    for step in (eager, compiled):
+        step.net.model.fused = True
+    for i in range(2):
+        assert float(compiled(12 * i, i)) == pytest.approx(float(eager(12 * i, i)), rel=1e-5)
+        torch.testing.assert_close(compiled.state.grads, eager.state.grads, rtol=1e-3, atol=1e-4)
+    compiled.objective = ConsistencyObjective(mapping=Same(), weighting="uniform")  # type: ignore[arg-type]
+    assert float(compiled(24, 0)) == 0.0
+    assert (compiled.state.grads == 0).all()

@@ -28,7 +28,7 @@ from tests.tiny import config, run
 
 EVERYTHING = config(
     seed=5,
-    micro_batch=4,
+    batch_per_device=4,
     net=NetConfig("adm", 16, (1, 2), 2, (4,), 0.3, 0.15, 0.6),
     data=DataConfig(labels=True, xflip=True, augment=0.25),
     objective=ObjectiveConfig("consistency", -0.9, 1.7, "const", 3.0, 5.0, 2.0, 0.05, "inverse_t", 3, 0.024),

@@ -6,11 +6,11 @@ from typing import Any
 
 from ect.errors import UserError
 from ect.models.adm_unet import DhariwalUNet
-from ect.models.layers import MaskKey
+from ect.models.layers import MaskKey, half_precision_weights
 from ect.models.precond import ECMPrecond, EDMPrecond
 from ect.models.song_unet import SongUNet
 
-__all__ = ["DhariwalUNet", "ECMPrecond", "EDMPrecond", "MaskKey", "SongUNet", "build"]
+__all__ = ["DhariwalUNet", "ECMPrecond", "EDMPrecond", "MaskKey", "SongUNet", "build", "half_precision_weights"]
 
 _UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 

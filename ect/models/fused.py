@@ -4,6 +4,9 @@ Between layers the activation is `Pending`: the sum that a block ends with is no
 norm, which reads its parts once and writes sum and normalised activation together (residual_group_norm_silu). The
 decoder's concatenations are never made: the norm reads both sources, and a 1x1 skip convolution of a concatenation is
 the sum of two matrix products. Convolution biases ride along: conv0's with the embedding, the others with the sum.
+
+Where the blocks' convolution weights are in half precision, so is everything between the first convolution and the last
+norm; those two, and what is a vector (embedding, biases, norm parameters), stay fp32 (ect.precision).
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from ect_kernels import dispatch
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
 from torch import Tensor
 
-from ect.models.layers import Conv2d, GroupNorm, MaskKey, UNetBlock
+from ect.models.layers import Conv2d, GroupNorm, MaskKey, UNetBlock, sum_in_fp32
 
 
 def wanted(choice: bool | None, x: Tensor) -> bool:
@@ -35,6 +39,10 @@ class Pending(NamedTuple):
     skip: Tensor | None = None
     skip_bias: Tensor | None = None
     scale: float = 1.0
+
+    def to(self, dtype: torch.dtype) -> Pending:
+        """The same sum with its images in another dtype."""
+        return self._replace(a=self.a.to(dtype), skip=None if self.skip is None else self.skip.to(dtype))
 
     def value(self) -> Tensor:
         """x [N, C, H, W], by plain operations."""
@@ -62,9 +70,26 @@ def skip_sum(conv: Conv2d, x: Tensor, other: Tensor | None) -> Tensor:
     assert conv.weight is not None and conv.resample_filter is None and conv.kernel == 1
     n, c, h, w = x.shape
     weight = conv.weight.flatten(1)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, c) @ weight[:, :c].t()
-    rows = torch.addmm(rows, other.permute(0, 2, 3, 1).reshape(-1, other.shape[1]), weight[:, c:].t())
+    rows = sum_in_fp32(torch.mm, x.permute(0, 2, 3, 1).reshape(-1, c), weight[:, :c].t())
+    others = other.permute(0, 2, 3, 1).reshape(-1, other.shape[1])
+    rows = sum_in_fp32(torch.addmm, rows, others, weight[:, c:].t())
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+def attention(layer: UNetBlock, x: Tensor) -> Tensor:
+    """Self-attention over pixels, [N, C, H, W] -> [N, C, H, W] before the projection, without a copy of q, k or v.
+
+    The checkpoints' qkv convolution interleaves the three; its small weight is put in order instead of its output.
+    """
+    n, c, h, w = x.shape
+    qkv, size = layer.qkv, c // layer.num_heads
+    assert qkv.weight is not None and qkv.bias is not None
+    weight = qkv.weight.view(layer.num_heads, size, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c)
+    bias = qkv.bias.view(layer.num_heads, size, 3).permute(2, 0, 1).flatten().to(weight.dtype)
+    rows = sum_in_fp32(torch.addmm, bias, x.permute(0, 2, 3, 1).reshape(-1, c), weight.t())
+    q, k, v = rows.view(n, h * w, 3, layer.num_heads, size).permute(2, 0, 3, 1, 4).unbind()
+    out = sum_in_fp32(F.scaled_dot_product_attention, q, k, v)
+    return out.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def block(
@@ -72,7 +97,7 @@ def block(
 ) -> tuple[Tensor, Pending]:
     """One residual block on cat(x, other): (x itself, now computed; the block's own pending output)."""
     scale = layer.style.skip_scale
-    x_, h = norm_silu(layer.norm0, x, other)
+    x_, h = norm_silu(layer.norm0, x.to(layer.dtype), other)
     h = layer.conv0(h, bias=False)
     n, c = h.shape[:2]
     assert layer.conv0.bias is not None
@@ -94,8 +119,7 @@ def block(
     out = Pending(layer.conv1(h, bias=False), layer.conv1.bias, skip, skip_bias, scale)
     if layer.num_heads:
         y, h = norm_silu(layer.norm2, out, act=False)
-        attended = layer.attend(layer.qkv(h))
-        out = Pending(layer.proj(attended, bias=False), layer.proj.bias, y, None, scale)
+        out = Pending(layer.proj(attention(layer, h), bias=False), layer.proj.bias, y, None, scale)
     return x_, out
 
 
@@ -109,7 +133,7 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
             aux = layer(aux)
         elif name.endswith(("aux_skip", "aux_residual")):
             assert pending is not None
-            value = pending.value() + layer(aux)
+            value = pending.to(aux.dtype).value() + layer(aux)
             if name.endswith("aux_residual"):
                 value = aux = value / math.sqrt(2)
             pending = Pending(value)
@@ -126,7 +150,7 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
         if name.endswith("aux_up"):
             out = layer(out)
         elif name.endswith("aux_norm"):
-            value, normed = norm_silu(layer, pending)
+            value, normed = norm_silu(layer, pending.to(x.dtype))
             pending = Pending(value)
         elif name.endswith("aux_conv"):
             image = layer(normed)
@@ -158,5 +182,5 @@ def adm_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # ty
         value, pending = block(layer, pending, emb, mask, other)
         if i == 0:
             skips.append(value)
-    _, normed = norm_silu(net.out_norm, pending)
+    _, normed = norm_silu(net.out_norm, pending.to(x.dtype))
     return net.out_conv(normed)

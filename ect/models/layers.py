@@ -7,7 +7,7 @@ Sources: Karras et al., "Elucidating the design space of diffusion-based generat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,16 @@ class Init(NamedTuple):
 
     def bias_(self, features: int, fan_in: int, fan_out: int) -> nn.Parameter:
         return nn.Parameter(self.draw([features], fan_in, fan_out) * self.bias)
+
+
+def sum_in_fp32(product: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """A product of tensors of one dtype, half precision ones summed in fp32 and rounded once.
+
+    Tensor cores do so by themselves. Elsewhere the factors are widened, so that a CPU computes what a GPU would.
+    """
+    if factors[0].dtype in (torch.float32, torch.float64) or factors[0].device.type != "cpu":
+        return product(*factors)
+    return product(*(f.float() for f in factors)).to(factors[0].dtype)
 
 
 class Linear(nn.Module):
@@ -92,22 +102,28 @@ class Conv2d(nn.Module):
         if self.resample_filter is None:
             return self.convolve(x, bias)
         taps = self.resample_filter.to(x.dtype)
-        pad, channels = (taps.shape[-1] - 1) // 2, x.shape[1]
+        pad = (taps.shape[-1] - 1) // 2
         if self.fused and self.down:
             x = self.convolve(x, bias, pad)  # the bias passes the filter unchanged: its taps sum to 1
-            return F.conv2d(x, taps.expand(self.out_channels, 1, -1, -1), stride=2, groups=self.out_channels)
-        taps = taps.expand(channels, 1, -1, -1)
-        if self.up:
-            x = F.conv_transpose2d(x, taps * 4, stride=2, padding=pad, groups=channels)
-        else:
-            x = F.conv2d(x, taps, stride=2, padding=pad, groups=channels)
-        return self.convolve(x, bias)
+            return resample(x, taps)
+        return self.convolve(resample(x, taps, up=self.up, padding=pad), bias)
 
     def convolve(self, x: Tensor, bias: bool, extra_pad: int = 0) -> Tensor:
         """The convolution alone, or x itself where there is none."""
         if self.weight is None:
             return x
-        return F.conv2d(x, self.weight, self.bias if bias else None, padding=self.kernel // 2 + extra_pad)
+        padding = self.kernel // 2 + extra_pad
+        if not bias or self.bias is None:
+            return sum_in_fp32(lambda x, w: F.conv2d(x, w, padding=padding), x, self.weight)
+        return sum_in_fp32(lambda x, w, b: F.conv2d(x, w, b, padding=padding), x, self.weight, self.bias.to(x.dtype))
+
+
+def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Tensor:
+    """Every channel of x [N, C, H, W] filtered by taps [1, 1, k, k], at half the resolution, or at twice it."""
+    taps = taps.expand(x.shape[1], 1, -1, -1)
+    if up:
+        return sum_in_fp32(lambda x, w: F.conv_transpose2d(x, w * 4, None, 2, padding, groups=x.shape[1]), x, taps)
+    return sum_in_fp32(lambda x, w: F.conv2d(x, w, None, 2, padding, groups=x.shape[1]), x, taps)
 
 
 class GroupNorm(nn.Module):
@@ -185,6 +201,12 @@ class UNetBlock(nn.Module):
             x = (self.proj(self.attend(self.qkv(self.norm2(x)))) + x) * self.style.skip_scale
         return x
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations between the convolutions."""
+        assert self.conv1.weight is not None
+        return self.conv1.weight.dtype
+
     def attend(self, qkv: Tensor) -> Tensor:
         """Self-attention over pixels. qkv is [N, 3C, H, W]; channels are packed head-major, then c * 3 + {q, k, v}."""
         n, c3, h, w = qkv.shape
@@ -238,3 +260,14 @@ def default_mask(module: nn.Module, mask: MaskKey | None, device: torch.device) 
     if mask is None:
         return MaskKey(torch.randint(2**63 - 1, (), device=device), 0)
     return mask
+
+
+def half_precision_weights(net: nn.Module) -> set[str]:
+    """Names of the parameters that a half-precision copy of net holds in half: the weights of the blocks' convolutions."""
+    return {
+        f"{block}.{name}.weight"
+        for block, module in net.named_modules()
+        if isinstance(module, UNetBlock)
+        for name, layer in module.named_children()
+        if isinstance(layer, Conv2d) and layer.weight is not None
+    }

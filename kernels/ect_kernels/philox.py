@@ -60,8 +60,7 @@ def uniform(
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
     """
     blocks = -(-per_sample // 4)
-    first = torch.as_tensor(n0, dtype=torch.int64, device=device) * blocks
-    counters = (first + torch.arange(batch * blocks, device=device)) & _LOW
+    counters = (n0 * blocks + torch.arange(batch * blocks, device=device)) & _LOW
     words = torch.stack(philox4x32(seed, counters, stream), dim=-1).view(batch, -1)[:, :per_sample]
     return ((words >> 8).float() + 0.5) * 2.0**-24
 
@@ -103,7 +102,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | in
     """
     n, c, h, w = x.shape
     per_sample = c * h * w
-    start = torch.as_tensor(n0, dtype=torch.int64, device=x.device) * per_sample
+    start = n0 * per_sample
     # One more block than needed: sample n0 may begin in the middle of a block.
     counters = (start // 8 + torch.arange(n * per_sample // 8 + 2, device=x.device)) & _LOW
     words = torch.stack(philox4x32(seed, counters, layer), dim=-1)

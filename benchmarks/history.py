@@ -1,0 +1,40 @@
+"""Lines of benchmarks/results/<device>.jsonl, one a run and network, and how a new one compares with the last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 0.05
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The step_time lines of a file; none where it does not exist."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [line for line in map(json.loads, text.splitlines()) if line.get("benchmark") == "step_time"]
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def last(path: Path, line: dict[str, Any]) -> dict[str, Any] | None:
+    """The latest earlier line of the same device, network, batch and number of threads."""
+    same = ("device", "net", "batch", "threads")
+    found = [old for old in read(path) if all(old[key] == line[key] for key in same)]
+    return found[-1] if found else None
+
+
+def regressions(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """What got slower by more than TOLERANCE: a row's time on a GPU; on a CPU, which other work disturbs, its ratio to the first
+    row of the same run."""
+    key, unit = ("ratio", "of the first row") if new["device"].startswith("cpu") else ("ms", "ms")
+    for name, row in new["rows"].items():
+        before, now = old["rows"].get(name, {}).get(key), row.get(key)
+        if before and now and now > before * (1 + TOLERANCE):
+            yield f"{new['net']}, {name}: {now:.3g} {unit}, was {before:.3g} ({100 * (now / before - 1):+.0f} %)"

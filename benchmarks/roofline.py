@@ -1,0 +1,147 @@
+"""The time below which a training step of DDPM++ on CIFAR-10 (batch 128) cannot go: python benchmarks/roofline.py.
+
+Every figure is PREDICTED: the FLOPs and bytes of each operation of the step on the fused ops, counted by benchmarks/work.py, at
+the peak rates of a GPU's data sheet. An operation takes the longer of its arithmetic and its traffic, operations run one after
+another, launches cost nothing. --results FILE adds measured / floor for the lines that benchmarks/step_time.py wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import work
+from rich.console import Console
+from rich.table import Table
+
+BATCH, STEPS = 128, 8000
+PRECISIONS = {"fp16": torch.float16, "tf32": None}
+KINDS = ("conv", "norm", "residual", "attention", "optimizer", "other")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates by the vendor's data sheet, dense (no sparsity), fp16 with fp32 sums: TFLOP/s and GB/s. fp32: outside of the
+    tensor cores. pattern: of the name that torch gives the device."""
+
+    name: str
+    fp16: float
+    tf32: float
+    fp32: float
+    bandwidth: float
+    sheet: str
+    pattern: str
+
+
+GPUS = (
+    Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 40GB data sheet (SXM)", r"A100-(SXM4|PCIE)-40GB"),
+    Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 80GB data sheet (SXM)", r"A100-SXM\d?-80GB"),
+    Gpu("H100", 989.4, 494.7, 66.9, 3350, "NVIDIA H100 data sheet (SXM), halves of the figures with sparsity", r"H100 80GB HBM3"),
+    Gpu("H200", 989.4, 494.7, 66.9, 4800, "NVIDIA H200 data sheet (SXM), halves of the figures with sparsity", r"H200"),
+    Gpu("RTX 4090", 165.2, 82.6, 82.6, 1008, "NVIDIA Ada architecture white paper, appendix A", r"RTX 4090$"),
+    Gpu("B200", 2250, 1125, 75, 8000, "NVIDIA DGX B200 data sheet: an eighth of the system, halved for sparsity", r"B200"),
+)
+
+
+def known(device: str) -> Gpu | None:
+    """The data sheet of a device by torch's name for it."""
+    return next((gpu for gpu in GPUS if re.search(gpu.pattern, device)), None)
+
+
+def milliseconds(item: work.Work, gpu: Gpu, precision: str) -> float:
+    """The longer of arithmetic and traffic. What stays fp32 in an fp16 step runs outside of the tensor cores."""
+    rate = gpu.fp16 if item.dtype == torch.float16 else gpu.tf32 if precision == "tf32" else gpu.fp32
+    return max(item.flops / (rate * 1e12), item.bytes / (gpu.bandwidth * 1e9)) * 1e3
+
+
+def floor(gpu: Gpu, precision: str = "fp16", batch: int = BATCH) -> dict[str, float]:
+    """Predicted milliseconds of a step by kind, and their sum as 'step'."""
+    times = dict.fromkeys(KINDS, 0.0)
+    for item in work.ddpmpp_step(batch, PRECISIONS[precision]):
+        times[item.kind] += milliseconds(item, gpu, precision)
+    return {**times, "step": sum(times.values())}
+
+
+def grouped(items: Iterable[work.Work]) -> dict[tuple[str, str], list[work.Work]]:
+    """By (level, kind), in the order of the network's levels."""
+    groups: dict[tuple[str, str], list[work.Work]] = {}
+    for item in items:
+        groups.setdefault((item.level, item.kind), []).append(item)
+    order = sorted({level for level, _ in groups}, key=lambda level: -int(level.split("x")[0]) if "x" in level else 0)
+    return {(lv, kind): groups[lv, kind] for lv in order for kind in KINDS if (lv, kind) in groups}
+
+
+def table(precision: str) -> Table:
+    """Floors per level and kind of operation."""
+    items = work.ddpmpp_step(BATCH, PRECISIONS[precision])
+    out = Table(title=f"{precision}, batch {BATCH}: predicted floor of a step, ms")
+    for column in ("level", "op", "TFLOP", "GB", *(gpu.name for gpu in GPUS)):
+        out.add_column(column, justify="left" if column in ("level", "op") else "right")
+
+    def add(level: str, kind: str, part: Iterable[work.Work], **style: Any) -> None:
+        part = list(part)
+        figures = [f"{sum(w.flops for w in part) / 1e12:.2f}", f"{sum(w.bytes for w in part) / 1e9:.2f}"]
+        out.add_row(level, kind, *figures, *(f"{sum(milliseconds(w, gpu, precision) for w in part):.2f}" for gpu in GPUS), **style)
+
+    groups = grouped(items)
+    for (level, kind), part in groups.items():
+        add(level, kind, part)
+    out.add_section()
+    for kind in KINDS:
+        add("all", kind, [w for w in items if w.kind == kind])
+    add("all", "all", items, style="bold")
+    minutes = [sum(milliseconds(w, gpu, precision) for w in items) * STEPS / 6e4 for gpu in GPUS]
+    out.add_row(f"{STEPS} steps", "minutes", "", "", *(f"{m:.1f}" for m in minutes), style="bold")
+    return out
+
+
+def assumptions() -> Table:
+    out = Table("GPU", "fp16 TFLOP/s", "TF32 TFLOP/s", "fp32 TFLOP/s", "GB/s", "source", title="Peak rates, dense")
+    for gpu in GPUS:
+        out.add_row(gpu.name, f"{gpu.fp16:g}", f"{gpu.tf32:g}", f"{gpu.fp32:g}", f"{gpu.bandwidth:g}", gpu.sheet)
+    return out
+
+
+def compared(lines: Iterable[dict[str, Any]]) -> Table:
+    """Measured rows of step_time's lines over their floors."""
+    out = Table("device", "net", "row", "measured ms", "floor ms", "measured / floor", "floor is")
+    for line in lines:
+        for name, row in line["rows"].items():
+            if row.get("ms") is None:
+                continue
+            floor_ms = line["floor"]["ms"]
+            ratio = f"{row['ms'] / floor_ms:.2f}" if floor_ms else ""
+            cells = (f"{row['ms']:.2f}", f"{floor_ms:.2f}" if floor_ms else "none", ratio, line["floor"]["what"])
+            out.add_row(line["device"], line["net"], name, *cells)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
+    parser.add_argument("--results", type=Path, help="a file of benchmarks/results/: prints measured / floor")
+    options = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.results is not None:
+        if not options.results.is_file():
+            parser.error(f"--results {options.results}: no such file; python benchmarks/step_time.py writes one a device")
+        lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+        console.print(compared(lines), highlight=False)
+        return 0
+    console.print(assumptions(), table(options.precision), highlight=False)
+    console.print(
+        "Predicted, not measured: counted FLOPs and bytes at data-sheet peaks, the longer of the two for each operation, one after "
+        "another, without the cost of launches.", highlight=False,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""How much memory a run will need, known before it starts, and the batch per device that fits.
+
+What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.footprint); what does not is an
+allowance, each stated below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ect_kernels import dispatch
+
+from ect import footprint, precision
+from ect.config import Config
+from ect.data import Dataset, ImageStream
+from ect.errors import UserError
+from ect.models import build, fused
+from ect.trainer import GRID_SEEDS, flat_state, train_step
+
+GB = 1e9
+CUDA_CONTEXT = 600_000_000  # the driver's, and the code of torch, cuBLAS and cuDNN as far as it is loaded
+WORKSPACES = 1_000_000_000  # of cuDNN's convolutions and of cuBLAS
+FRAGMENTATION = 0.1  # of the update's tensors: what the caching allocator cannot put to use
+PROCESS = 500_000_000  # Python and torch on a CPU
+MEMORY_INFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")  # of a Linux container
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak memory of a run, in bytes.
+
+    state: parameters, gradients, moments, averages, the averaged network, images. update: the most that an update has alive
+    beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the update's memory meanwhile.
+    allowance: for what lies outside of tensors.
+    """
+
+    batch_per_device: int
+    state: int
+    update: int
+    between: int
+    allowance: int
+    graph: bool
+
+    @property
+    def total(self) -> int:
+        beside = self.update + self.between if self.graph else max(self.update, self.between)
+        return self.state + beside + self.allowance
+
+    def __str__(self) -> str:
+        parts = {"state": self.state, "update": self.update, "between updates": self.between, "allowance": self.allowance}
+        listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
+        return f"predicted peak memory {self.total / GB:.1f} GB with {self.batch_per_device} images at a time ({listed})"
+
+
+def predict(
+    cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, batch_per_device: int, world_size: int = 1
+) -> Prediction:
+    """Peak memory of training the network of `spec` (ect.models.build) on `device`, if its share of the batch is taken
+    `batch_per_device` images at a time. Reads neither images nor weights and touches no device.
+
+    Not in it: Inception at evaluations, and on a CPU what the ops' reference implementations need inside of them.
+    """
+    share, gpu = cfg.batch // world_size, device.type == "cuda"
+    passes = min(2, share // batch_per_device)  # the second adds to the gradients of the first; a third would be like it
+    traced = replace(
+        cfg, batch=passes * batch_per_device, batch_per_device=batch_per_device, compile=False, graph=False,
+        precision=precision.resolve(cfg.precision, device).name,
+        channels_last=gpu if cfg.channels_last is None else cfg.channels_last,
+    )  # fmt: skip
+    on_ops = gpu or fused.wanted(None, torch.empty(0))
+    dispatch.set_choice("reference")  # the one that takes meta tensors; none of them runs
+    try:
+        with torch.device("meta"):
+            net = build(spec).train()
+        net.model.fused = on_ops  # type: ignore[assignment]
+        state = flat_state(traced, net)
+        stream = ImageStream(dataset, cfg.seed, "meta")
+        update = footprint.trace(train_step(traced, state, stream), device.type)
+        with torch.no_grad():
+            images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
+            x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
+            sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
+    finally:
+        dispatch.set_choice(cfg.kernels)
+    weights = state.params.untyped_storage().nbytes()
+    checkpoint = (4 + len(state.emas)) * weights  # copies of parameters, moments and averages, one more of the average
+    graph = gpu if cfg.graph is None else cfg.graph and gpu
+    transient = update.peak_bytes - update.state_bytes
+    allowance = CUDA_CONTEXT + WORKSPACES + round(FRAGMENTATION * transient) if gpu else PROCESS
+    between = max(sampling.peak_bytes - sampling.state_bytes, checkpoint)
+    return Prediction(batch_per_device, update.state_bytes + weights, transient, between, allowance, graph)
+
+
+def fit(
+    cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, memory: int, world_size: int = 1
+) -> Prediction:
+    """The prediction for the largest number of images at a time that divides the share of the batch and needs at most
+    `memory` bytes. Raises UserError where one image is too many."""
+    share = cfg.batch // world_size
+    for images in (n for n in range(share, 0, -1) if share % n == 0):
+        prediction = predict(cfg, spec, dataset, device, images, world_size)
+        if prediction.total <= memory:
+            return prediction
+    raise UserError(
+        f"--batch-per-device auto: {memory / GB:.1f} GB of memory are free on {device}, but one image at a time has a "
+        f"{prediction}; choose a smaller network or another --device, or give --batch-per-device a number to try anyway"
+    )
+
+
+def available(device: torch.device) -> int:
+    """Free bytes of a device; for a CPU what the machine has left, or the container where that is less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    if MEMORY_INFO.is_file():
+        rows = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
+        free.append(int(rows["MemAvailable"].split()[0]) * 1024)
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    if not free:
+        raise UserError("--batch-per-device auto: this system does not tell its free memory; give a number")
+    return min(free)

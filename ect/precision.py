@@ -1,0 +1,49 @@
+"""In which arithmetic a step runs, and where half precision begins and ends.
+
+The signal of consistency tuning is a small difference of two large outputs, so rounding matters where they are formed: the
+first convolution, the last norm and convolution, the preconditioning and the loss stay fp32, and so do the embedding, the
+norms' parameters and the biases, which are small. Half precision is for the convolutions inside the residual blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """half: dtype of the blocks' activations and convolution weights (None: fp32). tf32: tensor cores for fp32 products.
+    loss_scale: the first one, for gradients that fp16 would flush to zero; None: no scaling."""
+
+    name: str
+    half: torch.dtype | None = None
+    tf32: bool = False
+    loss_scale: float | None = None
+
+
+PRECISIONS = {
+    p.name: p
+    for p in (
+        Precision("fp32"),
+        Precision("tf32", tf32=True),
+        Precision("fp16", half=torch.float16, loss_scale=2.0**16),
+        Precision("bf16", half=torch.bfloat16),
+    )
+}
+
+
+def resolve(name: str, device: torch.device) -> Precision:
+    """The Precision of a name; 'auto' is fp16 on a GPU and fp32 elsewhere. On a CPU fp16 and bf16 emulate a GPU's rounding."""
+    if name == "auto":
+        name = "fp16" if device.type == "cuda" else "fp32"
+    return PRECISIONS[name]
+
+
+def apply(precision: Precision) -> None:
+    """Tell torch: TF32 products or true fp32 ones, and half-precision sums in fp32."""
+    torch.backends.cudnn.allow_tf32 = precision.tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
