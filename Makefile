@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo test test-gpu sanitize check format readme kernel-report clean
+.PHONY: demo test test-gpu sanitize check format readme kernel-report bench clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -33,6 +33,12 @@ readme: .venv/.installed  # train the digits anew, and put their picture, tables
 	rm -rf runs/readme
 	$(BIN)/python -m ect.train --run-dir runs/readme
 	$(BIN)/python benchmarks/readme.py runs/readme
+
+bench: .venv/.test-installed  # everything that can be timed or predicted here, into benchmarks/results/README.md
+	$(BIN)/python benchmarks/ops.py --quick
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python benchmarks/plots.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -28,6 +28,7 @@ import waterfall
 from products import Products
 from rich.console import Console
 from rich.table import Table
+from torch._inductor import config as inductor
 
 PRODUCTS = "products alone"  # the floor that a CPU run measures
 
@@ -107,7 +108,8 @@ def _floor(case: waterfall.Case, device: torch.device) -> dict[str, Any] | None:
 def tables(line: dict[str, Any]) -> list[Table]:
     """The waterfall, and its split by category."""
     net, floor = f"{line['net']}, batch {line['batch']}", line["floor"]
-    times = Table(title=f"{net}: floor {floor['ms']:.1f} ms ({floor['what']})" if floor["ms"] else net)
+    title = f"{net}: {line['clock']}" + (f"; floor {floor['ms']:.1f} ms, {floor['what']}" if floor["ms"] else "")
+    times = Table(title=title)
     for column in ("row", "ms/step", "IQR", "ratio", "IQR ", "/ floor", "img/s", "sec/kimg", "predicted min", "MB", "launches"):
         times.add_column(column, justify="left" if column == "row" else "right")
     split = Table(title=f"{net}: ms by category", caption="share of one profiled step, times the median")
@@ -132,7 +134,7 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
     """Measure, print, compare and record a case; False where it got slower."""
     line = {
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **measure.machine(device), "threads": torch.get_num_threads(), "net": case.name, "batch": case.cfg.batch,
+        **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(), "net": case.name, "batch": case.cfg.batch,
         "rounds": options.rounds, **measured(case, device, options.rows, options.rounds),
     }  # fmt: skip
     for table in tables(line):
@@ -168,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--rows: no row {name!r}; known: {', '.join(map(repr, known))}")
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
+    inductor.cpp.enable_kernel_profile = True  # lets the profiler see the kernels that torch.compile makes for a CPU
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(measure.header(device), highlight=False)
     nets = options.net or (["ddpmpp"] if device.type == "cuda" else ["digits", "ddpmpp"])

@@ -16,6 +16,7 @@ from ect_kernels import dispatch
 from ect import footprint, precision
 from ect.config import Config
 from ect.data import Dataset, ImageStream
+from ect.data.resident import RESIDENT_SHARE
 from ect.errors import UserError
 from ect.models import build, fused
 from ect.trainer import GRID_SEEDS, flat_state, train_step
@@ -51,13 +52,25 @@ class Prediction:
         return self.state + beside + self.allowance
 
     def __str__(self) -> str:
-        parts = {"state": self.state, "update": self.update, "between updates": self.between, "allowance": self.allowance}
+        parts = {
+            "state": self.state,
+            "update": self.update,
+            "between updates": self.between,
+            "allowance": self.allowance,
+        }
         listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
-        return f"predicted peak memory {self.total / GB:.1f} GB with {self.batch_per_device} images at a time ({listed})"
+        return (
+            f"predicted peak memory {self.total / GB:.1f} GB with {self.batch_per_device} images at a time ({listed})"
+        )
 
 
 def predict(
-    cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, batch_per_device: int, world_size: int = 1
+    cfg: Config,
+    spec: dict[str, Any],
+    dataset: Dataset,
+    device: torch.device,
+    batch_per_device: int,
+    world_size: int = 1,
 ) -> Prediction:
     """Peak memory of training the network of `spec` (ect.models.build) on `device`, if its share of the batch is taken
     `batch_per_device` images at a time. Reads neither images nor weights and touches no device.
@@ -65,10 +78,12 @@ def predict(
     Not in it: Inception at evaluations, and on a CPU what the ops' reference implementations need inside of them.
     """
     share, gpu = cfg.batch // world_size, device.type == "cuda"
-    passes = min(2, share // batch_per_device)  # the second adds to the gradients of the first; a third would be like it
+    passes = min(
+        2, share // batch_per_device
+    )  # the second adds to the gradients of the first; a third would be like it
     traced = replace(
         cfg, batch=passes * batch_per_device, batch_per_device=batch_per_device, compile=False, graph=False,
-        precision=precision.resolve(cfg.precision, device).name,
+        precision=precision.resolve(cfg.precision, device).name,  # type: ignore[arg-type]
         channels_last=gpu if cfg.channels_last is None else cfg.channels_last,
     )  # fmt: skip
     on_ops = gpu or fused.wanted(None, torch.empty(0))
@@ -78,7 +93,7 @@ def predict(
             net = build(spec).train()
         net.model.fused = on_ops  # type: ignore[assignment]
         state = flat_state(traced, net)
-        stream = ImageStream(dataset, cfg.seed, "meta")
+        stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
         update = footprint.trace(train_step(traced, state, stream), device.type)
         with torch.no_grad():
             images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
@@ -106,9 +121,15 @@ def fit(
         if prediction.total <= memory:
             return prediction
     raise UserError(
-        f"--batch-per-device auto: {memory / GB:.1f} GB of memory are free on {device}, but one image at a time has a "
-        f"{prediction}; choose a smaller network or another --device, or give --batch-per-device a number to try anyway"
+        f"--batch-per-device auto: {memory / GB:.1f} GB of memory are free on {device}, but one image at a time needs "
+        f"{prediction.total / GB:.1f} GB; choose a smaller network or another --device, or try with --batch-per-device 1"
     )
+
+
+def _resident(dataset: Dataset, device: torch.device) -> bool:
+    """What ImageStream will choose on `device`; that the images fit, where there is no such device to ask."""
+    asked = device.type == "cuda" and torch.cuda.is_available()
+    return not asked or dataset.images.nbytes <= RESIDENT_SHARE * available(device)
 
 
 def available(device: torch.device) -> int:

@@ -1,0 +1,140 @@
+"""The cost of an update, counted without a device; and the bars that the step on DDPM++ keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ect.config import PRESETS, Config, DataConfig
+from ect.data import Dataset, ImageStream, load
+from ect.footprint import BLOCK, Footprint, record, trace
+from ect.models import build
+from ect.step import TrainStep
+from ect.trainer import flat_state, network_spec, train_step
+from tests.tiny import NET
+
+CIFAR10 = Dataset("cifar10", torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device="meta"), None)
+KB = 1024
+
+
+def meta(*shape: int, **options: Any) -> Tensor:
+    return torch.empty(*shape, device="meta", **options)
+
+
+def make(cfg: Config, dataset: Dataset, device: str = "meta", on_ops: bool = True) -> TrainStep:
+    with torch.device(device):
+        net = build(network_spec(cfg.net, "ECMPrecond", dataset, 0)).train()
+    net.model.fused = on_ops  # type: ignore[assignment]
+    return train_step(cfg, flat_state(cfg, net), ImageStream(dataset, 0, device, cfg.batch))
+
+
+def test_bytes_of_a_product_and_of_work_in_place() -> None:
+    a, w = meta(256, 64), meta(64, 32)
+    cost = record(lambda: (a @ w).t().relu_())
+    assert cost.ops == 2
+    assert cost.by_op["gemm/attention: mm"].bytes == 4 * (256 * 64 + 64 * 32 + 256 * 32)
+    assert cost.by_op["other: relu_"].bytes == 2 * 4 * 256 * 32
+
+
+def test_what_an_operation_overwrites_repeats_or_picks_is_counted_as_such() -> None:
+    a, b, rows = meta(1000, 100), meta(100), meta(5, dtype=torch.int64)
+    assert record(lambda: a.zero_()).traffic["other"] == 400_000
+    assert record(lambda: a.copy_(b.expand(1000, 100))).traffic["other"] == 400_400
+    assert record(lambda: a[rows]).traffic["other"] == 2 * 5 * 400 + 5 * 8
+    assert record(lambda: (a[1:].t(), torch.empty_like(a), a.detach())).ops == 0
+
+
+def test_a_convolution_is_one_operation_each_way() -> None:
+    x, w = meta(2, 8, 4, 4, requires_grad=True), meta(16, 8, 3, 3, requires_grad=True)
+    bias = meta(16, requires_grad=True)
+
+    def run() -> None:
+        y = torch.nn.functional.conv2d(x, w, bias, padding=1)
+        torch.autograd.grad(y, (x, w, bias), meta(*y.shape))
+
+    line = record(run).by_category["conv"]
+    inner, outer, weights, vector = 2 * 8 * 16, 2 * 16 * 16, 16 * 8 * 9, 16
+    forward = inner + weights + vector + outer
+    assert (line.ops, line.kernels) == (2, 2 + 3)
+    assert line.bytes == 4 * (forward + outer + inner + weights + inner + weights + vector)
+
+
+def test_peak_memory_counts_what_is_alive_and_saved_for_backward() -> None:
+    x = meta(KB)
+
+    def chain(grad: bool) -> Footprint:
+        def run() -> None:
+            y = x.clone().requires_grad_(grad)
+            z = y
+            for _ in range(10):
+                z = z.sin()  # saves its argument
+            if grad:
+                torch.autograd.grad(z.sum(), y)
+
+        return record(run)
+
+    assert chain(False).state_bytes == 4 * KB
+    assert chain(False).peak_bytes == 4 * KB * (1 + 3)  # x; its copy, argument and result
+    assert chain(True).peak_bytes >= 4 * KB * (1 + 12)
+
+
+def test_memory_is_counted_in_the_allocators_blocks() -> None:
+    assert record(lambda: [meta(1), meta(129)]).peak_bytes == 3 * BLOCK
+    kept: list[Tensor] = []
+    cost = record(lambda: kept.extend(torch.zeros(n, device="meta") for n in (1, 128, 129)))
+    assert cost.peak_bytes == 4 * BLOCK
+
+
+@pytest.mark.parametrize("on_ops", [False, True])
+def test_the_meta_device_sees_what_the_cpu_does(on_ops: bool) -> None:
+    """Same operations, bytes and peak on tensors with data: nothing is counted that does not run, and nothing is missed."""
+    data = load(DataConfig(labels=True))
+    cfg = Config(precision="fp32", batch=8, net=replace(NET, channel_mult=(1, 2), attn_resolutions=(4,)))
+    steps = [make(cfg, data, device, on_ops) for device in ("cpu", "meta")]
+    steps[0].stream.seek(0)
+    real, predicted = (trace(step, "cpu") for step in steps)
+    assert predicted.ops > 300
+    costs = [{name: (line.ops, line.bytes) for name, line in cost.by_op.items()} for cost in (predicted, real)]
+    assert costs[0] == costs[1]
+    assert predicted.peak_bytes - predicted.state_bytes == real.peak_bytes - real.state_bytes
+    assert predicted.state_bytes == real.state_bytes
+
+
+def test_values_cannot_leave_an_update_unseen() -> None:
+    """tolist() and numpy() pass by every dispatch mode on the CPU; on the meta device there is nothing to read."""
+    step = make(Config(batch=8, net=NET), load(DataConfig()))
+    for read in (Tensor.tolist, Tensor.numpy, Tensor.item):
+        with pytest.raises((NotImplementedError, RuntimeError, TypeError)):
+            record(lambda read=read: (step.update(), read(step.mean_loss)))
+
+
+@pytest.fixture(scope="module")
+def ddpmpp() -> Footprint:
+    """An update of the 1-hour recipe as a GPU runs it without torch.compile: fp16, channels-last, on the ops, 128 images."""
+    return trace(make(replace(PRESETS["cifar10-1h"], precision="fp16", channels_last=True), CIFAR10))
+
+
+def test_ddpmpp_takes_at_most_700_operations(ddpmpp: Footprint, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\nDDPM++, 128 images, fp16: {ddpmpp.ops} operations, about {ddpmpp.kernels} kernels\n{ddpmpp.table()}")
+    assert ddpmpp.ops <= 700
+
+
+def test_ddpmpp_moves_few_bytes_beside_its_convolutions(ddpmpp: Footprint) -> None:
+    traffic = ddpmpp.traffic
+    blocks = sum(traffic[name] for name in ("norm", "activation", "dropout", "residual", "concat"))
+    convolutions = traffic["conv"] + traffic["conv 1x1 as gemm"]
+    assert blocks <= 22e9, ddpmpp.table("op")
+    assert sum(traffic.values()) - convolutions <= 28e9, ddpmpp.table("op")
+
+
+def test_tables_name_every_byte(ddpmpp: Footprint) -> None:
+    for by in ("category", "op", "site"):
+        lines = ddpmpp.table(by).splitlines()
+        assert f"{sum(ddpmpp.traffic.values()) / 1e9:.3f}" in lines[-1]
+        assert abs(sum(float(line.split()[-1]) for line in lines[1:-1]) - float(lines[-1].split()[-1])) < 0.2
+    assert "radam_ema" in ddpmpp.table("op") and "fused.py" in ddpmpp.table("site", 5)

@@ -1,0 +1,77 @@
+"""Memory predicted before a run, and the batch per device that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ect_kernels import dispatch
+
+from ect import memory
+from ect.config import PRESETS, Config, DataConfig
+from ect.data import Dataset, load
+from ect.errors import UserError
+from ect.memory import GB, Prediction, available, fit, predict
+from ect.trainer import network_spec
+from tests.tiny import NET
+
+CIFAR10 = Dataset("cifar10", torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device="meta"), None)
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def of(cfg: Config, images: int, device: torch.device = CUDA, dataset: Dataset = CIFAR10) -> Prediction:
+    return predict(cfg, network_spec(cfg.net, "ECMPrecond", dataset, 0), dataset, device, images)
+
+
+def test_the_1_hour_recipe_fits_a_24_gb_card(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = PRESETS["cifar10-1h"]
+    prediction = of(cfg, cfg.batch)
+    with capsys.disabled():
+        print(f"\ncifar10-1h, fp16: {prediction}")
+    assert prediction.total < 24 * GB
+    assert prediction.state > 6 * 4 * 55.7e6  # parameters, gradients, two moments, two averages
+
+
+def test_memory_grows_with_batch_precision_and_graph() -> None:
+    cfg = PRESETS["cifar10-1h"]
+    small, whole, wide = of(cfg, 32), of(cfg, 128), of(replace(cfg, precision="tf32"), 128)
+    assert whole.state - small.state < 10_000  # the numbers of a batch's images
+    assert 3 < whole.update / small.update < 4.2
+    assert 1.7 < wide.update / whole.update < 2.1
+    eager = of(replace(cfg, graph=False), 128)
+    assert eager.total == whole.total - whole.between
+
+
+def test_auto_takes_the_largest_divisor_that_fits() -> None:
+    data, cfg = load(DataConfig()), Config(batch=12, net=NET)
+    spec = network_spec(cfg.net, "ECMPrecond", data, 0)
+    needs = {n: predict(cfg, spec, data, CUDA, n).total for n in (1, 2, 3, 4, 6, 12)}
+    assert sorted(set(needs.values())) == list(needs.values())
+    for n, size in needs.items():
+        assert fit(cfg, spec, data, CUDA, size).batch_per_device == n
+    assert fit(cfg, spec, data, CUDA, needs[4], world_size=2).batch_per_device == 3
+    with pytest.raises(UserError, match=r"--batch-per-device auto: .* one image at a time needs .*--device"):
+        fit(cfg, spec, data, CUDA, needs[1] - 1)
+
+
+def test_a_prediction_leaves_the_choice_of_kernels_as_it_was() -> None:
+    cfg = Config(batch=4, net=NET, kernels="perturb=reference")
+    of(cfg, 4, CPU, load(DataConfig()))
+    assert dispatch.requested("perturb") == "reference" and dispatch.requested("radam_ema") is None
+    dispatch.set_choice(None)
+
+
+def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    with pytest.raises(UserError, match="give a number"):
+        available(CPU)
+    (tmp_path / "meminfo").write_text("MemTotal: 2000 kB\nMemAvailable:    1000 kB\n")
+    assert available(CPU) == 1000 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available(CPU) == 1000 * 1024
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert available(CPU) == 4000
