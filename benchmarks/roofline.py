@@ -8,7 +8,6 @@ another, launches cost nothing. --results FILE adds measured / floor for the lin
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import history
 import torch
 import work
 from rich.console import Console
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.results is not None:
         if not options.results.is_file():
             parser.error(f"--results {options.results}: no such file; python benchmarks/step_time.py writes one a device")
-        lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+        lines = history.read(options.results)
         console.print(compared(lines), highlight=False)
         return 0
     console.print(assumptions(), table(options.precision), highlight=False)

@@ -73,14 +73,12 @@ def predict(
     world_size: int = 1,
 ) -> Prediction:
     """Peak memory of training the network of `spec` (ect.models.build) on `device`, if its share of the batch is taken
-    `batch_per_device` images at a time. Reads neither images nor weights and touches no device.
+    `batch_per_device` images at a time. Reads neither images nor weights, and allocates nothing.
 
     Not in it: Inception at evaluations, and on a CPU what the ops' reference implementations need inside of them.
     """
     share, gpu = cfg.batch // world_size, device.type == "cuda"
-    passes = min(
-        2, share // batch_per_device
-    )  # the second adds to the gradients of the first; a third would be like it
+    passes = min(2, share // batch_per_device)  # the second adds to the gradients of the first, as would a third
     traced = replace(
         cfg, batch=passes * batch_per_device, batch_per_device=batch_per_device, compile=False, graph=False,
         precision=precision.resolve(cfg.precision, device).name,  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""The roofline: counted work against the literature and against hand counts, floors against their definition."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import roofline
+import torch
+import torch.nn.functional as F
+import work
+
+HALF = torch.float16
+
+
+@pytest.fixture(scope="module")
+def items() -> tuple[work.Work, ...]:
+    return work.ddpmpp_step(roofline.BATCH, HALF)
+
+
+def test_counted_flops_are_the_literatures(items: tuple[work.Work, ...]) -> None:
+    """DDPM++ takes 42.38 GFLOP an image forward, 30.49 / 9.56 / 2.32 by level, and 21.70 TFLOP a step of 128."""
+    forward = work.forward(work.network(work.ddpmpp_spec(), HALF), 2)
+    assert sum(w.flops for w in forward) / 2 == pytest.approx(42.38e9, rel=2e-4)
+    assert sum(w.flops for w in items) == pytest.approx(21.70e12, rel=2e-4)
+    for level, expected in (("32x32", 30.49e9), ("16x16", 9.56e9), ("8x8", 2.32e9)):
+        found = sum(w.flops for w in forward if w.level == level) / 2
+        assert found == pytest.approx(expected, rel=3e-3), level
+
+
+def test_a_step_is_two_passes_forward_and_the_arithmetic_of_two_backward(items: tuple[work.Work, ...]) -> None:
+    student = sum(w.flops for w in items if not w.backward)
+    assert sum(w.flops for w in items if w.backward) == pytest.approx(student, rel=1e-3)
+
+
+def test_work_does_not_depend_on_the_precision_but_its_bytes_do(items: tuple[work.Work, ...]) -> None:
+    wide = work.ddpmpp_step(roofline.BATCH, None)
+    assert sum(w.flops for w in wide) == pytest.approx(sum(w.flops for w in items), rel=1e-6)
+    for kind in ("norm", "residual"):
+        narrow, full = (sum(w.bytes for w in part if w.kind == kind) for part in (items, wide))
+        assert 1.85 < full / narrow < 2.01, kind
+    assert sum(w.flops for w in items if w.dtype == torch.float32) < 0.01 * sum(w.flops for w in items)
+
+
+def test_a_convolution_by_hand() -> None:
+    n, c, k, side = 4, 16, 8, 32
+    x = torch.empty(n, c, side, side, device="meta", dtype=HALF, requires_grad=True)
+    weight = torch.empty(k, c, 3, 3, device="meta", dtype=HALF, requires_grad=True)
+    counter = work.Counter(n, side)
+    with counter:
+        y = F.conv2d(x, weight, padding=1)
+        torch.autograd.grad(y, [x, weight], torch.empty_like(y))
+    x_bytes, w_bytes, y_bytes = 2 * n * c * side**2, 2 * k * c * 9, 2 * n * k * side**2
+    assert [w.flops for w in counter.found] == [2 * n * k * c * 9 * side**2] * 3
+    assert [w.bytes for w in counter.found] == [x_bytes + w_bytes + y_bytes] * 3
+    assert {w.level for w in counter.found} == {"32x32"}
+    assert {w.kind for w in counter.found} == {"conv"}
+
+
+def test_norm_and_residual_bytes_by_hand() -> None:
+    from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
+
+    n, c, side = 4, 32, 32
+    a, skip = (torch.empty(n, side, side, c, device="meta", dtype=HALF).permute(0, 3, 1, 2) for _ in range(2))
+    gamma, beta = torch.empty(2, c, device="meta")
+    counter = work.Counter(n, side)
+    with counter:
+        residual_group_norm_silu(a, gamma, beta, 8, 1e-6, skip=skip, skip_scale=0.5)
+    image = 2 * n * c * side**2
+    assert {w.kind: w.bytes for w in counter.found if w.kind == "norm"} == {"norm": 2 * image}
+    (rest,) = [w.bytes for w in counter.found if w.kind == "residual"]
+    assert 2 * image <= rest < 2 * image + 4000  # a and skip, and vectors
+
+
+def test_a_floor_is_the_longer_of_arithmetic_and_traffic() -> None:
+    gpu = roofline.Gpu("toy", fp16=2.0, tf32=1.0, fp32=0.5, bandwidth=1000, sheet="", pattern="")
+    item = work.Work("8x8", "conv", flops=4e12, bytes=1e12, dtype=HALF, backward=False)
+    assert roofline.milliseconds(item, gpu, "fp16") == pytest.approx(2000)
+    fp32 = work.Work("8x8", "conv", flops=4e12, bytes=1e12, dtype=torch.float32, backward=False)
+    assert roofline.milliseconds(fp32, gpu, "tf32") == pytest.approx(4000)
+    assert roofline.milliseconds(fp32, gpu, "fp16") == pytest.approx(8000)
+    bound = work.Work("8x8", "norm", flops=0, bytes=3e12, dtype=None, backward=False)
+    assert roofline.milliseconds(bound, gpu, "fp16") == pytest.approx(3000)
+
+
+@pytest.mark.parametrize("gpu", roofline.GPUS, ids=lambda gpu: gpu.name)
+def test_floors_add_up_and_respect_the_arithmetic(gpu: roofline.Gpu, items: tuple[work.Work, ...]) -> None:
+    floor = roofline.floor(gpu)
+    step = floor.pop("step")
+    assert step == pytest.approx(sum(floor.values()))
+    assert set(floor) == set(roofline.KINDS) and all(ms > 0 for ms in floor.values())
+    assert step > sum(w.flops for w in items) / gpu.fp16 / 1e9
+    assert step > sum(w.bytes for w in items if not w.flops) / gpu.bandwidth / 1e6
+    assert roofline.floor(gpu, "tf32")["conv"] > floor["conv"]
+
+
+def test_devices_are_known_by_torchs_names() -> None:
+    names = {
+        "NVIDIA A100-SXM4-40GB": "A100-40", "NVIDIA A100-SXM4-80GB": "A100-80", "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H200": "H200", "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA B200": "B200",
+    }  # fmt: skip
+    assert {name: gpu.name for name in names if (gpu := roofline.known(name))} == names
+    assert roofline.known("NVIDIA H100 PCIe") is None  # slower than the data sheet used here
+    assert roofline.known("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+
+
+def test_prints_measured_over_floor_of_a_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"plain": {"ms": 300.0}, "+graph": {"ms": 150.0}, "+fp16": {"ms": None, "why": "out of memory"}}
+    line = {"benchmark": "step_time", "device": "toy", "net": "ddpmpp", "rows": rows}
+    path = tmp_path / "toy.jsonl"
+    path.write_text(json.dumps({**line, "floor": {"ms": 75.0, "what": "predicted"}}) + "\n")
+    assert roofline.main(["--results", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "4.00" in printed and "2.00" in printed and "predicted" in printed
+    with pytest.raises(SystemExit):
+        roofline.main(["--results", str(tmp_path / "missing.jsonl")])
+    assert "missing.jsonl" in capsys.readouterr().err
+
+
+def test_the_table_labels_itself_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert roofline.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted floor" in printed and "Predicted, not measured" in printed
+    assert all(gpu.name in printed for gpu in roofline.GPUS)
