@@ -29,7 +29,9 @@ LOSS_SCALE = 2.0**10
 class Updates:
     """torch.optim.RAdam (its multi-tensor form) and a weight average, with a Python loop over parameters before and after."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], ema_beta: float) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], ema_beta: float
+    ) -> None:
         self.parameters, self.ema_beta = list(parameters), ema_beta
         self.ema = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.RAdam(self.parameters, lr=lr, betas=betas, foreach=True)
@@ -52,7 +54,7 @@ class Updates:
 
 
 class PlainStep:
-    """Calling it with (nimg, stage) trains on `batch` images of `images`, uint8 [N, H, W, C] on the host; returns the mean loss.
+    """Calling it with (nimg, stage) trains on `batch` images of `images`, uint8 [N, H, W, C] on the host, and returns the loss.
 
     Args: net: on its device, in train mode; its dropout becomes torch's. half: run under autocast to fp16 with a loss scale.
     channels_last: memory order of weights and images.
@@ -131,7 +133,7 @@ class ParameterState:
 
 
 def torch_dropout(net: EDMPrecond) -> EDMPrecond:
-    """The network with F.dropout, which draws from torch's generators, in place of its counter-based masks; changed in place."""
+    """The network with F.dropout, which draws from torch's generators, in place of its counter-based masks, in place."""
     for block in net.modules():
         if isinstance(block, UNetBlock) and block.dropout > 0:
             p, block.dropout = block.dropout, 0.0

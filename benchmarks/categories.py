@@ -1,8 +1,8 @@
 """Where the time of a step goes, by torch.profiler: every operation or kernel belongs to one category.
 
-On a CPU an operation takes the category of the outermost enclosing one whose name says something (aten::add_ within RAdam's step
-is the optimizer's), with its self time; on a GPU a kernel is classified by its name. Names that inductor makes list the operations
-fused into a kernel. Reading no category from a name means `other`; the time in which nothing runs is `host`.
+On a CPU an operation takes the category of the outermost enclosing one whose name says something (aten::add_ within RAdam's
+step is the optimizer's), with its self time; on a GPU a kernel is classified by its name. Names that inductor makes list the
+operations fused into a kernel. What no name places is `other`; the time in which nothing runs is `host`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _RULES = [
     ("norm", r"Silu|silu|dropout|bernoulli"),
     ("attention", r"scaled_dot_product|ScaledDotProduct|softmax|Softmax|flash|fmha|attention"),
     ("other", r"perturb|consistency_loss"),
-    ("residual", r"(cpp|triton_\w+?)_fused\w*_(add|cat|mul)"),  # before conv: fused names list the convolution they follow
+    (
+        "residual",
+        r"(cpp|triton_\w+?)_fused\w*_(add|cat|mul)",
+    ),  # before conv: fused names list the convolution they follow
     ("other", r"(cpp|triton_\w+?)_fused"),
     ("conv", r"conv|Conv|cudnn|xmma|cutlass|gemm|gemv|nchwToNhwc|nhwcToNchw|wgrad|dgrad|fprop|cublas|splitK"),
     ("conv", r"aten::(linear|mm|addmm|matmul|bmm)$|MmBackward|AddmmBackward"),
@@ -58,15 +61,15 @@ def take(step: Callable[[], Any], device: torch.device) -> Profile:
     """Profile one call of `step`."""
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities, profile_memory=not gpu) as trace:
-        with torch.profiler.record_function("whole step"):
-            step()
-            if gpu:
-                torch.cuda.synchronize(device)
+    whole = torch.profiler.record_function("whole step")
+    with profile(activities=activities, profile_memory=not gpu) as trace, whole:
+        step()
+        if gpu:
+            torch.cuda.synchronize(device)
     events = list(trace.events() or [])
     wall = next(e for e in events if e.name == "whole step" and e.device_type == DeviceType.CPU).time_range.elapsed_us()
     found = _gpu(events) if gpu else _cpu(events)
-    times = {name: 0.0 for name in CATEGORIES}
+    times = dict.fromkeys(CATEGORIES, 0.0)
     for key, microseconds in found:
         times[key] += microseconds
     times["host"] = max(wall - sum(times.values()), 0.0)
@@ -122,7 +125,7 @@ def _launches(events: Iterable[Any], gpu: bool) -> int:
 
 def _transient(trace: profile) -> int:
     """Peak of the running sum of allocations and releases."""
-    results = trace.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = trace.profiler.kineto_results  # type: ignore[union-attr]
     steps = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     live = peak = 0
     for _, size in steps:

@@ -31,8 +31,8 @@ def last(path: Path, line: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def regressions(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """What got slower by more than TOLERANCE: a row's time on a GPU; on a CPU, which other work disturbs, its ratio to the first
-    row of the same run."""
+    """What got slower by more than TOLERANCE: a row's time on a GPU; on a CPU, which other work disturbs, its ratio to the
+    first row of the same run."""
     key, unit = ("ratio", "of the first row") if new["device"].startswith("cpu") else ("ms", "ms")
     for name, row in new["rows"].items():
         before, now = old["rows"].get(name, {}).get(key), row.get(key)

@@ -94,7 +94,7 @@ def _clock(function: Callable[[], Any], device: torch.device, calls: int) -> flo
 
 
 def clock(device: torch.device) -> tuple[str, Callable[[], float]]:
-    """What `interleaved` reads: the wall clock, but for one CPU thread the processor time, of which other work takes no part."""
+    """What `interleaved` reads: the wall clock, but for one CPU thread its processor time, which excludes other work."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return "CPU time", time.process_time
     return "wall clock", time.perf_counter

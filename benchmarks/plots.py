@@ -1,7 +1,7 @@
 """Render benchmarks/results/README.md and its plots from the recorded lines: python benchmarks/plots.py (part of make bench).
 
-For each device and network: the latest waterfall as a table and a stacked bar chart, and, from two lines on, the course of its rows.
-Below them the predicted floors of benchmarks/roofline.py.
+For each device and network: the latest waterfall as a table and a stacked bar chart, and, from two lines on, the course of
+its rows. Below them the predicted floors of benchmarks/roofline.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from rich.table import Table
 matplotlib.use("Agg")  # no display
 from matplotlib import pyplot as plt
 
-COLOURS = dict(zip(categories.CATEGORIES, ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#9c6b4e", "#bbbbbb"), strict=True))
+COLOURS = dict(
+    zip(
+        categories.CATEGORIES,
+        ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#9c6b4e", "#bbbbbb"),
+        strict=True,
+    )
+)
 HEAD = """# Results
 
 Written by `make bench`. Every figure is measured unless it says predicted; each table names its machine, and the command
@@ -100,7 +106,9 @@ def sections(folder: Path) -> Iterator[str]:
         for line in history.read(path):
             groups.setdefault((line["net"], line["batch"], line["threads"]), []).append(line)
         for (net, batch, threads), lines in groups.items():
-            yield from section(lines, folder, f"{path.stem}-{net}-{batch}" + (f"-threads{threads}" if threads > 1 else ""))
+            yield from section(
+                lines, folder, f"{path.stem}-{net}-{batch}" + (f"-threads{threads}" if threads > 1 else "")
+            )
 
 
 def floors() -> Iterator[str]:

@@ -139,7 +139,9 @@ def show(lines: dict[tuple[int, str], Line], options: Options) -> bool:
     for nfe in NFES:
         half, single = (values(lines, precision, nfe, "FDc") for precision in ("fp16", "fp32"))
         if len(half) != len(options.seeds) or len(single) != len(options.seeds) or len(half) < 2:
-            print(f"- {nfe} NFE: not decided, fp16 has {len(half)} and fp32 {len(single)} of {len(options.seeds)} seeds")
+            print(
+                f"- {nfe} NFE: not decided, fp16 has {len(half)} and fp32 {len(single)} of {len(options.seeds)} seeds"
+            )
             verdicts.append(False)
             continue
         good, difference, allowed = equal(half, single)

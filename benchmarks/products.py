@@ -34,7 +34,9 @@ class Products(TorchDispatchMode):
             return value
         key = (value.shape, value.dtype, () if value.dim() == 4 else value.stride())
         if key not in self._operands:
-            made = torch.empty_like(value, memory_format=torch.channels_last if value.dim() == 4 else torch.preserve_format)
+            made = torch.empty_like(
+                value, memory_format=torch.channels_last if value.dim() == 4 else torch.preserve_format
+            )
             self._operands[key] = made.normal_()
         return self._operands[key]
 

@@ -25,8 +25,8 @@ BATCH, STEPS = 128, 8000
 PRECISIONS = {"fp16": torch.float16, "tf32": None}
 KINDS = ("conv", "norm", "residual", "attention", "optimizer", "other")
 NOTE = (
-    "Predicted, not measured: FLOPs and bytes counted on the step's operations, at data-sheet peaks, the longer of the two for each "
-    "operation, one after another, without the cost of launches. In fp16, what stays fp32 runs outside of the tensor cores."
+    "Predicted, not measured: FLOPs and bytes counted on the step's operations, at data-sheet peaks, the longer of the two for "
+    "each operation, one after another, without the cost of launches. In fp16, what stays fp32 runs outside of the tensor cores."
 )
 
 
@@ -47,10 +47,26 @@ class Gpu:
 GPUS = (
     Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 40GB data sheet (SXM)", r"A100-(SXM4|PCIE)-40GB"),
     Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 80GB data sheet (SXM)", r"A100-SXM\d?-80GB"),
-    Gpu("H100", 989.4, 494.7, 66.9, 3350, "NVIDIA H100 data sheet (SXM), halves of the figures with sparsity", r"H100 80GB HBM3"),
+    Gpu(
+        "H100",
+        989.4,
+        494.7,
+        66.9,
+        3350,
+        "NVIDIA H100 data sheet (SXM), halves of the figures with sparsity",
+        r"H100 80GB HBM3",
+    ),
     Gpu("H200", 989.4, 494.7, 66.9, 4800, "NVIDIA H200 data sheet (SXM), halves of the figures with sparsity", r"H200"),
     Gpu("RTX 4090", 165.2, 82.6, 82.6, 1008, "NVIDIA Ada architecture white paper, appendix A", r"RTX 4090$"),
-    Gpu("B200", 2250, 1125, 75, 8000, "NVIDIA DGX B200 data sheet: an eighth of the system, halved for sparsity", r"B200"),
+    Gpu(
+        "B200",
+        2250,
+        1125,
+        75,
+        8000,
+        "NVIDIA DGX B200 data sheet: an eighth of the system, halved for sparsity",
+        r"B200",
+    ),
 )
 
 
@@ -92,7 +108,13 @@ def table(precision: str) -> Table:
     def add(level: str, kind: str, part: Iterable[work.Work], **style: Any) -> None:
         part = list(part)
         figures = [f"{sum(w.flops for w in part) / 1e12:.2f}", f"{sum(w.bytes for w in part) / 1e9:.2f}"]
-        out.add_row(level, kind, *figures, *(f"{sum(milliseconds(w, gpu, precision) for w in part):.2f}" for gpu in GPUS), **style)
+        out.add_row(
+            level,
+            kind,
+            *figures,
+            *(f"{sum(milliseconds(w, gpu, precision) for w in part):.2f}" for gpu in GPUS),
+            **style,
+        )
 
     groups = grouped(items)
     for (level, kind), part in groups.items():
@@ -135,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.results is not None:
         if not options.results.is_file():
-            parser.error(f"--results {options.results}: no such file; python benchmarks/step_time.py writes one a device")
+            parser.error(
+                f"--results {options.results}: no such file; python benchmarks/step_time.py writes one a device"
+            )
         lines = history.read(options.results)
         console.print(compared(lines), highlight=False)
         return 0

@@ -1,8 +1,9 @@
 """Time of a training step, row by row from the public design to this project's: python benchmarks/step_time.py.
 
-The rows take turns, in several rounds, so that a machine which slows down slows them all; a figure is the median over rounds, its
-spread the interquartile range. Appends a line a network to benchmarks/results/<device>.jsonl and compares it with the last one of
-the device; --check exits 1 where a row got more than 5 % slower (on a CPU: its ratio to the first row), and records nothing.
+The rows take turns, in several rounds, so that a machine which slows down slows them all; a figure is the median over rounds,
+its spread the interquartile range. Appends a line a network to benchmarks/results/<device>.jsonl and compares it with the last
+one of the device; --check exits 1 where a row got more than 5 % slower (on a CPU: its ratio to the first row), and then
+records nothing.
 """
 
 from __future__ import annotations
@@ -110,7 +111,19 @@ def tables(line: dict[str, Any]) -> list[Table]:
     net, floor = f"{line['net']}, batch {line['batch']}", line["floor"]
     title = f"{net}: {line['clock']}" + (f"; floor {floor['ms']:.1f} ms, {floor['what']}" if floor["ms"] else "")
     times = Table(title=title)
-    for column in ("row", "ms/step", "IQR", "ratio", "IQR ", "/ floor", "img/s", "sec/kimg", "predicted min", "MB", "launches"):
+    for column in (
+        "row",
+        "ms/step",
+        "IQR",
+        "ratio",
+        "IQR ",
+        "/ floor",
+        "img/s",
+        "sec/kimg",
+        "predicted min",
+        "MB",
+        "launches",
+    ):
         times.add_column(column, justify="left" if column == "row" else "right")
     split = Table(title=f"{net}: ms by category", caption="share of one profiled step, times the median")
     for column in ("row", *categories.CATEGORIES):
@@ -134,8 +147,8 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
     """Measure, print, compare and record a case; False where it got slower."""
     line = {
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(), "net": case.name, "batch": case.cfg.batch,
-        "rounds": options.rounds, **measured(case, device, options.rows, options.rounds),
+        **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(),
+        "net": case.name, "batch": case.cfg.batch, "rounds": options.rounds, **measured(case, device, options.rows, options.rounds),
     }  # fmt: skip
     for table in tables(line):
         console.print(table, highlight=False)

@@ -42,7 +42,7 @@ class Case:
     def network(self, device: torch.device) -> EDMPrecond:
         torch.manual_seed(0)
         net = build(network_spec(self.cfg.net, "ECMPrecond", self.dataset, 0))
-        for name, p in net.named_parameters():  # public checkpoints are trained: no weight is near zero
+        for p in net.parameters():  # public checkpoints are trained: no weight is near zero
             if p.dim() > 1 and float(p.detach().std()) < 1e-3:
                 torch.nn.init.xavier_uniform_(p)
         return net.to(device).train()

@@ -129,7 +129,7 @@ class Counter(TorchDispatchMode):
             self.found.append(Work(f"{side}x{side}", "attention", flops, 4 * size, q.dtype, False))
             if torch.is_grad_enabled():
                 self.found.append(Work(f"{side}x{side}", "attention", 2 * flops, 8 * size, q.dtype, True))
-            return _Attention.apply(q, k, v)  # type: ignore[no-any-return]
+            return _Attention.apply(q, k, v)
 
         with mock.patch.object(F, "scaled_dot_product_attention", counted):
             yield
@@ -145,7 +145,7 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 

@@ -44,7 +44,7 @@ def signal_noise(
 
 @torch.no_grad()
 def differences(
-    denoiser: Denoiser, images: Tensor, levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0
+    net: Denoiser, images: Tensor, levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0
 ) -> dict[float, Tensor]:
     """{t: Delta [N, C, H, W] in fp64} of uint8 images [N, H, W, C]: the noise is the same at every level and call."""
     y = to_float(images)
@@ -55,7 +55,7 @@ def differences(
         r = mapping(t, stage)
         if not bool((r > 0).all()):
             raise ValueError(f"level {level}: r is 0, where the target is the image itself; use a tighter stage")
-        D_t, D_r = (denoiser(y + s.view(-1, 1, 1, 1) * eps, s) for s in (t, r))
+        D_t, D_r = (net(y + s.view(-1, 1, 1, 1) * eps, s) for s in (t, r))
         found[level] = D_t.double() - D_r.double()
     return found
 
@@ -70,12 +70,12 @@ def relative_errors(found: dict[float, Tensor], exact: dict[float, Tensor]) -> d
 
 
 def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) -> Denoiser:
-    """A copy of net that computes in this precision, in train mode, with one dropout mask for all calls."""
+    """The denoiser of a copy of net that computes in this precision."""
     half, twin = PRECISIONS[precision].half, copy.deepcopy(net)
     if half is not None:
         round_weights(twin, half_precision_weights(net), half)
     emulate = precision == "tf32" and next(net.parameters()).device.type == "cpu"
-    return _denoiser(twin, labels, emulated_tf32 if emulate else contextlib.nullcontext)
+    return denoiser(twin, labels, emulated_tf32 if emulate else contextlib.nullcontext)
 
 
 def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
@@ -86,9 +86,10 @@ def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
     net.model.fused = True  # type: ignore[assignment]
 
 
-def _denoiser(
+def denoiser(
     net: EDMPrecond, labels: Tensor | None, arithmetic: Callable[[], Any] = contextlib.nullcontext
 ) -> Denoiser:
+    """D(x, sigma) of net, which goes into train mode, with one dropout mask for all calls. arithmetic: opens a context."""
     net.train()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def test_the_per_parameter_state_trains_as_the_flat_one(name: str) -> None:
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     moved = [p.detach() for p in nets[0].parameters()]
     for p, q, start in zip(moved, nets[1].parameters(), case.network(CPU).parameters(), strict=True):
-        torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-2 * float((p - start).abs().max()) + 1e-7)
+        torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-2 * float((p - start.detach()).abs().max()) + 1e-7)
 
 
 def test_the_plain_steps_teacher_repeats_the_students_dropout() -> None:
@@ -90,15 +90,21 @@ def test_the_plain_steps_teacher_repeats_the_students_dropout() -> None:
     assert torch.equal(loss, torch.zeros(4))
 
 
-def test_the_plain_step_learns_and_autocasts() -> None:
+def test_the_plain_step_learns() -> None:
+    """On one batch with the same draws again and again; fp16 begins at the same loss."""
+    losses: dict[bool, list[float]] = {}
     for half in (False, True):
-        case = tiny(16)
+        case = tiny(8)
         step = baseline.PlainStep(
-            case.network(CPU), case.objective(), case.dataset.images, batch=16, lr=1e-3, betas=(0.9, 0.99),
+            case.network(CPU), case.objective(), case.dataset.images, batch=8, lr=3e-3, betas=(0.9, 0.99),
             ema_beta=0.9, half=half, channels_last=half,
         )  # fmt: skip
-        losses = [float(step(16 * i, 0)) for i in range(30)]
-        assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+        losses[half] = []
+        for _ in range(25):
+            torch.manual_seed(0)
+            losses[half].append(float(step(0, 0)))
+        assert losses[half][-1] < 0.7 * losses[half][0]
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-2)
 
 
 NAMES = {
@@ -140,7 +146,7 @@ def test_a_profile_puts_time_where_it_is_spent() -> None:
         torch.conv2d(x, weight)
         with torch.profiler.record_function("optimizer"):
             for _ in range(300):
-                x.add(1.0)
+                x.add(x)
 
     step()
     taken = categories.take(step, CPU)
@@ -173,8 +179,8 @@ def test_rows_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return run
 
     monkeypatch.setattr(measure, "clock", lambda device: ("fake", lambda: now[0]))
-    times = measure.interleaved({"a": function("a", 0.5), "b": function("b", 0.1)}, CPU, rounds=4, least=0.2)
-    assert times["a"] == pytest.approx([0.5] * 4) and times["b"] == pytest.approx([0.1] * 4)
+    times = measure.interleaved({"a": function("a", 0.5), "b": function("b", 0.125)}, CPU, rounds=4, least=0.25)
+    assert times["a"] == pytest.approx([0.5] * 4) and times["b"] == pytest.approx([0.125] * 4)
     assert "".join(called[2:]) == "abb" + "bba" + "abb" + "bba"
 
 
@@ -210,7 +216,19 @@ def test_the_last_line_of_the_same_case_counts(tmp_path: Path) -> None:
 
 def run(tmp_path: Path, *options: str) -> int:
     return step_time.main(
-        ["--device", "cpu", "--net", "digits", "--rounds", "2", "--rows", "+flat optimizer", "--results", str(tmp_path), *options]
+        [
+            "--device",
+            "cpu",
+            "--net",
+            "digits",
+            "--rounds",
+            "1",
+            "--rows",
+            "+flat optimizer",
+            "--results",
+            str(tmp_path),
+            *options,
+        ]
     )
 
 
@@ -218,7 +236,6 @@ def test_records_compares_checks_and_renders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(waterfall, "case", lambda net, device, batch: tiny(batch or 4))
-    assert run(tmp_path, "--no-append") == 0 and not list(tmp_path.iterdir())
     assert run(tmp_path) == 0
     (path,) = tmp_path.iterdir()
     (first,) = history.read(path)
@@ -239,7 +256,7 @@ def test_records_compares_checks_and_renders(
     slow = copy.deepcopy(first)
     slow["rows"]["+flat optimizer"]["ratio"] *= 100
     history.append(path, slow)
-    assert run(tmp_path, "--check") == 0 and len(history.read(path)) == 4
+    assert run(tmp_path, "--check", "--no-append") == 0 and len(history.read(path)) == 3
     assert "not on cpu" in capsys.readouterr().out
 
     text = plots.render(tmp_path).read_text()

@@ -1,0 +1,137 @@
+"""What each arithmetic makes of the training signal: the relative error of D(x_t, t) - D(x_r, r), r/t = 1 - n(t)/256.
+
+    python benchmarks/precision.py                       # the shipped digits model
+    python benchmarks/precision.py checkpoint.safetensors --data.source datasets/cifar-10-python.tar.gz --samples 64
+    python benchmarks/precision.py --check               # and exit 1 unless fp16 is at most 1.3 times TF32 at every t
+
+Medians over images, against fp64 with the same weights, images, noise and dropout masks; the network is in train mode. On a
+CPU the arithmetic is emulated: TF32 rounds the operands of convolutions and matrix products to 10 mantissa bits, to nearest;
+the halves round weights and activations where a GPU stores them, and sum in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from measure import header
+from rich.console import Console
+from rich.table import Table
+
+from ect import device, signal_noise
+from ect.checkpoint import load_model
+from ect.config import DataConfig
+from ect.data import load
+from ect.errors import UserError
+from ect.models import EDMPrecond
+from ect.models.layers import Conv2d
+from ect.objective import Denoiser
+from ect.precision import PRECISIONS, apply
+from ect.report import markdown
+from ect.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors, round_weights
+
+DIGITS = Path(signal_noise.__file__).parent / "models" / "digits.safetensors"
+BAR = 1.3
+Row = dict[float, float]
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: tyro.conf.Positional[Path] = DIGITS
+    """A trained network: what python -m ect.sample takes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 512
+    """Images, all at every level."""
+    device: str = "auto"
+    check: bool = False
+    """Exit 1 unless fp16's error is at most 1.3 times TF32's at every level."""
+    markdown: bool = False
+    """Print the table in Markdown."""
+
+
+def all_in_fp16(net: EDMPrecond, labels: torch.Tensor | None = None) -> Denoiser:
+    """Both ends in fp16 as well: every convolution, and the network's input and output."""
+    twin = copy.deepcopy(net)
+    convolutions = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, Conv2d)}
+    round_weights(twin, convolutions, torch.float16)
+    twin.model.register_forward_pre_hook(lambda module, args: (args[0].half(), *args[1:]))
+    return signal_noise.denoiser(twin, labels)
+
+
+def measure(net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Row]:
+    """{arithmetic: {t: error}} of uint8 images [N, H, W, C]."""
+    rows: dict[str, tuple[str, Callable[[], Denoiser]]] = {
+        "TF32 everywhere": ("tf32", lambda: in_precision(net, "tf32", labels)),
+        "fp16 everywhere": ("fp16", lambda: all_in_fp16(net, labels)),
+        "fp16, fp32 ends": ("fp16", lambda: in_precision(net, "fp16", labels)),
+        "bf16, fp32 ends": ("bf16", lambda: in_precision(net, "bf16", labels)),
+        "fp32": ("fp32", lambda: in_precision(net, "fp32", labels)),
+    }
+    exact = differences(in_fp64(net, labels), images)
+    found = {}
+    for name, (precision, make) in rows.items():
+        apply(PRECISIONS[precision])
+        found[name] = relative_errors(differences(make(), images), exact)
+    return found
+
+
+def worst(found: dict[str, Row]) -> tuple[float, float]:
+    """(the largest ratio of fp16 with fp32 ends to TF32, its level)."""
+    ours, tf32 = found["fp16, fp32 ends"], found["TF32 everywhere"]
+    return max((ours[t] / tf32[t], t) for t in tf32)
+
+
+def show(found: dict[str, Row], as_markdown: bool) -> None:
+    headers = ["arithmetic", *(f"t = {t:g}" for t in LEVELS)]
+    cells = [[name, *(f"{row[t]:.2g}" for t in LEVELS)] for name, row in found.items()]
+    if as_markdown:
+        print(markdown(headers, cells))
+        return
+    view = Table(title="Relative error of D(x_t, t) - D(x_r, r), median over images", title_justify="left")
+    for i, name in enumerate(headers):
+        view.add_column(name, justify="left" if i == 0 else "right")
+    for cell in cells:
+        view.add_row(*cell)
+    Console(width=120).print(view)
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        where = device.resolve(options.device)
+        if options.samples < 1:
+            raise UserError(f"--samples {options.samples}: expected at least 1")
+        if where.type == "cpu":
+            device.set_threads(1 if options.checkpoint == DIGITS else None)
+        net, _ = load_model(options.checkpoint, device=where)
+        dataset = load(options.data)
+        expected = (net.img_resolution, net.img_channels, net.label_dim)
+        if expected != (dataset.resolution, dataset.channels, dataset.label_dim if net.label_dim else 0):
+            raise UserError(
+                f"{options.checkpoint}: the network is for {expected[0]}x{expected[0]} images with {expected[1]} channel(s) and "
+                f"{expected[2]} classes, which --data.source {options.data.source} does not give; name the data it was "
+                "trained on, with --data.labels where it has classes"
+            )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    images, labels = dataset.images[: options.samples].to(where), None
+    if net.label_dim and dataset.labels is not None:
+        labels = dataset.labels[: options.samples].to(where)
+    arithmetic = "emulated" if where.type == "cpu" else "measured on the device"
+    print(f"{options.checkpoint.name}, {len(images)} images of {dataset.name}, {arithmetic}; {header(where)}")
+    found = measure(net, images, labels)
+    show(found, options.markdown)
+    ratio, level = worst(found)
+    good = ratio <= BAR
+    print(f"- fp16 with fp32 ends is at most {BAR} times TF32: {'holds' if good else 'fails'}, {ratio:.2f} at t = {level:g}")
+    return 0 if good or not options.check else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
