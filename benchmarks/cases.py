@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ect_kernels.testing import Case
 from torch import Tensor
+from truth import Case
 
 OPS = ("group_norm_silu", "residual_group_norm_silu", "perturb", "consistency_loss", "radam_ema")
 LEVELS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256, 8), (512, 8)]  # channels, height

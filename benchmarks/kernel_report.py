@@ -1,27 +1,28 @@
 """What the compiler made of every kernel, for sm_80 and sm_90, with no GPU: python benchmarks/kernel_report.py [--check].
 
 Triton: every case of benchmarks/triton_cases.py. CUDA: every instantiation in csrc/, with the threads and the dynamic shared
-memory that the launchers ask for at DDPM++/NCSN++ shapes (benchmarks/launches.py). --check holds the kernels that those shapes
-use to the bars and fails on a miss that EXCEPTIONS does not explain.
+memory that the launchers ask for at DDPM++/NCSN++ shapes (benchmarks/launches.py). --check compiles of Triton's cases only the
+kernels that those shapes use, holds these to the bars and fails on a miss that EXCEPTIONS does not explain.
+
+The bar on random bits: in every loop's body that draws (and in the code outside of loops, if that does), a thread calls
+Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become noise).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 
 import launches
 import sass
@@ -30,7 +31,17 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 OPS = ("group_norm_silu", "residual_group_norm_silu", "perturb", "consistency_loss", "radam_ema")
-KEEP = ROOT / "build" / "kernel_report"
+PER_CALL = {"perturb": 4}  # elements for a call of Philox: normal deviates, not bits of a mask (8)
+
+# Triton cases that training DDPM++ and NCSN++ has no use for: its residual_group_norm_silu drops nothing (one case with dropout
+# is checked all the same) and has 128 channels, or 128 in the second source, at 32x32 alone; its images are 3x32x32, the noise
+# drawn, not given; two averages are what three are, less one.
+UNUSED = {
+    "residual_group_norm_silu": r"c=128\+0 hw=(256|64)|c=128\+256|c=256\+128 hw=(256|64)|(?<!c=256\+128 hw=1024) drop=1",
+    "consistency_loss": r"^12288 ",
+    "perturb": "no seed",
+    "radam_ema": "^update, 2 EMAs",
+}
 
 # Triton parameters that are no tensors of the data's size: vectors by channel, sample or group, and workspace of that size.
 # (For CUDA the report sees the sizes in the launches.)
@@ -38,15 +49,13 @@ SMALL = re.compile(
     r"(d?(gamma|beta|bias|skip_bias|v|scale|shift)|mean|rstd|seed|t|r|weight|loss|flip|partials|f|s|c)(_ptr)?"
 )
 
-# (op, form, kernel pattern, bar): why it may be missed.
-EXCEPTIONS: dict[tuple[str, str, str, str], str] = {
-    (
-        "perturb",
-        "triton",
-        "",
-        "width",
-    ): "a thread's run of four elements is 4 B of uint8, 8 B of half and 16 B of fp32; flipped rows are read byte by byte",
-    ("consistency_loss", "triton", "1x8x8", "width"): "64 elements a sample are less than one vector a thread (digits)",
+# (op, form, bar): what may be found (a pattern), and why.
+NARROW = r"((, )?(load images|store in_[tr]) \[[\d, ]+\] bits)+"
+EXCEPTIONS: dict[tuple[str, str, str], tuple[str, str]] = {
+    ("perturb", "triton", "width"): (
+        NARROW,
+        "a thread's run of four elements is 4 B of uint8, 8 B of half and 16 B of fp32; flipped rows are read byte by byte",
+    ),
 }
 
 
@@ -54,7 +63,8 @@ EXCEPTIONS: dict[tuple[str, str, str, str], str] = {
 class Row:
     """One compiled kernel on one architecture. threads, shared: of its largest launch; held: to the bars.
 
-    names: kernel parameter -> name; small: names of those that are no tensor of the data's size.
+    names: kernel parameter -> name; small: names of those that are no tensor of the data's size; sizes: name -> bits of an
+    element, where they are not those of the kernel's dtype.
     """
 
     op: str
@@ -69,6 +79,7 @@ class Row:
     note: str = ""
     names: dict[str, str] = field(default_factory=dict)
     small: frozenset[str] = frozenset()
+    sizes: dict[str, int] = field(default_factory=dict)
     misses: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -84,31 +95,53 @@ class Row:
             named[name] = named.get(name, frozenset()) | bits
         return named
 
-    def tensors(self) -> sass.Widths:
-        """`access` without vectors by channel, sample or group, workspace of that size, and pointers that are null here."""
-        named = {key: (bits, key.split(" ", 1)[1]) for key, bits in self.access().items()}
-        return {key: bits for key, (bits, name) in named.items() if name not in self.small and not name[0].isdigit()}
+    def is_tensor(self, name: str) -> bool:
+        """No vector by channel, sample or group, nor workspace of that size, nor a pointer that is null here."""
+        return name not in self.small and not name[0].isdigit()
+
+    def drawn(self) -> list[tuple[int, float]]:
+        """(calls of Philox, elements of a tensor that a thread handles) of each place that draws."""
+        found = []
+        for draws in self.usage.draws:
+            counts = []
+            for key, bits in draws.bits.items():
+                parameter = key.partition(" ")[2]
+                name = self.names.get(parameter, parameter)
+                if name and self.is_tensor(name):
+                    counts.append(bits / self.sizes.get(name, 16 if self.sixteen_bit else 32))
+            # Noise that first goes to shared memory, as fp32.
+            found.append((draws.calls, min(counts, default=draws.bits["shared"] / 32)))
+        return found
 
 
 def bars(row: Row) -> dict[str, str]:
     """{bar: what was found} of each bar that the kernel misses."""
-    narrow = {key: sorted(bits) for key, bits in row.tensors().items() if bits != {128}}
-    vectors = sum(row.usage.sass[op] for op in ("LDG.128", "LDGSTS.128", "STG.128"))
+    access = [(key, key.partition(" ")[2], bits) for key, bits in row.access().items()]
+    narrow = {key: sorted(bits) for key, name, bits in access if row.is_tensor(name) and bits != {128}}
+    lost = [key for key, name, _ in access if name == "?"]  # such as a global access to shared memory, which faults
+    drawn = row.drawn()
+    excess = [
+        f"{calls} calls for {elements:g} elements"
+        for calls, elements in drawn
+        if calls * PER_CALL.get(row.op, 8) > elements
+    ]
+    if "seed" in row.names.values() and not drawn:
+        excess.append("a seed, but no call found")
     found = {
         "spills": f"{row.usage.spills} local-memory instructions" if row.usage.spills else "",
         "width": ", ".join(f"{key} {bits} bits" for key, bits in narrow.items()),
+        "address": f"{', '.join(lost)} from no parameter" if lost else "",
         "atomics": f"{row.usage.atomics}" if row.usage.atomics else "",
         "ctas": f"{row.ctas} CTAs per SM" if row.sixteen_bit and row.ctas < 2 else "",
-        "philox": f"{row.usage.philox_calls} calls for {vectors} vectors" if row.usage.philox_calls > vectors else "",
+        "philox": ", ".join(excess),
     }
     return {bar: text for bar, text in found.items() if text}
 
 
-def excuse(row: Row, bar: str) -> str | None:
-    for (op, form, pattern, which), reason in EXCEPTIONS.items():
-        if (op, form, which) == (row.op, row.form, bar) and re.search(pattern, row.kernel):
-            return reason
-    return None
+def excuse(row: Row, bar: str, text: str) -> str | None:
+    """Why what was found may be so, or None."""
+    pattern, reason = EXCEPTIONS.get((row.op, row.form, bar), ("", ""))
+    return reason if reason and re.fullmatch(pattern, text) else None
 
 
 def judge(rows: list[Row], console: Console) -> bool:
@@ -116,7 +149,7 @@ def judge(rows: list[Row], console: Console) -> bool:
     failed = False
     for row in rows:
         for bar, text in bars(row).items() if row.held else ():
-            reason = excuse(row, bar)
+            reason = excuse(row, bar, text)
             verdict = f"excused: {reason}" if reason else "[red]MISSED[/]"
             console.print(f"{row.op} {row.form} {row.kernel} sm_{row.arch}: {bar}: {text}; {verdict}", highlight=False)
             if reason is None:
@@ -125,88 +158,86 @@ def judge(rows: list[Row], console: Console) -> bool:
     return failed
 
 
-def triton_rows(op: str, archs: list[int]) -> Iterator[Row]:
-    """Rows of op's Triton cases; none where triton is missing."""
+def triton_cases(op: str, every: bool) -> list[int]:
+    """Numbers of op's Triton cases, without `every` those of DDPM++ and NCSN++ alone; none where triton is missing."""
     if importlib.util.find_spec("triton") is None:
-        return
+        return []
     import triton_cases
 
-    for name, kernel, signature, constexprs, attrs, warps, stages, note in getattr(triton_cases, op)():
-        names = [arg for arg in kernel.arg_names if signature.get(arg, "constexpr") != "constexpr"]
-        small = frozenset(arg for arg in names if SMALL.fullmatch(arg.lower()))
-        sixteen = any("16" in signature[arg] for arg in names if arg not in small)
-        for arch in archs:
-            usage, threads, shared = compile_triton(kernel, signature, constexprs, attrs, warps, stages, arch)
-            held = "generic" not in f"{name} {note}"
-            row = Row(op, "triton", name, arch, usage, threads, shared, sixteen, held, note)
-            row.names, row.small = {str(i): arg for i, arg in enumerate(names)}, small
-            yield row
+    cases = getattr(triton_cases, op)()
+    return [k for k, (name, *_, note) in enumerate(cases) if every or _held(op, name, note)]
 
 
-def compile_triton(
-    kernel: Any,
-    signature: dict[str, str],
-    constexprs: dict[str, Any],
-    attrs: dict[Any, Any],
-    warps: int,
-    stages: int,
-    arch: int,
-) -> tuple[sass.Usage, int, int]:
-    """(usage, threads, shared memory) of one Triton kernel."""
+def _held(op: str, name: str, note: str) -> bool:
+    return "generic" not in f"{name} {note}" and not (op in UNUSED and re.search(UNUSED[op], name))
+
+
+def triton_row(op: str, number: int, arch: int) -> Row:
+    """Compile a Triton case."""
     import triton
+    import triton_cases
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    name, kernel, signature, constexprs, attrs, warps, stages, note = getattr(triton_cases, op)()[number]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    KEEP.mkdir(parents=True, exist_ok=True)
-    cubin = KEEP / f"triton-{os.getpid()}.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    (usage,) = sass.read(cubin, built.asm["ptx"], arch).values()
-    cubin.unlink()
-    return usage, 32 * built.metadata.num_warps, built.metadata.shared
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        (usage,) = sass.read(cubin, built.asm["ptx"], arch).values()
+    names = [arg for arg in kernel.arg_names if signature.get(arg, "constexpr") != "constexpr"]
+    small = frozenset(arg for arg in names if SMALL.fullmatch(arg.lower()))
+    sixteen = any("16" in signature[arg] for arg in names if arg not in small)
+    threads, shared, held = 32 * built.metadata.num_warps, built.metadata.shared, _held(op, name, note)
+    row = Row(op, "triton", name, arch, usage, threads, shared, sixteen, held, note)
+    row.names, row.small = {str(i): arg for i, arg in enumerate(names)}, small
+    row.sizes = {arg: int(bits[0]) for arg in names if (bits := re.findall(r"\d+", signature[arg]))}
+    return row
 
 
-def cuda_rows(op: str, archs: list[int]) -> Iterator[Row]:
-    """Rows of every kernel instantiation of csrc/<op>.cu; those that a DDPM++/NCSN++ shape launches are held to the bars."""
-    source = ROOT / "csrc" / f"{op}.cu"
-    if not source.is_file():
-        return
-    used = launches.record(op)
-    for arch in archs:
-        cubin, ptx = compile_cuda(source, arch)
-        usages = sass.read(cubin, ptx, arch)
-        plain = launches.demangle(list(usages))
-        for symbol, usage in usages.items():
-            launch = used.get(plain[symbol])
-            threads = launch.threads if launch else usage.max_threads
-            shared = usage.static_shared + (launch.shared if launch else 0)
-            sixteen = re.search(r"__half|__nv_bfloat16", plain[symbol]) is not None
-            row = Row(op, "cuda", plain[symbol], arch, usage, threads, shared, sixteen, launch is not None)
-            if launch:
-                row.names = {key: name for key, (name, _) in launch.pointers.items()}
-                row.small = frozenset(name for name, tensor in launch.pointers.values() if not tensor)
-                row.note = ", ".join(launch.shapes)
-            yield row
-
-
-def compile_cuda(source: Path, arch: int) -> tuple[Path, str]:
-    """(cubin, PTX) of a .cu file; made once per content of csrc/."""
-    digest = hashlib.sha256(source.read_bytes())
-    for header in sorted((ROOT / "csrc").rglob("*.*h")):
-        digest.update(header.read_bytes())
-    folder = KEEP / f"{source.stem}-{arch}-{digest.hexdigest()[:16]}"
-    cubin, ptx = folder / "out.cubin", folder / f"{source.stem}.ptx"
-    if not cubin.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+def cuda_usages(op: str, arch: int) -> dict[str, sass.Usage]:
+    """Compile csrc/<op>.cu: the usage of each kernel by its symbol."""
+    with tempfile.TemporaryDirectory() as folder:
         command = [sass.tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{ROOT}/csrc/common"]
-        temp = folder / f"{os.getpid()}.cubin"
-        subprocess.run([*command, "--keep", "--keep-dir", str(folder), str(source), "-o", str(temp)], check=True)
-        temp.rename(cubin)
-        for extra in set(folder.iterdir()) - {cubin, ptx}:  # preprocessed text, megabytes of it
-            extra.unlink()
-    return cubin, ptx.read_text(encoding="utf-8")
+        cubin = Path(folder) / "out.cubin"
+        command += ["--keep", "--keep-dir", folder, str(ROOT / "csrc" / f"{op}.cu"), "-o", str(cubin)]
+        subprocess.run(command, check=True, cwd=folder)
+        return sass.read(cubin, (Path(folder) / f"{op}.ptx").read_text(encoding="utf-8"), arch)
+
+
+def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str, launches.Launch]) -> list[Row]:
+    """Rows of every kernel instantiation of csrc/<op>.cu; those that a DDPM++/NCSN++ shape launches are held to the bars."""
+    plain, rows = launches.demangle(list(usages)), []
+    for symbol, usage in usages.items():
+        launch = used.get(plain[symbol])
+        threads = launch.threads if launch else usage.max_threads
+        shared = usage.static_shared + (launch.shared if launch else 0)
+        sixteen = re.search(r"__half|__nv_bfloat16", plain[symbol]) is not None
+        row = Row(op, "cuda", plain[symbol], arch, usage, threads, shared, sixteen, launch is not None)
+        if launch:
+            row.names = {key: name for key, (name, _) in launch.pointers.items()}
+            row.small = frozenset(name for name, tensor in launch.pointers.values() if not tensor)
+            row.note = ", ".join(launch.shapes)
+        rows.append(row)
+    return rows
+
+
+def compile_all(ops: Sequence[str], archs: list[int], every: bool) -> list[Row]:
+    """The rows of Triton, then those of CUDA where nvcc is; compiled by several processes."""
+    native = [(op, arch) for op in ops for arch in archs] if _has("nvcc") else []
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
+        compiling = [pool.submit(cuda_usages, *each) for each in native]  # the longest first
+        triton = [
+            pool.submit(triton_row, op, number, arch)
+            for op in ops for number in triton_cases(op, every) for arch in archs
+        ]  # fmt: skip
+        used = {op: launches.record(op) for op in (ops if native else ())}
+        rows = [future.result() for future in triton]
+        for (op, arch), future in zip(native, compiling, strict=True):
+            rows += cuda_rows(op, arch, future.result(), used[op])
+    return rows
 
 
 def _has(name: str) -> bool:
@@ -220,7 +251,7 @@ def _has(name: str) -> bool:
 def show(rows: list[Row], console: Console) -> None:
     table = Table(title="Compiled kernels (< reads, > writes: bits)")
     numbers = ("regs", "stack", "spills", "smem", "threads", "CTAs/SM")
-    for column in ("op", "kernel", "sm", *numbers, "global accesses", "atomics", "MUFU", "Philox"):
+    for column in ("op", "kernel", "sm", *numbers, "global accesses", "atomics", "MUFU", "Philox calls/elements"):
         table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
     for row in rows:
         widths = []
@@ -231,7 +262,8 @@ def show(rows: list[Row], console: Console) -> None:
         cells = [u.registers, u.stack, u.spills, row.shared, row.threads, row.ctas, " ".join(widths), u.atomics, u.mufu]
         style = "red" if row.misses else None if row.held else "dim"
         kernel = f"{row.form}: {row.kernel}"
-        table.add_row(row.op, kernel, str(row.arch), *map(str, cells), str(u.philox_calls), style=style)
+        drawn = " ".join(f"{calls}/{elements:g}" for calls, elements in row.drawn())
+        table.add_row(row.op, kernel, str(row.arch), *map(str, cells), drawn, style=style)
     console.print(table, highlight=False)
 
 
@@ -241,16 +273,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(sass.SM_SHARED))
     parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
     options = parser.parse_args(argv)
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions, sooner
     console = Console(width=None if sys.stdout.isatty() else 200)
     ops = options.op or OPS
-    rows = [row for op in ops for row in triton_rows(op, options.arch)]
-    if _has("nvcc"):
-        sources = [path for op in ops if (path := ROOT / "csrc" / f"{op}.cu").is_file()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # nvcc is what takes the time
-            list(pool.map(compile_cuda, *zip(*((s, a) for s in sources for a in options.arch), strict=True)))
-        rows += [row for op in ops for row in cuda_rows(op, options.arch)]
-    else:
+    if not _has("nvcc"):
         console.print("[bold red]*** no nvcc: the CUDA kernels are NOT in this report ***[/]")
+    rows = compile_all(ops, options.arch, every=not options.check)
     failed = judge(rows, console)
     show(rows, console)
     for op in ops:

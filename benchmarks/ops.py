@@ -1,6 +1,6 @@
 """Time, bytes and error of every op, backend and shape: python benchmarks/ops.py [--device cpu] [--op NAME] [--dtype fp16].
 
-A backend is timed only after it passed ect_kernels.testing.check on the same numbers. On a GPU the last columns give the bytes
+A backend is timed only after it passed truth.check on the same numbers. On a GPU the last columns give the bytes
 the op cannot do without per second of its time, also as a share of a large copy's, each run starting with a cold L2.
 """
 
@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
 import cases
 import emulator
 import measure
-from ect_kernels import dispatch, testing
+import truth
+from ect_kernels import dispatch
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             for backend in dispatch.OPS[op].usable(device):
                 cells = (op, bench.case.name, backend)
                 try:
-                    figures = testing.check(bench.function, backend, bench.case, device)
+                    figures = truth.check(bench.function, backend, bench.case, device)
                 except AssertionError as error:
                     failed = True
                     table.add_row(*cells, "", "", "", f"[red]{error}[/]")

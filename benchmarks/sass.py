@@ -8,15 +8,31 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 SM_SHARED = {80: 164 * 1024, 90: 228 * 1024}  # shared memory of an SM, bytes
 CTA_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # the most that one CTA may have
-PHILOX = ("0x2daee0ad", "0x326172a9", "0xd2511f53", "0xcd9e8d57")  # its two multipliers as nvdisasm writes them
-PHILOX_MULTIPLIES = 19  # wide multiplies of one call: 20, less the first rounds' product with a zero counter word
+PHILOX = ("-766435501", "-845247145")  # its two multipliers as PTX writes them
+PHILOX_MULTIPLIES = 18  # high halves of products: 20 in a call, two of which a loop may find before it starts
 
 Widths = dict[str, frozenset[int]]  # "load x" -> bits
+
+
+@dataclass
+class Draws:
+    """Where a thread draws random bits, and what it does there: one loop's body, or all that is in no loop.
+
+    multiplies: Philox's, for the high half. bits: "load x" -> of all such accesses; "shared" -> of stores to shared memory.
+    """
+
+    multiplies: int = 0
+    bits: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def calls(self) -> int:
+        """Calls of Philox, never fewer than there are."""
+        return self.multiplies // PHILOX_MULTIPLIES
 
 
 @dataclass
@@ -29,14 +45,10 @@ class Usage:
     spills: int = 0
     atomics: int = 0
     mufu: int = 0
-    philox: int = 0
     max_threads: int = 0
     sass: Counter[str] = field(default_factory=Counter)
     access: Widths = field(default_factory=dict)
-
-    @property
-    def philox_calls(self) -> int:
-        return round(self.philox / PHILOX_MULTIPLIES)
+    draws: list[Draws] = field(default_factory=list)
 
 
 @cache
@@ -62,11 +74,12 @@ def read(cubin: Path, ptx: str, arch: int) -> dict[str, Usage]:
     if arch >= 90:  # there the figure includes the 1 KiB that the system keeps
         for kernel in usage.values():
             kernel.static_shared = max(0, kernel.static_shared - 1024)
-    for name, text in functions(_output("nvdisasm", "-c", str(cubin))).items():
+    # -ndf: no analysis of the data flow, which takes a third of the time and changes no instruction.
+    for name, text in functions(_output("nvdisasm", "-c", "-ndf", str(cubin))).items():
         count_instructions(usage[name], text)
     for name, (threads, body) in entries(ptx).items():
         usage[name].max_threads = threads
-        usage[name].access = accesses(body)
+        usage[name].access, usage[name].draws = accesses(body), draws(body)
     return usage
 
 
@@ -89,7 +102,7 @@ def functions(sass: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)[^;]*;", re.M)
 MEMORY = re.compile(r"(LDG|STG|LDGSTS|LDS|STS|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG|REDUX)\b")
 
 
@@ -100,15 +113,13 @@ def width(opcode: str) -> int:
 
 
 def count_instructions(usage: Usage, sass: str) -> None:
-    for opcode, operands in INSTRUCTION.findall(sass):
+    for opcode in INSTRUCTION.findall(sass):
         kind = MEMORY.match(opcode)
         if kind:
             usage.sass[f"{kind[1]}.{width(opcode)}"] += 1
         usage.spills += opcode.startswith(("LDL", "STL"))
         usage.atomics += opcode.startswith(("ATOM", "RED.", "REDG", "UBLKRED"))
         usage.mufu += opcode.startswith("MUFU")
-        multiplies = re.match(r"U?IMAD\.(HI|WIDE)\.U32", opcode) is not None
-        usage.philox += multiplies and any(word in operands for word in PHILOX)
 
 
 def entries(ptx: str) -> dict[str, tuple[int, str]]:
@@ -126,7 +137,28 @@ def entries(ptx: str) -> dict[str, tuple[int, str]]:
     return found
 
 
-STATEMENT = re.compile(r"^\s*(?:\{\s*)?(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+([^;]*)", re.S)
+Place = tuple[str, int]  # kernel parameter, offset in bytes
+STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+([^;]*)", re.S)
+
+
+def _statements(body: str) -> list[tuple[str, str]]:
+    """(opcode, operands) in order; a label is the opcode "label"."""
+    statements = []
+    for text in re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", body, flags=re.M).split(";"):
+        # Labels, and braces of inline assembly, may precede an instruction.
+        head = re.match(r"(?:\s*(?:[{}]|[\w$.]+:(?!:)))*\s*", text)
+        assert head is not None
+        statements += [("label", name) for name in re.findall(r"[\w$.]+", head[0])]
+        if found := STATEMENT.match(text[head.end() :]):
+            statements.append((found[1], found[2]))
+    return statements
+
+
+@lru_cache(1)
+def _parsed(body: str) -> tuple[list[tuple[str, str]], dict[str, frozenset[str]]]:
+    """Statements, and the parameters that each 64-bit register may point to."""
+    statements = _statements(body)
+    return statements, _origins(statements)
 
 
 def accesses(body: str) -> Widths:
@@ -135,25 +167,49 @@ def accesses(body: str) -> Widths:
     An address is followed back through 64-bit arithmetic to the parameters it comes from, over all paths at once; '?' where it
     comes from none.
     """
-    statements = []
-    for line in re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", body, flags=re.M).split(";"):
-        # Labels and declarations may precede an instruction on the same line.
-        if found := STATEMENT.match(re.sub(r"^\s*(?:[\w$.]+:(?!:)\s*)+", "", line)):
-            statements.append((found[1], found[2]))
-    origin = _origins(statements)
-    found_bits: dict[str, set[int]] = {}
+    found: dict[str, set[int]] = {}
+    statements, origin = _parsed(body)
     for opcode, operands in statements:
-        if (access := _access(opcode, operands)) is None:
-            continue
-        verb, bits, register = access
-        for parameter in origin.get(register) or {"?"}:
-            found_bits.setdefault(f"{verb} {parameter}", set()).add(bits)
-    return {key: frozenset(value) for key, value in found_bits.items()}
+        for key, bits in _accessed(opcode, operands, origin):
+            found.setdefault(key, set()).add(bits)
+    return {key: frozenset(value) for key, value in found.items()}
+
+
+def _accessed(opcode: str, operands: str, origin: dict[str, frozenset[str]]) -> list[tuple[str, int]]:
+    """("load 0", bits) for each parameter that an instruction's address may come from."""
+    access = _access(opcode, operands)
+    if access is None:
+        return []
+    verb, bits, register = access
+    return [(f"{verb} {parameter}", bits) for parameter in origin.get(register) or {"?"}]
+
+
+def draws(body: str) -> list[Draws]:
+    """`Draws` of each innermost loop of a kernel's PTX that calls Philox, and of the code outside of loops if that does."""
+    statements, origin = _parsed(body)
+    place = {name: k for k, (opcode, name) in enumerate(statements) if opcode == "label"}
+    # A loop is what lies between a label and a branch back to it.
+    targets = [
+        (k, re.search(r"([\w$.]+)\s*$", text)) for k, (opcode, text) in enumerate(statements) if opcode[:3] == "bra"
+    ]
+    loops = [(place[t[1]], k) for k, t in targets if t and place.get(t[1], k) < k]
+    constants = {text.split(",")[0] for opcode, text in statements if opcode[:3] == "mov" and text.endswith(PHILOX)}
+    found: dict[tuple[int, int], Draws] = {}
+    for k, (opcode, text) in enumerate(statements):
+        around = [loop for loop in loops if loop[0] <= k <= loop[1]]
+        here = found.setdefault(min(around, key=lambda loop: loop[1] - loop[0], default=(0, 0)), Draws())
+        words = set(re.findall(r"[%\w-]+", text))
+        here.multiplies += opcode in ("mul.hi.u32", "mul.wide.u32") and not words.isdisjoint(constants | {*PHILOX})
+        for key, bits in _accessed(opcode, text, origin):
+            here.bits[key] += bits
+        if opcode.startswith("st.shared"):
+            here.bits["shared"] += _bits(opcode)
+    return [d for d in found.values() if d.calls]
 
 
 def _origins(statements: list[tuple[str, str]]) -> dict[str, frozenset[str]]:
     """{64-bit register: kernel parameters whose pointer it may hold, "3" or "3+8" inside a struct}."""
-    places: dict[str, tuple[str, int]] = {}  # registers that hold the address of a parameter
+    places: dict[str, frozenset[Place]] = {}  # registers that hold the address of a parameter
     origin: dict[str, frozenset[str]] = {}
     grew = True
     while grew:
@@ -163,18 +219,16 @@ def _origins(statements: list[tuple[str, str]]) -> dict[str, frozenset[str]]:
             if target is None or opcode.startswith(("ld.global", "ld.shared", "ld.local", "st", "atom", "red")):
                 continue
             registers, source = re.findall(r"%rd\d+", target[1]), target[2]
-            place = _place(source, places)
-            if opcode.startswith("ld.param"):
-                sources = frozenset({f"{place[0]}+{place[1]}" if place[1] else place[0]} if place else ())
-            elif place and registers:
-                grew |= registers[0] not in places
-                places.setdefault(registers[0], place)
+            found = _places(opcode, source, places)
+            if found and registers and not opcode.startswith("ld.param"):
+                grew |= not found <= places.get(registers[0], frozenset())
+                places[registers[0]] = places.get(registers[0], frozenset()) | found
                 continue
-            else:
-                sources = frozenset().union(*(origin.get(r, frozenset()) for r in _base(opcode, source)))
             for k, register in enumerate(registers):
-                if k and place:  # ld.param.v2: the next eight bytes
-                    sources = frozenset({f"{place[0]}+{place[1] + 8 * k}"})
+                if opcode.startswith("ld.param"):  # ld.param.v2: the second is the next eight bytes
+                    sources = frozenset(f"{index}+{at + 8 * k}" if at + 8 * k else index for index, at in found)
+                else:
+                    sources = frozenset().union(*(origin.get(r, frozenset()) for r in _base(opcode, source)))
                 before = origin.get(register, frozenset())
                 if not sources <= before:
                     origin[register] = before | sources
@@ -182,15 +236,17 @@ def _origins(statements: list[tuple[str, str]]) -> dict[str, frozenset[str]]:
     return origin
 
 
-def _place(source: str, places: dict[str, tuple[str, int]]) -> tuple[str, int] | None:
-    """(parameter, offset in bytes) that an operand names: "[kernel_param_0+16]", "kernel_param_0", "[%rd1+8]", "%rd1, 8"."""
+def _places(opcode: str, source: str, places: dict[str, frozenset[Place]]) -> frozenset[Place]:
+    """(parameter, offset in bytes) that an operand names: "[kernel_param_0+16]", "kernel_param_0", "[%rd1+8]", "%rd1, 8"; for
+    selp, those of both its registers."""
     if found := re.search(r"_param_(\d+)(?:\+(\d+))?\]?\s*$", source):
-        return found[1], int(found[2] or 0)
+        return frozenset({(found[1], int(found[2] or 0))})
+    if opcode.startswith("selp"):
+        return frozenset().union(*(places.get(r, frozenset()) for r in re.findall(r"%rd\d+", source)))
     found = re.fullmatch(r"\s*\[?\s*(%rd\d+)(?:\s*[+,]\s*(-?\d+))?\s*\]?\s*", source)
-    if found and found[1] in places:
-        index, offset = places[found[1]]
-        return index, offset + int(found[2] or 0)
-    return None
+    if found is None:
+        return frozenset()
+    return frozenset((index, offset + int(found[2] or 0)) for index, offset in places.get(found[1], ()))
 
 
 def _base(opcode: str, operands: str) -> list[str]:
@@ -215,10 +271,15 @@ def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
         return ("load", 8 * int(size[1]), addresses[-1]) if size and ".bulk" not in opcode else None
     if ".shared" in opcode:
         return None
+    return verb, _bits(opcode), addresses[0]
+
+
+def _bits(opcode: str) -> int:
+    """Of a PTX memory instruction: st.global.v4.b32 -> 128."""
     vector = re.search(r"\.v(\d)", opcode)
     element = re.search(r"\.[bsuf](8|16|32|64|128)\b", opcode) or re.search(r"x(2)\b", opcode)
     assert element is not None, f"no element size in {opcode!r}"
-    return verb, int(element[1]) * (int(vector[1]) if vector else 1), addresses[0]
+    return int(element[1]) * (int(vector[1]) if vector else 1)
 
 
 def ctas_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:

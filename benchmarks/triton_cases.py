@@ -10,10 +10,10 @@ import itertools
 from typing import Any
 
 from ect_kernels import consistency_loss_triton as consistency
-from ect_kernels import group_norm_silu_triton as gn
+from ect_kernels import gn_triton as gn
+from ect_kernels import group_norm_silu_triton as norm
 from ect_kernels import perturb_triton as pt
 from ect_kernels import radam_ema_triton as radam
-from ect_kernels import residual_group_norm_silu_triton as residual
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], Any], int, int, str]
 NORMS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256, 8), (512, 8)]  # C, H = W
@@ -25,47 +25,45 @@ def _aligned(signature: dict[str, str], *whole: str) -> dict[tuple[int], Any]:
     return {(k,): [["tt.divisibility", 16]] for k in found}
 
 
+def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -> Case:
+    """A GroupNorm kernel without the arguments named in `absent`; shape: arguments of `options` but `backward`."""
+    kernel = gn.backward_kernel if backward else gn.forward_kernel
+    c, c2, groups, hw, act, light = shape
+    options = norm.options(c, c2, groups, hw, act, backward, light)
+    warps = options.pop("num_warps")
+    constexprs = {**options, **{arg: None for arg in kernel.arg_names if arg in absent}}
+    types = dict.fromkeys(("a", "skip", "x", "other", "y", "dy", "dx", "da", "dother"), "*fp16")
+    types |= dict.fromkeys(("skip_scale", "eps", "inv_keep"), "fp32") | dict.fromkeys(gn.NOT_SPECIALISED, "i32")
+    types["seed"] = "*i64"
+    signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "*fp32") for arg in kernel.arg_names}
+    passes = 1 if options["ROWS"] >= hw else 2
+    note = f"{passes} pass, {note}" + (" (second read from L2)" if passes == 2 else "")
+    return f"{'bwd' if backward else 'fwd'} {name}", kernel, signature, constexprs, _aligned(signature), warps, 3, note
+
+
 def group_norm_silu() -> list[Case]:
     """Each shape of the first norm of a block, and, where a block has them, of the second (v, dropout) and of the attention's
     (no activation), forward and backward."""
     uses = [(c, size, "plain") for c, size in NORMS]
     uses += [(256, size, "dropout") for size in (32, 16, 8)] + [(256, size, "linear") for size in (16, 8)]
+    seam = {"a", "bias", "skip", "skip_bias", "skip_scale", "other", "dx", "dother", "scale", "shift"}
     cases = []
-    for c, size, use in uses:
-        absent = {"scale", "shift", "dscale", "dshift", *(() if use == "dropout" else ("v", "dv", "seed"))}
-        for kernel in (gn.group_norm_silu_fwd_kernel, gn.group_norm_silu_bwd_kernel):
-            back = kernel is gn.group_norm_silu_bwd_kernel
-            options = gn.options(c, 32, size * size, use != "linear", back, use == "dropout")
-            warps = options.pop("num_warps")
-            constexprs = {**options, **{name: None for name in kernel.arg_names if name in absent}}
-            types = {"eps": "fp32", "inv_keep": "fp32", "threshold": "i32", "layer": "i32", "n0": "i32", "N": "i32"}
-            types |= {"x": "*fp16", "y": "*fp16", "dx": "*fp16", "dy": "*fp16", "seed": "*i64"}
-            signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp32") for a in kernel.arg_names}
-            passes = 1 if options["ROWS"] >= size * size else 2
-            moved = (3, 5)[passes - 1] if back else (2, 3)[passes - 1]
-            name = f"{kernel.__name__} {c}x{size}x{size} {use}"
-            note = f"{passes} pass, {moved}s" + (" (second read from L2)" if passes == 2 else "")
-            cases.append((name, kernel, signature, constexprs, _aligned(signature), warps, 3, note))
+    for (c, size, use), backward in itertools.product(uses, (False, True)):
+        absent = seam | (set() if use == "dropout" else {"v", "seed"})
+        shape = (c, 0, 32, size * size, use != "linear", use != "dropout")
+        cases.append(_norm(f"{c}x{size}x{size} {use}", backward, absent, "3s" if backward else "2s", *shape))
     return cases
 
 
 def residual_group_norm_silu() -> list[Case]:
     """Forward and backward of each (C, C2) at each size, with and without dropout."""
     channels = [(128, 0), (256, 0), (256, 128), (128, 256), (256, 256)]
-    kernels = (residual.residual_group_norm_silu_fwd_kernel, residual.residual_group_norm_silu_bwd_kernel)
     cases = []
-    for hw, (c, c2), drop, kernel in itertools.product((1024, 256, 64), channels, (False, True), kernels):
-        shape, warps = residual.constants(c, c2, 32, hw, True, drop)
-        types = dict.fromkeys(("bias", "skip_bias", "gamma", "beta", "mean", "rstd", "partials"), "*fp32")
-        types |= {"seed": "*i64", "skip_scale": "fp32", "eps": "fp32", "inv_keep": "fp32"}
-        types |= dict.fromkeys(residual.NOT_SPECIALISED, "i32")
-        absent = [name for name, missing in (("other", c2 == 0), ("dother", c2 == 0), ("seed", not drop)) if missing]
-        constexprs: dict[str, Any] = shape | {name: None for name in absent if name in kernel.arg_names}
-        signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp16") for a in kernel.arg_names}
-        way = "fwd" if kernel is kernels[0] else "bwd"
-        name = f"{way} c={c}+{c2} hw={hw} drop={int(drop)}"
-        note = "DRAM 4s and 2s of other" if way == "fwd" else "DRAM 4s and 3s of other: dy, other, dother"
-        cases.append((name, kernel, signature, constexprs, _aligned(signature), warps, 2, note))
+    for hw, (c, c2), drop, backward in itertools.product((1024, 256, 64), channels, (False, True), (False, True)):
+        absent = {"v", "scale", "shift", "dscale", "dshift", *(() if drop else ("seed",)), *(() if c2 else ("other",))}
+        note = "4s and 3s of other: dy, other, dother" if backward else "4s and 2s of other"
+        shape = (c, c2, 32, hw, True, False)
+        cases.append(_norm(f"c={c}+{c2} hw={hw} drop={int(drop)}", backward, absent, note, *shape))
     return cases
 
 

@@ -6,7 +6,6 @@
 
 namespace {
 constexpr int THREADS = 256;
-constexpr int64_t SHARED_BYTES = 80 << 10;   // two blocks on an SM of 164 KB
 
 struct Loss {
   const void *F_t, *F_r; const float *x_t, *x_r, *t, *r, *weight;

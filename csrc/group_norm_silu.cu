@@ -18,7 +18,7 @@ extern "C" int group_norm_silu_fwd(const void* x, const float* gamma, const floa
   f.affine = {gamma, beta, scale, shift, v};
   f.act = act != 0; f.eps = float(eps);
   f.x = x; f.y = y; f.mean = mean; f.rstd = rstd;
-  if (!gn::layout(f.p, n, hw, c, 0, groups, gn::dtype_size(dtype), 1, 2, gn::aligned16({x, y}))) return (int)cudaErrorInvalidValue;
+  if (!gn::layout(f.p, n, hw, c, 0, groups, gn::dtype_size(dtype), 1, 2, aligned16({x, y}))) return (int)cudaErrorInvalidValue;
   BY_DTYPE(dtype, return f.p.vector ? gn::start(group_norm_silu_fwd_kernel<T, 8>, f, n, stream)
                                     : gn::start(group_norm_silu_fwd_kernel<T, 1>, f, n, stream));
 }
@@ -33,7 +33,7 @@ extern "C" int group_norm_silu_bwd(const void* dy, const void* x, const float* g
   f.act = act != 0; f.n = n;
   f.dy = dy; f.x = x; f.mean = mean; f.rstd = rstd;
   f.dx = dx; f.dv = dv; f.dscale = dscale; f.dshift = dshift; f.partials = partials;
-  if (!gn::layout(f.p, n, hw, c, 0, groups, gn::dtype_size(dtype), 2, 3, gn::aligned16({dy, x, dx}))) return (int)cudaErrorInvalidValue;
+  if (!gn::layout(f.p, n, hw, c, 0, groups, gn::dtype_size(dtype), 2, 3, aligned16({dy, x, dx}))) return (int)cudaErrorInvalidValue;
   auto run = [&](auto* kernel) { return gn::start(kernel, f, n, stream); };
   int error = 0;
   BY_DTYPE(dtype, error = f.p.vector ? run(group_norm_silu_bwd_kernel<T, 8>) : run(group_norm_silu_bwd_kernel<T, 1>));

@@ -4,7 +4,7 @@
 //   update  one pass over everything else
 // The scalar kernel stands between the two passes because every block of the update needs the whole sum, and the step count
 // must change after all of them have read it: inside the update that would take atomics or a grid-wide wait.
-#include "vec.cuh"
+#include "access.cuh"
 #include <math.h>
 
 namespace {
@@ -179,9 +179,8 @@ extern "C" int radam_ema_fwd(void* params, void* grads, void* exp_avg, void* exp
                              void* shadow, int64_t half, void* state_f64, void* state_i64, void* partials, int64_t blocks,
                              void* coefficients, int64_t n, void* stream_) {
   [[maybe_unused]] const auto stream = static_cast<cudaStream_t>(stream_);   // the emulator takes none
-  const uintptr_t bits = uintptr_t(params) | uintptr_t(grads) | uintptr_t(exp_avg) | uintptr_t(exp_avg_sq) |
-                         uintptr_t(ema0) | uintptr_t(ema1) | uintptr_t(ema2) | uintptr_t(shadow);
-  if (n < 0 || n % 8 || bits % 16 || blocks != (n + CHUNK - 1) / CHUNK || (shadow && half != F16 && half != BF16) ||
+  const bool aligned = aligned16({params, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2, shadow});
+  if (n < 0 || n % 8 || !aligned || blocks != (n + CHUNK - 1) / CHUNK || (shadow && half != F16 && half != BF16) ||
       n > (int64_t(1) << 40))
     return cudaErrorInvalidValue;
   auto* p = static_cast<double*>(partials);

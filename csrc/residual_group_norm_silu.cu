@@ -21,7 +21,7 @@ extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, co
   f.act = act != 0; f.eps = float(eps);
   f.other = other; f.y = y; f.mean = mean; f.rstd = rstd;
   f.a = a; f.skip = skip; f.bias = bias; f.skip_bias = skip_bias; f.x_out = x; f.skip_scale = float(skip_scale);
-  const bool aligned = gn::aligned16({a, skip, other, x, y});
+  const bool aligned = aligned16({a, skip, other, x, y});
   if (!gn::layout(f.p, n, hw, c, c2, groups, gn::dtype_size(dtype), 1, 2, aligned)) return (int)cudaErrorInvalidValue;
   BY_DTYPE(dtype, return f.p.vector ? gn::start(residual_group_norm_silu_fwd_kernel<T, 8>, f, n, stream)
                                     : gn::start(residual_group_norm_silu_fwd_kernel<T, 1>, f, n, stream));
@@ -37,7 +37,7 @@ extern "C" int residual_group_norm_silu_bwd(const void* dy, const void* dx, cons
   f.act = act != 0; f.n = n;
   f.dy = dy; f.x = x; f.other = other; f.mean = mean; f.rstd = rstd;
   f.dx = da; f.dother = dother; f.partials = partials; f.dx_in = dx; f.skip_scale = float(skip_scale);
-  const bool aligned = gn::aligned16({dy, dx, x, other, da, dother});
+  const bool aligned = aligned16({dy, dx, x, other, da, dother});
   if (!gn::layout(f.p, n, hw, c, c2, groups, gn::dtype_size(dtype), 2, 3, aligned)) return (int)cudaErrorInvalidValue;
   auto run = [&](auto* kernel) { return gn::start(kernel, f, n, stream); };
   int error = 0;

@@ -1,7 +1,10 @@
-"""The U-Nets on the fused ops: golden parity, equality with the plain forward, compilation without a graph break."""
+"""The U-Nets on the fused ops: golden parity, equality with the plain forward by network and by block, compilation without a
+graph break."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ from ect_kernels import dispatch
 from torch import Tensor, nn
 
 from ect.models import DhariwalUNet, SongUNet, fused
-from ect.models.layers import MaskKey
+from ect.models.fused import Pending
+from ect.models.layers import BlockStyle, MaskKey, UNetBlock
 from tests.golden_data import MANIFEST, load, part, rel_l2
 
 CLASSES = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -66,6 +70,78 @@ def test_fused_equals_plain_with_dropout_labels_and_gradients(name: str) -> None
     assert rel_l2(got, want) <= 1e-5
     for (key, _), a, b in zip(net.named_parameters(), got_grads, want_grads, strict=True):
         assert rel_l2(a, b) <= 1e-4, key
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block and what comes into it: `channels` of a first source, `other` of a second (0: none), then `out`."""
+
+    channels: int
+    out: int
+    other: int = 0
+    pending: bool = True  # the first source is a sum that is not computed yet
+    options: dict[str, bool] = field(default_factory=dict)
+
+
+BLOCKS = {
+    "plain": Block(32, 32),
+    "plain, input computed": Block(32, 32, pending=False),
+    "attention": Block(128, 128, options=dict(attention=True)),
+    "up": Block(32, 32, options=dict(up=True)),
+    "down": Block(32, 32, options=dict(down=True)),
+    "down and wider": Block(32, 64, options=dict(down=True)),
+    "wider": Block(32, 64),
+    "two sources": Block(32, 32, other=32),
+    "two sources, a group in both": Block(256, 256, other=128),  # 12 channels a group, as at 32x32 of DDPM++
+    "two sources, narrower, attention": Block(96, 128, other=160, options=dict(attention=True)),
+}
+BLOCK_BARS = {torch.float32: (1e-6, 5e-6), torch.float64: (1e-14, 5e-14)}  # relative errors of outputs and of gradients
+
+
+@cache
+def block_style(name: str) -> BlockStyle:
+    """That of the network's own blocks."""
+    return next(m for m in build(name).modules() if isinstance(m, UNetBlock)).style
+
+
+def block_parts(block: Block, style: BlockStyle, dtype: torch.dtype) -> tuple[UNetBlock, dict[str, Tensor]]:
+    """The block with random parameters, and the tensors it is called with: emb, other, and the parts of the pending sum."""
+    layer = UNetBlock(block.channels + block.other, block.out, 24, style, layer=5, dropout=0.3, **block.options)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.1)
+    c, image = block.channels, (3, block.channels, 4, 4)
+    parts = {"a": torch.randn(image), "emb": torch.randn(3, 24)}
+    if block.pending:
+        parts |= {"bias": torch.randn(c), "skip": torch.randn(image), "skip_bias": torch.randn(c)}
+    if block.other:
+        parts["other"] = torch.randn(3, block.other, 4, 4)
+    return layer.to(dtype), {name: part.to(dtype).requires_grad_() for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("dtype", BLOCK_BARS, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("style", ["ddpmpp", "ncsnpp", "adm"])
+def test_fused_block_equals_plain(style: str, name: str, dtype: torch.dtype) -> None:
+    """Outputs, and the gradients of every parameter and input, of a block alone, with dropout."""
+    layer, parts = block_parts(BLOCKS[name], block_style(style), dtype)
+    leaves = {**dict(layer.named_parameters()), **parts}
+    emb, other, mask = parts["emb"], parts.get("other"), MaskKey(torch.tensor(-5), 2)
+    x = Pending(**{k: parts.get(k) for k in ("a", "bias", "skip", "skip_bias")}, scale=0.6 if "skip" in parts else 1.0)
+
+    plain_x = x.value()
+    plain = layer(plain_x if other is None else torch.cat([plain_x, other], 1), emb, mask)
+    fused_x, pending = fused.block(layer, x, emb, mask, other)
+    assert rel_l2(fused_x.detach(), plain_x.detach()) <= BLOCK_BARS[dtype][0]
+    assert rel_l2(pending.value().detach(), plain.detach()) <= BLOCK_BARS[dtype][0]
+    cotangent, cotangent_x = torch.randn_like(plain), torch.randn_like(plain_x)  # x itself goes to the decoder
+
+    def gradients(out: Tensor, out_x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((out * cotangent).sum() + (out_x * cotangent_x).sum(), list(leaves.values()))
+
+    errors = map(rel_l2, gradients(pending.value(), fused_x), gradients(plain, plain_x))
+    worst, leaf = max(zip(errors, leaves, strict=True))
+    print(f"{style} {name} {dtype}: worst gradient error {worst:.1e}, of {leaf}")
+    assert worst <= BLOCK_BARS[dtype][1], leaf
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "adm"])

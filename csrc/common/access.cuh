@@ -3,7 +3,9 @@
 #include "vec.cuh"
 #include <initializer_list>
 
-// CONSTANT: nothing in this launch writes there, so the load may move over stores.
+constexpr int64_t SHARED_BYTES = 80 << 10;   // of a block that keeps its tile on chip: two blocks on an SM of 164 KB
+
+// CONSTANT: p is in global memory and nothing in this launch writes there, so the load may move over stores.
 template <bool CONSTANT, class T, int V> __device__ __forceinline__ void load(const T* p, float (&f)[V]) {
   if constexpr (V == 1) {
     f[0] = to_float(*p);
@@ -19,7 +21,9 @@ template <bool CONSTANT, class T, int V> __device__ __forceinline__ void load(co
     }
   }
 }
-template <class T, int V> __device__ __forceinline__ void store(T* p, const float (&f)[V]) {
+// GLOBAL: p is in global memory for certain, and the store streams: it stays whole, where a plain one nvcc may split. Never for
+// shared memory, which `st.global` does not reach.
+template <bool GLOBAL = false, class T, int V> __device__ __forceinline__ void store(T* p, const float (&f)[V]) {
   if constexpr (V == 1) {
     *p = from_float<T>(f[0]);
   } else {
@@ -29,7 +33,8 @@ template <class T, int V> __device__ __forceinline__ void store(T* p, const floa
       float part[N];
 #pragma unroll
       for (int j = 0; j < N; j++) part[j] = f[h * N + j];
-      reinterpret_cast<uint4*>(p)[h] = pack<T>(part);
+      uint4* to = reinterpret_cast<uint4*>(p) + h;
+      if constexpr (GLOBAL) __stcs(to, pack<T>(part)); else *to = pack<T>(part);
     }
   }
 }

@@ -28,7 +28,11 @@ CH_RAW bool pop(int thread, Copy& c) {
 }
 inline int me() { return int(threadIdx.x + blockDim.x * threadIdx.y); }
 }
-inline void copy16_async(void* shared, const void* global) { async_copy::push({async_copy::me(), shared, global}); }
+inline void copy16_async(void* shared, const void* global, CH_LOC) {
+  cuda_host::check_space(shared, true, loc);
+  cuda_host::check_space(global, false, loc);
+  async_copy::push({async_copy::me(), shared, global});
+}
 inline void copy_wait() {   // only this thread's own copies: the others' need their wait and a barrier
   async_copy::Copy c;
   while (async_copy::pop(async_copy::me(), c)) *static_cast<uint4*>(c.to) = *static_cast<const uint4*>(c.from);

@@ -6,16 +6,14 @@
 // row, so sums per channel live in registers. Where the slab fits into shared memory ("resident") it is read from DRAM once;
 // each thread then reads only what it has copied itself, so the copies need no barrier. Otherwise a second read follows.
 #pragma once
+#include "access.cuh"
 #include "async.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
-#include "vec.cuh"
-#include <initializer_list>
 
 namespace gn {
 
 constexpr int THREADS = 256, MAX_GROUP = 4096, MAX_SLAB = 256, MAX_CHANNELS = 1 << 22;
-constexpr int64_t SHARED_BYTES = 80 << 10;   // two blocks on an SM of 164 KB
 
 // How a launch splits its work; the same for every block.
 struct Layout {
@@ -95,11 +93,6 @@ __device__ __forceinline__ void subtract(float a, float b, float& m, float& rest
   rest = (a - (m - minus_b)) + (-b - minus_b);
 }
 
-inline bool aligned16(std::initializer_list<const void*> pointers) {
-  uintptr_t all = 0;
-  for (const void* p : pointers) all |= reinterpret_cast<uintptr_t>(p);
-  return all % 16 == 0;
-}
 inline int dtype_size(int64_t dtype) { return dtype == F32 ? 4 : 2; }
 
 template <class K, class A> int start(K* kernel, const A& args, int64_t n, void* stream) {
@@ -110,36 +103,6 @@ template <class K, class A> int start(K* kernel, const A& args, int64_t n, void*
   return (int)cudaGetLastError();
 }
 
-// V elements of T as floats. CONSTANT: nothing in this launch writes there, so the load may move over stores.
-template <bool CONSTANT, class T, int V> __device__ __forceinline__ void load(const T* p, float (&f)[V]) {
-  if constexpr (V == 1) {
-    f[0] = to_float(*p);
-  } else {
-    constexpr int N = Vec<T>::N;
-#pragma unroll
-    for (int h = 0; h < V / N; h++) {
-      float part[N];
-      const uint4* from = reinterpret_cast<const uint4*>(p) + h;
-      unpack<T>(CONSTANT ? __ldg(from) : *from, part);
-#pragma unroll
-      for (int j = 0; j < N; j++) f[h * N + j] = part[j];
-    }
-  }
-}
-template <class T, int V> __device__ __forceinline__ void store(T* p, const float (&f)[V]) {
-  if constexpr (V == 1) {
-    *p = from_float<T>(f[0]);
-  } else {
-    constexpr int N = Vec<T>::N;
-#pragma unroll
-    for (int h = 0; h < V / N; h++) {
-      float part[N];
-#pragma unroll
-      for (int j = 0; j < N; j++) part[j] = f[h * N + j];
-      __stcs(reinterpret_cast<uint4*>(p) + h, pack<T>(part));  // keeps the store whole; a plain one nvcc may split
-    }
-  }
-}
 template <int V, class T> __device__ __forceinline__ void copy_async(T* shared, const T* global) {
   if constexpr (V == 8) {
 #pragma unroll

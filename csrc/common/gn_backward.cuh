@@ -181,7 +181,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
           q[0][j] += more[j];
           d[j] = factor * (more[j] + d[j]);
         }
-        if (wanted != nullptr) store(static_cast<T*>(wanted) + at, d);
+        if (wanted != nullptr) store<true>(static_cast<T*>(wanted) + at, d);
       }
     }
     if (RESIDUAL && f.partials) column_sums(q, p.columns, p.rows, red, sums + first, p.slab, b.width - first);

@@ -12,8 +12,8 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
   float* red = reinterpret_cast<float*>(shared + p.tile_bytes);
   float* sums = red + p.red_floats;      // [3][slab]: sum, sum of squares about the mean, sum about the mean
   float* params = sums + 3 * p.slab;     // [3][slab]: z = (x - params[0]) * params[1] + params[2]
-  float* pivots = params + 3 * p.slab;   // [slab]: a channel's first element
-  float* stats = params + 4 * p.slab;    // [2][groups of the slab]: mean less pivot and v of the group's first channel, rstd
+  float* pivots = params + 3 * p.slab;   // [slab]: a channel's first x + v
+  float* stats = params + 4 * p.slab;    // [2][groups of the slab]: mean less the pivot of the group's first channel, rstd
   const int c_all = p.c1 + p.c2, groups = b.width / p.cg;
   const float inverse_hw = 1.f / p.hw;
   const T* x = static_cast<const T*>(f.x);
@@ -30,11 +30,13 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
       for (int row = b.row; row < p.hw; row += p.rows, from += ch.step)
         copy_async<V>(tile + (row * p.columns + b.column) * V, from);
     }
-    // Welford over the thread's rows, then Chan's formula over all threads of a channel. All of it, and the group's mean, is of
-    // differences from the channel's first element: no larger than the spread, so no digits are lost to a large mean.
-    float mean[V], q[2][V], count = 0.f, bias[V], pivot[V];
+    // Welford over the thread's rows of x + v, rounded as it is below, then Chan's formula over all threads of a channel. All of
+    // it, and the group's mean, is of differences from the channel's first element: no larger than the spread, so no digits are
+    // lost to a large mean.
+    float mean[V], q[2][V], count = 0.f, bias[V], pivot[V], v[V];
 #pragma unroll
     for (int j = 0; j < V; j++) {
+      v[j] = !RESIDUAL && ch.active ? f.affine.add(b.n * c_all + ch.c + j) : 0.f;
       mean[j] = q[0][j] = q[1][j] = 0.f;
       bias[j] = computed && ch.active ? (f.bias ? f.bias[ch.c + j] : 0.f) + (f.skip_bias ? f.skip_bias[ch.c + j] : 0.f) : 0.f;
     }
@@ -49,6 +51,8 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
       int64_t at = ch.offset;
       if (computed) compute(at - int64_t(b.row) * width, pivot);
       else load<true>(source + at - int64_t(b.row) * width, pivot);
+#pragma unroll
+      for (int j = 0; j < V; j++) pivot[j] += v[j];
       if (b.row == 0) store(pivots + ch.k, pivot);
       if (p.resident && !computed) copy_wait();
       for (int row = b.row; row < p.hw; row += p.rows, at += ch.step) {
@@ -56,7 +60,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
         T* mine = tile + (row * p.columns + b.column) * V;
         if (computed) {
           compute(at, e);
-          store(static_cast<T*>(f.x_out) + at, e);
+          store<true>(static_cast<T*>(f.x_out) + at, e);
           if (p.resident) store(mine, e);
         } else if (p.resident) {
           load<false>(mine, e);
@@ -67,7 +71,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
         const float inverse = __frcp_rn(count);
 #pragma unroll
         for (int j = 0; j < V; j++) {
-          const float from = e[j] - pivot[j], d = from - mean[j];
+          const float from = (e[j] + v[j]) - pivot[j], d = from - mean[j];
           mean[j] += d * inverse;
           q[0][j] += d * (from - mean[j]);
         }
@@ -85,11 +89,8 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
     }
     column_sums(q, p.columns, p.rows, red, sums + p.slab + first, p.slab, b.width - first);
   }
-  for (int k = threadIdx.x; k < b.width; k += blockDim.x) {   // mean of x + v, less that of the group's first element
-    const int k0 = k / p.cg * p.cg;
-    const int64_t nc = b.n * c_all + b.c0;
-    sums[k] = (sums[k] + sums[2 * p.slab + k]) * inverse_hw + ((pivots[k] - pivots[k0]) + (f.affine.add(nc + k) - f.affine.add(nc + k0)));
-  }
+  for (int k = threadIdx.x; k < b.width; k += blockDim.x)   // means, less the pivot of the group's first channel
+    sums[k] = (sums[k] + sums[2 * p.slab + k]) * inverse_hw + (pivots[k] - pivots[k / p.cg * p.cg]);
   __syncthreads();
   for (int g = threadIdx.x / 32; g < groups; g += blockDim.x / 32) {   // a warp for each group
     const float *mean_c = sums + g * p.cg, *m2_c = mean_c + p.slab;
@@ -105,9 +106,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
     stats[g] = mean;
     stats[groups + g] = rstd;
     const int64_t at = b.n * (c_all / p.cg) + b.c0 / p.cg + g;
-    float sum, rest;
-    subtract(pivots[g * p.cg], -f.affine.add(b.n * c_all + b.c0 + g * p.cg), sum, rest);
-    f.mean[at] = sum + (rest + mean);
+    f.mean[at] = pivots[g * p.cg] + mean;
     f.rstd[at] = rstd;
   }
   __syncthreads();
@@ -116,7 +115,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
     const int64_t nc = b.n * c_all + c;
     const float w = stats[groups + g] * f.affine.gamma[c] * f.affine.factor(nc);
     float rest;
-    subtract(pivots[g * p.cg], (f.affine.add(nc) - f.affine.add(nc - k + g * p.cg)) - stats[g], params[k], rest);
+    subtract(pivots[g * p.cg], -stats[g], params[k], rest);
     params[p.slab + k] = w;
     params[2 * p.slab + k] = f.affine.bias(nc, c) - rest * w;
   }
@@ -125,7 +124,9 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
   for (int first = 0; first < b.width; first += p.columns * V) {
     const Channels<V> ch(p, b, first);
     if (!ch.active) continue;
-    float m[V], w[V], add[V];
+    float m[V], w[V], add[V], v[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) v[j] = RESIDUAL ? 0.f : f.affine.add(b.n * c_all + ch.c + j);
     load<false>(params + ch.k, m);
     load<false>(params + p.slab + ch.k, w);
     load<false>(params + 2 * p.slab + ch.k, add);
@@ -139,7 +140,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
       else if (computed) load<false>(source, e);   // written above, by this very thread
       else load<true>(source, e);
 #pragma unroll
-      for (int j = 0; j < V; j++) e[j] = (e[j] - m[j]) * w[j] + add[j];
+      for (int j = 0; j < V; j++) e[j] = ((e[j] + v[j]) - m[j]) * w[j] + add[j];
       if (f.act) {
 #pragma unroll
         for (int j = 0; j < V; j++) e[j] *= sigmoid(e[j]);
@@ -149,7 +150,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
 #pragma unroll
         for (int j = 0; j < V; j++) e[j] = mask.keep(j) ? e[j] * f.drop.inv_keep : 0.f;
       }
-      store(to, e);
+      store<true>(to, e);
     }
   }
 }

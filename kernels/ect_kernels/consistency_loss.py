@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ect_kernels import native
 from ect_kernels.dispatch import Backend, Op
-from ect_kernels.tensors import check_shapes, nhwc, register, wide
+from ect_kernels.passes import Pass, backends
+from ect_kernels.tensors import check_shapes, nhwc, wide
 
 DRAM = {
     "forward": "3s + 8 B a value: F_t, F_r, x_t, x_r read, dF written (samples too large for the chip are read again, from L2)",
@@ -77,76 +78,44 @@ def reference_fwd(i: Inputs) -> Output:
     return out._replace(loss=i.weight * (s / (root + i.c)))
 
 
-def triton_fwd(i: Inputs) -> Output:
-    from ect_kernels import consistency_loss_triton
-
-    out = _output(i)
-    consistency_loss_triton.forward(i, out)
-    return out
-
-
 def _limits(i: Inputs) -> str | None:
     if i.F_t.dtype not in native.DTYPES:
         return f"dtype {i.F_t.dtype}"
     return "samples of 2^28 values or more" if i.F_t.shape[1:].numel() >= 1 << 28 else None
 
 
-def _native(backend: str) -> Backend:
-    """csrc/consistency_loss.cu, on the GPU ('cuda') or through the emulator ('emulated')."""
-
-    def fwd(i: Inputs) -> Output:
-        out = _output(i)
-        sizes = (i.F_t.shape[0], i.F_t.shape[1:].numel(), native.DTYPES[i.F_t.dtype])
-        native.launch(backend, "consistency_loss_fwd", *i[:7], *out, *sizes, float(i.c), float(i.sigma_data))
-        return out
-
-    return Backend(fwd, limits=_limits)
-
-
-OP = Op("consistency_loss", {
-    "reference": Backend(reference_fwd),
-    "triton": Backend(triton_fwd, limits=_limits),
-    "cuda": _native("cuda"),
-    "emulated": _native("emulated"),
-})  # fmt: skip
-
-
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    i, backend = Inputs(*args[:-1]), args[-1]
-    if i.F_t.numel() == 0:
-        loss, dF = _output(i)
-        return loss.zero_(), dF
+def _prepare(i: Inputs) -> tuple[Inputs]:
     dtypes = (i.F_t.dtype, i.F_t.dtype, i.wide, i.wide)
     F_t, F_r, x_t, x_r = (nhwc(x.to(d)) for x, d in zip(i[:4], dtypes, strict=True))
     t, r, weight = (v.to(i.wide).contiguous() for v in i[4:7])
-    return tuple(OP.backends[backend].fwd(Inputs(F_t, F_r, x_t, x_r, t, r, weight, i.c, i.sigma_data)))
+    return (Inputs(F_t, F_r, x_t, x_r, t, r, weight, i.c, i.sigma_data),)
 
 
-def _backward(dF: Tensor, dloss: Tensor) -> Tensor:
+def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
+    return *i[:7], *out, i.F_t.shape[0], i.F_t.shape[1:].numel(), native.DTYPES[i.F_t.dtype], i.c, i.sigma_data
+
+
+FORWARD = Pass("consistency_loss", "fwd", (Inputs,), _output, _prepare, _launcher)
+OP = Op("consistency_loss", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_limits))
+_forward_op = FORWARD.register(OP)
+
+
+@torch.library.custom_op("ect::consistency_loss_bwd", mutates_args=(), schema="(Tensor dF, Tensor dloss) -> Tensor")
+def _backward_op(dF: Tensor, dloss: Tensor) -> Tensor:
     """dF times the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
     return torch.mul(dF, dloss.view(-1, 1, 1, 1), out=torch.empty_like(dF))
 
 
-_forward_op = register(
-    "consistency_loss",
-    """(Tensor F_t, Tensor F_r, Tensor x_t, Tensor x_r, Tensor t, Tensor r, Tensor weight, float c, float sigma_data,
-    str backend) -> (Tensor loss, Tensor dF)""",
-    _forward,
-    lambda *args: tuple(_output(Inputs(*args[:-1]))),
-)
-_backward_op = register(
-    "consistency_loss_bwd", "(Tensor dF, Tensor dloss) -> Tensor", _backward, lambda dF, dloss: torch.empty_like(dF)
-)
+_backward_op.register_fake(lambda dF, dloss: torch.empty_like(dF))
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
-def _autograd(ctx: torch.autograd.function.FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    (dF,) = ctx.saved_tensors  # type: ignore[attr-defined]
-    return (_backward_op(dF, dloss), *(None for _ in range(9)))
+def _autograd(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _backward_op(*ctx.saved_tensors, dloss), *[None] * 9
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -68,7 +68,7 @@ def options(m: int) -> tuple[int, bool, int]:
     return max(block, 32), True, min(max(block // 512, 1), 16)
 
 
-def forward(i: Inputs, out: Output) -> None:
+def fwd(i: Inputs, out: Output) -> None:
     m = i.F_t.shape[1:].numel()
     block, whole, warps = options(m)
     sd = float(i.sigma_data)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ect_kernels import native, philox, tensors
 from ect_kernels.dispatch import Backend, Op
+from ect_kernels.passes import Pass, backends
 
 DRAM = {
     "triton forward": "2s at 16x16 and 8x8, 3s at 32x32",
@@ -76,29 +77,36 @@ class Output(NamedTuple):
     rstd: Tensor
 
 
+class Saved(NamedTuple):
+    """What the backward takes before the inputs."""
+
+    dy: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
 class Grads(NamedTuple):
-    """Gradients of the inputs; the vectors' in any float dtype, the last three None where their input is."""
+    """Gradients of the inputs: x's in its dtype, the others' in that of the arithmetic, the last three empty where absent."""
 
     x: Tensor
     gamma: Tensor
     beta: Tensor
-    v: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
+    v: Tensor
+    scale: Tensor
+    shift: Tensor
 
 
-def _output(i: Inputs) -> Output:
-    """Room for the forward's results."""
+def empty_output(i: Inputs) -> Output:
+    """Room for the forward's results; gamma says how many channels, of x or of more than x."""
     mean = i.x.new_empty((i.x.shape[0], i.groups), dtype=i.wide)
-    return Output(torch.empty_like(i.x, memory_format=torch.channels_last), mean, torch.empty_like(mean))
+    return Output(tensors.empty_image(i.x, i.gamma.shape[0]), mean, torch.empty_like(mean))
 
 
-def _grads(i: Inputs) -> Grads:
+def empty_grads(s: Saved, i: Inputs) -> Grads:
     """Room for the backward's."""
     n, c = i.x.shape[:2]
-    sizes = [(c,), (c,), *(None if t is None else (n, c) for t in (i.v, i.scale, i.shift))]
-    vectors = [None if size is None else i.x.new_empty(size, dtype=torch.float32) for size in sizes]
-    return Grads(torch.empty_like(i.x, memory_format=torch.channels_last), *vectors)  # type: ignore[arg-type]
+    sizes = [(c,), (c,), *((0,) if t is None else (n, c) for t in (i.v, i.scale, i.shift))]
+    return Grads(tensors.empty_image(i.x, c), *(s.mean.new_empty(size) for size in sizes))
 
 
 def _rows(t: Tensor, i: Inputs) -> Tensor:
@@ -142,15 +150,15 @@ def reference_fwd(i: Inputs) -> Output:
     return Output(_image(y, i).to(i.x.dtype), mean[:, 0, :, 0], rstd[:, 0, :, 0])
 
 
-def reference_bwd(dy: Tensor, i: Inputs, mean: Tensor, rstd: Tensor) -> Grads:
-    (n, c), rs = i.x.shape[:2], rstd[:, None, :, None]
-    xh = (_shifted(i) - mean[:, None, :, None]) * rs
+def reference_bwd(s: Saved, i: Inputs) -> Grads:
+    (n, c), rs = i.x.shape[:2], s.rstd[:, None, :, None]
+    xh = (_shifted(i) - s.mean[:, None, :, None]) * rs
     z = xh * _wide(i.gamma, i) + _wide(i.beta, i)
-    du = _dropout(_rows(dy, i), i)
+    du = _dropout(_rows(s.dy, i), i)
     if i.act:
         u = _modulated(z, i)
-        s = u.sigmoid()
-        du = du * (s * (1 + u * (1 - s)))
+        sigmoid = u.sigmoid()
+        du = du * (sigmoid * (1 + u * (1 - sigmoid)))
     dz = du if i.scale is None else du * (1 + _wide(i.scale, i))
     dxh = dz * _wide(i.gamma, i)
     dx = rs * (dxh - dxh.mean((1, 3), keepdim=True) - xh * (dxh * xh).mean((1, 3), keepdim=True))
@@ -158,15 +166,15 @@ def reference_bwd(dy: Tensor, i: Inputs, mean: Tensor, rstd: Tensor) -> Grads:
         _image(dx, i).to(i.x.dtype),
         (dz * xh).sum((0, 1)).view(c),
         dz.sum((0, 1)).view(c),
-        None if i.v is None else dx.sum(1).view(n, c),
-        None if i.scale is None else (du * z).sum(1).view(n, c),
-        None if i.shift is None else du.sum(1).view(n, c),
+        s.mean.new_empty(0) if i.v is None else dx.sum(1).view(n, c),
+        s.mean.new_empty(0) if i.scale is None else (du * z).sum(1).view(n, c),
+        s.mean.new_empty(0) if i.shift is None else du.sum(1).view(n, c),
     )
 
 
 def limits(i: Inputs, most: int) -> str | None:
     """Why kernels that take at most `most` channels a group cannot run, or None."""
-    _, c, h, w = i.x.shape
+    c, (h, w) = i.gamma.shape[0], i.x.shape[2:]
     if i.x.dtype not in native.DTYPES:
         return f"dtype {i.x.dtype} (only float32, float16, bfloat16)"
     if h * w * c >= 2**31 or c > 2**22:
@@ -176,43 +184,20 @@ def limits(i: Inputs, most: int) -> str | None:
     return None
 
 
-def triton_fwd(i: Inputs) -> Output:
-    from ect_kernels import group_norm_silu_triton
-
-    out = _output(i)
-    group_norm_silu_triton.forward(i, out)
-    return out
+def numbers(i: Inputs) -> tuple[int, ...]:
+    """What the C launchers take after the sizes."""
+    return i.groups, native.DTYPES[i.x.dtype], int(i.act), i.threshold, i.layer, i.n0
 
 
-def triton_bwd(dy: Tensor, i: Inputs, mean: Tensor, rstd: Tensor) -> Grads:
-    from ect_kernels import group_norm_silu_triton
-
-    grads = _grads(i)
-    group_norm_silu_triton.backward(dy, i, mean, rstd, grads)
-    return grads
+def _launcher_fwd(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
+    n, c, h, w = i.x.shape
+    return i.x, *i.vectors(), i.seed, *out, n, h * w, c, *numbers(i), i.eps, i.inv_keep
 
 
-def _native(backend: str) -> Backend:
-    """csrc/group_norm_silu.cu, on the GPU ('cuda') or through the emulator ('emulated')."""
-
-    def numbers(i: Inputs) -> tuple[int, ...]:
-        n, c, h, w = i.x.shape
-        return n, h * w, c, i.groups, native.DTYPES[i.x.dtype], int(i.act), i.threshold, i.layer, i.n0
-
-    def fwd(i: Inputs) -> Output:
-        out = _output(i)
-        inputs = (i.x, *i.vectors(), i.seed, *out)
-        native.launch(backend, "group_norm_silu_fwd", *inputs, *numbers(i), float(i.eps), i.inv_keep)
-        return out
-
-    def bwd(dy: Tensor, i: Inputs, mean: Tensor, rstd: Tensor) -> Grads:
-        grads = _grads(i)
-        partials = mean.new_empty(2, *i.x.shape[:2])
-        inputs = (dy, i.x, *i.vectors(), i.seed, mean, rstd, *grads, partials)
-        native.launch(backend, "group_norm_silu_bwd", *inputs, *numbers(i), i.inv_keep)
-        return grads
-
-    return Backend(fwd, bwd, lambda i: limits(i, 4096))
+def _launcher_bwd(s: Saved, i: Inputs, grads: Grads) -> tuple[native.Argument, ...]:
+    n, c, h, w = i.x.shape
+    results = (*grads, s.mean.new_empty(2, n, c))  # the last: partial sums
+    return s.dy, i.x, *i.vectors(), i.seed, s.mean, s.rstd, *results, n, h * w, c, *numbers(i), i.inv_keep
 
 
 APEX_CHANNELS = frozenset(
@@ -246,91 +231,49 @@ def apex_fwd(i: Inputs) -> Output:
     return Output(y, first, second.clone())
 
 
-def apex_bwd(dy: Tensor, i: Inputs, mean: Tensor, rstd: Tensor) -> Grads:
+def apex_bwd(s: Saved, i: Inputs) -> Grads:
     from apex.contrib.group_norm import group_norm
 
-    sums = torch.stack([mean, rstd]).flatten()
-    dx, dgamma, dbeta = group_norm.group_norm_nhwc_bprop(dy, sums, i.x, i.groups, i.gamma, i.beta, *_apex_options(i))
-    return Grads(dx, dgamma, dbeta, None, None, None)
+    sums = torch.stack([s.mean, s.rstd]).flatten()
+    dx, dgamma, dbeta = group_norm.group_norm_nhwc_bprop(s.dy, sums, i.x, i.groups, i.gamma, i.beta, *_apex_options(i))
+    return Grads(dx, dgamma.float(), dbeta.float(), *(dx.new_empty(0) for _ in range(3)))
 
 
+def _prepare_fwd(i: Inputs) -> tuple[Inputs]:
+    return (i._replace(x=tensors.nhwc(i.x)),)
+
+
+def _prepare_bwd(s: Saved, i: Inputs) -> tuple[Any, ...]:
+    return s._replace(dy=tensors.nhwc(s.dy.to(i.x.dtype))), *_prepare_fwd(i)
+
+
+FORWARD = Pass("group_norm_silu", "fwd", (Inputs,), empty_output, _prepare_fwd, _launcher_fwd)
+BACKWARD = Pass("group_norm_silu", "bwd", (Saved, Inputs), empty_grads, _prepare_bwd, _launcher_bwd)
 OP = Op(
     "group_norm_silu",
-    {
-        "reference": Backend(reference_fwd, reference_bwd),
-        "triton": Backend(triton_fwd, triton_bwd, lambda i: limits(i, 1024)),
-        "cuda": _native("cuda"),
-        "emulated": _native("emulated"),
-        "apex": Backend(apex_fwd, apex_bwd, apex_limits),
-    },
-)
-
-_ARGUMENTS = """Tensor x, Tensor gamma, Tensor beta, Tensor? v, Tensor? scale, Tensor? shift, Tensor? seed,
-    int groups, float eps, bool act, float p, int layer, int n0, str backend"""
-
-
-def _inputs(*args: Any) -> Inputs:
-    i = Inputs(*args)
-    return i._replace(x=tensors.nhwc(i.x))
-
-
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    i, backend = _inputs(*args[:-1]), args[-1]
-    if i.x.numel() == 0:
-        out = _output(i)
-        return out.y, out.mean.zero_(), out.rstd.zero_()
-    return tuple(OP.backends[backend].fwd(i))
-
-
-def _backward(dy: Tensor, mean: Tensor, rstd: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    i, backend = _inputs(*args[:-1]), args[-1]
-    dy = tensors.nhwc(dy.to(i.x.dtype))
-    if i.x.numel() == 0:
-        grads = Grads(*(None if t is None else t.zero_() for t in _grads(i)))  # type: ignore[arg-type]
-    else:
-        grads = OP.backends[backend].bwd(dy, i, mean, rstd)  # type: ignore[misc]
-    return _like_inputs(grads, i)
-
-
-def _backward_fake(dy: Tensor, mean: Tensor, rstd: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    i = Inputs(*args[:-1])
-    return _like_inputs(_grads(i), i)
-
-
-def _like_inputs(grads: Grads, i: Inputs) -> tuple[Tensor, ...]:
-    """In the inputs' dtypes; an empty tensor for None, which a registered op cannot return."""
-    given = (i.x, i.gamma, i.beta, i.v, i.scale, i.shift)
-    return tuple(
-        i.x.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, given, strict=True)
+    backends(
+        Backend(reference_fwd, reference_bwd),
+        FORWARD,
+        BACKWARD,
+        triton=lambda i: limits(i, 1024),
+        cuda=lambda i: limits(i, 4096),
     )
-
-
-_forward_op = tensors.register(
-    "group_norm_silu",
-    f"({_ARGUMENTS}) -> (Tensor y, Tensor mean, Tensor rstd)",
-    _forward,
-    lambda *args: tuple(_output(Inputs(*args[:-1]))),
+    | {"apex": Backend(apex_fwd, apex_bwd, apex_limits)},
 )
-_backward_op = tensors.register(
-    "group_norm_silu_bwd",
-    f"(Tensor dy, Tensor mean, Tensor rstd, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+_forward_op, _backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*inputs[:7], mean, rstd)
-    ctx.rest = inputs[7:]  # type: ignore[attr-defined]
+    ctx.save_for_backward(mean, rstd, *inputs[:7])
+    ctx.rest = inputs[7:]
 
 
-def _autograd(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, mean, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads = _backward_op(dy, mean, rstd, *tensors, *ctx.rest)  # type: ignore[attr-defined]
-    given = [None if t is None else g for g, t in zip(grads, tensors[:6], strict=True)]
-    return (*given, *(None for _ in range(8)))
+def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    mean, rstd, *saved = ctx.saved_tensors
+    grads = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
+    return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, saved[:6], strict=True)), *[None] * 8
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,7 +1,7 @@
 """Calls the C launchers of csrc/: on the GPU through the built extension, on the CPU through the emulator's library.
 
 Every launcher has the form `extern "C" int op_fwd(pointers, int64_t, double ..., void* stream)` and returns a CUDA error code.
-So one calling convention serves both: tensors go as addresses (None as 0), ints as int64, floats as double.
+So one calling convention serves both: tensors go as addresses (None and empty ones as 0), ints as int64, floats as double.
 """
 
 from __future__ import annotations

@@ -11,14 +11,15 @@ Source: Geng et al., "Consistency models made easy" (ECT, arXiv 2406.14548); c_i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ect_kernels import native, philox
 from ect_kernels.dispatch import Backend, Op
-from ect_kernels.tensors import check_shapes, nhwc, register
+from ect_kernels.passes import Pass, backends
+from ect_kernels.tensors import check_shapes, nhwc
 
 DRAM = {"forward": "9 B + 2s a value: uint8 read, fp32 x_t, x_r and in_t, in_r written (4 B more where eps is given)"}
 MAX_ROW = 8192  # values in a row of an image: what the CUDA kernel keeps in shared memory
@@ -76,14 +77,6 @@ def reference_fwd(i: Inputs) -> Output:
     return out
 
 
-def triton_fwd(i: Inputs) -> Output:
-    from ect_kernels import perturb_triton
-
-    out = _output(i)
-    perturb_triton.forward(i, out)
-    return out
-
-
 def _limits(i: Inputs) -> str | None:
     if i.t.dtype != torch.float32 or i.dtype not in native.DTYPES:
         return f"t of {i.t.dtype} with dtype {i.dtype}"
@@ -91,50 +84,26 @@ def _limits(i: Inputs) -> str | None:
     return "images of 2^28 values or more" if c * h * w >= 1 << 28 else None
 
 
-def _native(backend: str) -> Backend:
-    """csrc/perturb.cu, on the GPU ('cuda') or through the emulator ('emulated')."""
-
-    def fwd(i: Inputs) -> Output:
-        out = _output(i)
-        n, c, h, w = i.shape
-        tensors = (i.images, i.t, i.r, i.seed, i.flip, i.eps, *out)
-        native.launch(backend, "perturb_fwd", *tensors, n, h, w, c, native.DTYPES[i.dtype], i.n0, float(i.sigma_data))
-        return out
-
-    def limits(i: Inputs) -> str | None:
-        _, c, _, w = i.shape
-        return _limits(i) or (f"rows of more than {MAX_ROW} values" if w * c > MAX_ROW else None)
-
-    return Backend(fwd, limits=limits)
+def _cuda_limits(i: Inputs) -> str | None:
+    _, c, _, w = i.shape
+    return _limits(i) or (f"rows of more than {MAX_ROW} values" if w * c > MAX_ROW else None)
 
 
-OP = Op("perturb", {
-    "reference": Backend(reference_fwd),
-    "triton": Backend(triton_fwd, limits=_limits),
-    "cuda": _native("cuda"),
-    "emulated": _native("emulated"),
-})  # fmt: skip
+def _prepare(i: Inputs) -> tuple[Inputs]:
+    images, t, r = (v.contiguous() for v in (i.images, i.t, i.r))
+    flip = None if i.flip is None else i.flip.contiguous()
+    eps = None if i.eps is None else nhwc(i.eps.to(i.t.dtype))
+    return (i._replace(images=images, t=t, r=r, flip=flip, eps=eps),)
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    i, backend = Inputs(*args[:-1]), args[-1]
-    if i.images.numel() == 0:
-        return tuple(_output(i))
-    i = i._replace(images=i.images.contiguous(), t=i.t.contiguous(), r=i.r.contiguous())
-    if i.flip is not None:
-        i = i._replace(flip=i.flip.contiguous())
-    if i.eps is not None:
-        i = i._replace(eps=nhwc(i.eps.to(i.t.dtype)))
-    return tuple(OP.backends[backend].fwd(i))
+def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
+    n, c, h, w = i.shape
+    return *i[:6], *out, n, h, w, c, native.DTYPES[i.dtype], i.n0, i.sigma_data
 
 
-_forward_op = register(
-    "perturb",
-    """(Tensor images, Tensor t, Tensor r, Tensor? seed, Tensor? flip, Tensor? eps, float sigma_data, int n0,
-    ScalarType dtype, str backend) -> (Tensor in_t, Tensor in_r, Tensor x_t, Tensor x_r)""",
-    _forward,
-    lambda *args: tuple(_output(Inputs(*args[:-1]))),
-)
+FORWARD = Pass("perturb", "fwd", (Inputs,), _output, _prepare, _launcher)
+OP = Op("perturb", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_cuda_limits))
+_forward_op = FORWARD.register(OP)
 
 
 def perturb(

@@ -111,7 +111,7 @@ def perturb_generic_fwd_kernel(
     _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, W, C)
 
 
-def forward(i: Inputs, out: Output) -> None:
+def fwd(i: Inputs, out: Output) -> None:
     n, c, h, w = i.shape
     flip = None if i.flip is None else i.flip.view(torch.uint8)
     grouped = h * w % 4 == 0 and c <= MAX_CHANNELS

@@ -24,14 +24,15 @@ from torch import Tensor
 from ect_kernels import group_norm_silu as norm
 from ect_kernels import native, philox
 from ect_kernels.dispatch import Backend, Op
-from ect_kernels.tensors import check_shapes, empty_image, fp32, nhwc, register, wide
+from ect_kernels.passes import Pass, backends
+from ect_kernels.tensors import check_shapes, empty_image, fp32, nhwc
 
 NAME = "residual_group_norm_silu"
 Maybe = Tensor | None
 
 DRAM = {
-    "triton forward": "4s (+2s of other) where the second read finds x and other in L2, else 5s (+3s)",
-    "triton backward": "4s (+3s of other) where it finds dy, x and other in L2, else 6s (+5s)",
+    "triton forward": "4s (+2s of other) where a slab fits in registers (8x8, 16x16) or is found in L2, else 5s (+3s)",
+    "triton backward": "4s (+3s of other) where a slab fits in registers (8x8, 16x16) or is found in L2, else 6s (+5s)",
     "cuda forward": "4s (+2s of other) where a slab fits in shared memory, else 5s (+3s)",
     "cuda backward": "4s (+3s of other) where a slab fits in shared memory, else 6s (+5s)",
 }
@@ -39,24 +40,18 @@ DRAM = {
 y or dy, and dother."""
 
 
-class Inputs(NamedTuple):
-    """Arguments of the op."""
+Norm = norm.Inputs
+"""Arguments of the norm, x being `a` forward and this op's x backward; gamma and beta have the channels of cat(x, other)."""
 
-    a: Tensor
-    gamma: Tensor
-    beta: Tensor
-    groups: int
-    eps: float
+
+class Seam(NamedTuple):
+    """The op's other arguments."""
+
     bias: Maybe
     skip: Maybe
     skip_bias: Maybe
     skip_scale: float
     other: Maybe
-    act: bool
-    p: float
-    seed: Maybe
-    layer: int
-    n0: int
 
 
 class Output(NamedTuple):
@@ -69,23 +64,14 @@ class Output(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Arguments of the backward; dx or dy may be None."""
+    """What the backward takes before the norm's arguments; dx or dy may be None."""
 
     dx: Maybe
     dy: Maybe
-    x: Tensor
-    other: Maybe
-    gamma: Tensor
-    beta: Tensor
     mean: Tensor
     rstd: Tensor
-    groups: int
     skip_scale: float
-    act: bool
-    p: float
-    seed: Maybe
-    layer: int
-    n0: int
+    other: Maybe
 
 
 class Grads(NamedTuple):
@@ -97,170 +83,114 @@ class Grads(NamedTuple):
     sums: Tensor
 
 
-def empty_output(i: Inputs) -> Output:
-    """Room for the forward's results."""
-    mean = i.a.new_empty((i.a.shape[0], i.groups), dtype=wide(i.a))
-    return Output(empty_image(i.a, i.a.shape[1]), empty_image(i.a, i.gamma.shape[0]), mean, torch.empty_like(mean))
+def _room_fwd(s: Seam, i: Norm) -> Output:
+    return Output(empty_image(i.x, i.x.shape[1]), *norm.empty_output(i))
 
 
-def empty_grads(i: Saved) -> Grads:
-    """Room for the backward's."""
-    dother = i.x.new_empty(0) if i.other is None else empty_image(i.x, i.other.shape[1])
-    return Grads(empty_image(i.x, i.x.shape[1]), dother, i.mean.new_empty((3, i.gamma.shape[0])))
+def _room_bwd(s: Saved, i: Norm) -> Grads:
+    dother = i.x.new_empty(0) if s.other is None else empty_image(i.x, s.other.shape[1])
+    return Grads(empty_image(i.x, i.x.shape[1]), dother, s.mean.new_empty((3, i.gamma.shape[0])))
 
 
-def _norm(x: Tensor, i: Inputs | Saved, eps: float = 0.0) -> norm.Inputs:
+def _joined(i: Norm, other: Maybe) -> Norm:
     """The norm of cat(x, other), in the dtype of the arithmetic."""
-    source = (x if i.other is None else torch.cat([x, i.other], dim=1)).to(wide(x))
-    seed = i.seed if i.p > 0 else None
-    return norm.Inputs(source, i.gamma, i.beta, None, None, None, seed, i.groups, eps, i.act, i.p, i.layer, i.n0)
+    return i._replace(x=(i.x if other is None else torch.cat([i.x, other], dim=1)).to(i.wide))
 
 
-def reference_fwd(i: Inputs) -> Output:
-    total = i.a.to(wide(i.a))
-    for vector in (i.bias, i.skip_bias):
+def reference_fwd(s: Seam, i: Norm) -> Output:
+    total = i.x.to(i.wide)
+    for vector in (s.bias, s.skip_bias):
         total = total if vector is None else total + vector.to(total.dtype)[:, None, None]
-    total = total if i.skip is None else total + i.skip.to(total.dtype)
-    out = empty_output(i)
-    out.x.copy_(total * i.skip_scale)
-    y, mean, rstd = norm.reference_fwd(_norm(out.x, i, i.eps))
+    total = total if s.skip is None else total + s.skip.to(total.dtype)
+    out = _room_fwd(s, i)
+    out.x.copy_(total * s.skip_scale)
+    y, mean, rstd = norm.reference_fwd(_joined(i._replace(x=out.x), s.other))
     out.y.copy_(y)
     return out._replace(mean=mean, rstd=rstd)
 
 
-def reference_bwd(i: Saved) -> Grads:
-    source, c = _norm(i.x, i), i.x.shape[1]
-    dy = torch.zeros_like(source.x) if i.dy is None else i.dy
-    d, dgamma, dbeta, *_ = norm.reference_bwd(dy, source, i.mean, i.rstd)
-    da = i.skip_scale * (d[:, :c] if i.dx is None else d[:, :c] + i.dx.to(d.dtype))
-    grads = empty_grads(i)
+def reference_bwd(s: Saved, i: Norm) -> Grads:
+    assert s.dy is not None  # _prepare_bwd saw to it
+    c = i.x.shape[1]
+    d, dgamma, dbeta, *_ = norm.reference_bwd(norm.Saved(s.dy, s.mean, s.rstd), _joined(i, s.other))
+    da = s.skip_scale * (d[:, :c] if s.dx is None else d[:, :c] + s.dx.to(d.dtype))
+    grads = _room_bwd(s, i)
     grads.da.copy_(da)
-    if i.other is not None:
+    if s.other is not None:
         grads.dother.copy_(d[:, c:])
-    dbias = F.pad(da.sum((0, 2, 3)), (0, source.x.shape[1] - c))
+    dbias = F.pad(da.sum((0, 2, 3)), (0, d.shape[1] - c))
     return grads._replace(sums=torch.stack([dgamma, dbeta, dbias]))
 
 
-def _native(backend: str) -> Backend:
-    """csrc/residual_group_norm_silu.cu, on the GPU ('cuda') or through the emulator ('emulated')."""
-
-    def sizes(x: Tensor, i: Inputs | Saved) -> tuple[int, ...]:
-        (n, c, h, w), dtype = x.shape, native.DTYPES[x.dtype]
-        numbers = (i.groups, dtype, int(i.act), philox.dropout_threshold(i.p), i.layer, i.n0)
-        return n, h * w, c, i.gamma.shape[0] - c, *numbers
-
-    def fwd(i: Inputs) -> Output:
-        out = empty_output(i)
-        vectors = (fp32(i.gamma), fp32(i.beta), i.seed if i.p > 0 else None)
-        inputs = (i.a, fp32(i.bias), i.skip, fp32(i.skip_bias), i.other, *vectors)
-        numbers = (*sizes(i.a, i), float(i.skip_scale), float(i.eps), philox.inv_keep(i.p))
-        native.launch(backend, f"{NAME}_fwd", *inputs, *out, *numbers)
-        return out
-
-    def bwd(i: Saved) -> Grads:
-        grads = empty_grads(i)
-        dy = empty_image(i.x, i.gamma.shape[0]).zero_() if i.dy is None else i.dy
-        sums, partials = grads.sums.zero_(), i.mean.new_empty((3, i.x.shape[0], i.gamma.shape[0]))
-        inputs = (dy, i.dx, i.x, i.other, fp32(i.gamma), fp32(i.beta), i.seed if i.p > 0 else None, i.mean, i.rstd)
-        results = (grads.da, None if i.other is None else grads.dother, *sums.unbind(), partials)
-        numbers = (*sizes(i.x, i), float(i.skip_scale), philox.inv_keep(i.p))
-        native.launch(backend, f"{NAME}_bwd", *inputs, *results, *numbers)
-        return grads
-
-    return Backend(fwd, bwd, native_limits)
+def _prepare_fwd(s: Seam, i: Norm) -> tuple[Seam, Norm]:
+    return s._replace(skip=nhwc(s.skip), other=nhwc(s.other)), i._replace(x=nhwc(i.x))
 
 
-def native_limits(i: Inputs) -> str | None:
-    if i.a.dtype not in native.DTYPES:
-        return f"dtype {i.a.dtype}"
-    channels, h, w = i.gamma.shape[0], i.a.shape[2], i.a.shape[3]
-    if channels // i.groups > 4096 or h * w > (2**31 - 1) // channels:
-        return f"{channels} channels in {i.groups} groups at {h}x{w}"
-    return None
+def _prepare_bwd(s: Saved, i: Norm) -> tuple[Saved, Norm]:
+    dx = None if s.dx is None else nhwc(s.dx.to(i.x.dtype))
+    # Where only x was used: too rare for a mode of the kernels.
+    dy = empty_image(i.x, i.gamma.shape[0]).zero_() if s.dy is None else nhwc(s.dy.to(i.x.dtype))
+    return s._replace(dx=dx, dy=dy, other=nhwc(s.other)), i._replace(x=nhwc(i.x))
 
 
-def triton_limits(i: Inputs) -> str | None:
-    channels = i.gamma.shape[0]
-    if (
-        channels % 8 == 0 and math.lcm(channels // i.groups, 8) > 4096
-    ):  # whole groups, whole blocks of random bits: a slab
-        return f"{channels} channels in {i.groups} groups"
-    return native_limits(i)
+def _sizes(i: Norm) -> tuple[int, ...]:
+    n, c, h, w = i.x.shape
+    return n, h * w, c, i.gamma.shape[0] - c, *norm.numbers(i)
 
 
-def _triton(name: str) -> Any:
-    """Function `name` of the Triton module, imported at its first call: triton may be absent."""
-
-    def call(i: Inputs | Saved) -> Any:
-        from ect_kernels import residual_group_norm_silu_triton as kernels
-
-        return getattr(kernels, name)(i)
-
-    return call
+def _launcher_fwd(s: Seam, i: Norm, out: Output) -> tuple[native.Argument, ...]:
+    sources = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.other, *i.vectors()[:2], i.seed)
+    return *sources, *out, *_sizes(i), s.skip_scale, i.eps, i.inv_keep
 
 
+def _launcher_bwd(s: Saved, i: Norm, grads: Grads) -> tuple[native.Argument, ...]:
+    sources = (s.dy, s.dx, i.x, s.other, *i.vectors()[:2], i.seed, s.mean, s.rstd)
+    partials = s.mean.new_empty((3, i.x.shape[0], i.gamma.shape[0]))
+    results = (grads.da, grads.dother, *grads.sums.zero_().unbind(), partials)
+    return *sources, *results, *_sizes(i), s.skip_scale, i.inv_keep
+
+
+def triton_limits(s: Seam, i: Norm) -> str | None:
+    """A slab has whole groups and whole blocks of random bits."""
+    size = i.gamma.shape[0] // i.groups
+    return norm.limits(i, 4096 * size // math.lcm(size, 8))
+
+
+FORWARD = Pass(NAME, "fwd", (Seam, Norm), _room_fwd, _prepare_fwd, _launcher_fwd)
+BACKWARD = Pass(NAME, "bwd", (Saved, Norm), _room_bwd, _prepare_bwd, _launcher_bwd)
 OP = Op(
     NAME,
-    {
-        "reference": Backend(reference_fwd, reference_bwd),
-        "triton": Backend(_triton("fwd"), _triton("bwd"), triton_limits),
-        "cuda": _native("cuda"),
-        "emulated": _native("emulated"),
-    },
+    backends(
+        Backend(reference_fwd, reference_bwd),
+        FORWARD,
+        BACKWARD,
+        triton=triton_limits,
+        cuda=lambda s, i: norm.limits(i, 4096),
+    ),
 )
-
-
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    i, backend = Inputs(*args[:-1]), args[-1]
-    function = OP.backends[backend if i.a.numel() else "reference"].fwd
-    return tuple(function(i._replace(a=nhwc(i.a), skip=nhwc(i.skip), other=nhwc(i.other))))
-
-
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    i, backend = Saved(*args[:-1]), args[-1]
-    dx, dy = (None if v is None else nhwc(v.to(i.x.dtype)) for v in (i.dx, i.dy))
-    function = OP.backends[backend if i.x.numel() else "reference"].bwd
-    assert function is not None
-    return tuple(function(i._replace(dx=dx, dy=dy, x=nhwc(i.x), other=nhwc(i.other))))
-
-
-forward_op = register(
-    NAME,
-    """(Tensor a, Tensor gamma, Tensor beta, SymInt groups, float eps, Tensor? bias, Tensor? skip, Tensor? skip_bias,
-    float skip_scale, Tensor? other, bool act, float p, Tensor? seed, SymInt layer, SymInt n0, str backend)
-    -> (Tensor, Tensor, Tensor, Tensor)""",
-    _forward,
-    lambda *args: tuple(empty_output(Inputs(*args[:-1]))),
-)
-backward_op = register(
-    f"{NAME}_bwd",
-    """(Tensor? dx, Tensor? dy, Tensor x, Tensor? other, Tensor gamma, Tensor beta, Tensor mean, Tensor rstd, SymInt groups,
-    float skip_scale, bool act, float p, Tensor? seed, SymInt layer, SymInt n0, str backend) -> (Tensor, Tensor, Tensor)""",
-    _backward,
-    lambda *args: tuple(empty_grads(Saved(*args[:-1]))),
-)
+forward_op, backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gamma, beta, groups, _, bias, skip, skip_bias, skip_scale, other, act, p, seed, layer, n0, backend = inputs
+    bias, skip, skip_bias, skip_scale, other, _, gamma, beta, _, _, _, seed, *rest = inputs
     x, _, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, other, gamma, beta, mean, rstd, seed)
-    ctx.dtypes = [None if v is None else v.dtype for v in (bias, skip_bias)]
-    ctx.has_skip = skip is not None
-    ctx.args = (groups, skip_scale, act, p), (layer, n0, backend)
+    ctx.save_for_backward(mean, rstd, other, x, gamma, beta, seed)
+    ctx.given = [None if t is None else t.dtype for t in (bias, skip, skip_bias)]
+    ctx.skip_scale, ctx.rest = skip_scale, rest
 
 
 def _autograd(ctx: Any, dx: Maybe, dy: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
     if dx is None and dy is None:
-        return (None,) * 16
-    x, other, gamma, beta, mean, rstd, seed = ctx.saved_tensors
-    da, dother, sums = backward_op(dx, dy, x, other, gamma, beta, mean, rstd, *ctx.args[0], seed, *ctx.args[1])
+        return (None,) * 19
+    mean, rstd, other, x, gamma, beta, seed = ctx.saved_tensors
+    vectors = (gamma, beta, None, None, None, seed)
+    da, dother, sums = backward_op(dx, dy, mean, rstd, ctx.skip_scale, other, x, *vectors, *ctx.rest)
     dgamma, dbeta, dbias = sums.unbind()
-    dbias, dskip_bias = (None if dtype is None else dbias[: x.shape[1]].to(dtype) for dtype in ctx.dtypes)
-    dskip, dother = da if ctx.has_skip else None, None if other is None else dother
-    grads = (da, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None, None, dbias, dskip, dskip_bias, None, dother)
-    return (*grads, None, None, None, None, None, None)
+    bias, skip, skip_bias = ctx.given
+    dbias, dskip_bias = (None if dtype is None else dbias[: x.shape[1]].to(dtype) for dtype in (bias, skip_bias))
+    seam = (dbias, None if skip is None else da, dskip_bias, None, None if other is None else dother)
+    return *seam, da, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *[None] * 11
 
 
 forward_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -289,6 +219,8 @@ def residual_group_norm_silu(
     if groups < 1 or (c + c2) % groups:
         raise ValueError(f"{NAME}: {c + c2} channels do not divide into {groups} groups")
     philox.check_dropout(NAME, p, seed)
-    inputs = Inputs(a, gamma, beta, groups, eps, bias, skip, skip_bias, skip_scale, other, act, p, seed, layer, n0)
-    x, y, _, _ = forward_op(*inputs, OP.pick(a.device, (inputs,), backend))
+    seed = seed if philox.dropout_threshold(p) > 0 else None
+    i = Norm(a, gamma, beta, None, None, None, seed, groups, eps, act, p, layer, n0)
+    s = Seam(bias, skip, skip_bias, skip_scale, other)
+    x, y, _, _ = forward_op(*s, *i, OP.pick(a.device, (s, i), backend))
     return x, y

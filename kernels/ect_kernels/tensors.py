@@ -1,9 +1,8 @@
-"""What the ops do alike to their tensors, and how they are registered with PyTorch."""
+"""What the ops do alike to their tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,15 +36,3 @@ def check_shapes(op: str, *named: tuple[str, Tensor | None, tuple[int, ...]]) ->
     for name, tensor, shape in named:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
-
-
-def register(
-    name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]
-) -> torch.library.CustomOpDef:
-    """ect::<name>, a functional op of this schema, which may be broken into lines.
-
-    function: runs it. fake: gives its results' shapes and strides.
-    """
-    op = torch.library.custom_op(f"ect::{name}", mutates_args=(), schema=" ".join(schema.split()))(function)
-    op.register_fake(fake)
-    return op

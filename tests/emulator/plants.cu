@@ -3,7 +3,7 @@
 #include "async.cuh"
 #include <cstdint>
 
-enum Plant { CLEAN, NO_BARRIER, GLOBAL_END, SHARED_END, MISALIGNED, UNWRITTEN, DIVERGENT, LOST_ADD, NO_WAIT };
+enum Plant { CLEAN, NO_BARRIER, GLOBAL_END, SHARED_END, MISALIGNED, UNWRITTEN, DIVERGENT, LOST_ADD, NO_WAIT, WRONG_SPACE };
 constexpr int THREADS = 64, WARPS = THREADS / 32, COLUMNS = 4 * THREADS;
 
 template <int PLANT>
@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(THREADS) centre_kernel(const float* __restrict
   if constexpr (PLANT == MISALIGNED) row[t] = reinterpret_cast<const float4*>(in)[t < THREADS - 1 ? t : 0];
   else copy16_async(&row[t], in + 4 * t);
   if (PLANT != NO_WAIT) copy_wait();
+  if (PLANT == WRONG_SPACE) __stcs(&row[t], row[t]);   // st.global with an address in shared memory
   float sum = row[t].x + row[t].y + row[t].z + row[t].w;
 #pragma unroll
   for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(THREADS) centre_kernel(const float* __restrict
 extern "C" int centre(const void* x, void* y, void* total, int64_t rows, int64_t plant, void* stream) {
   switch (plant) {
     PLANTED(CLEAN) PLANTED(NO_BARRIER) PLANTED(GLOBAL_END) PLANTED(SHARED_END) PLANTED(MISALIGNED) PLANTED(UNWRITTEN)
-    PLANTED(DIVERGENT) PLANTED(LOST_ADD) PLANTED(NO_WAIT)
+    PLANTED(DIVERGENT) PLANTED(LOST_ADD) PLANTED(NO_WAIT) PLANTED(WRONG_SPACE)
     default: return (int)cudaErrorInvalidValue;
   }
   return (int)cudaGetLastError();

@@ -12,8 +12,8 @@ from ect_kernels import native
 from ect_kernels.consistency_loss import consistency_loss
 from ect_kernels.dispatch import BackendError
 from ect_kernels.perturb import perturb
-from ect_kernels.testing import Case, check
 from torch import Tensor, nn
+from truth import Case, check
 
 from ect.models import EDMPrecond
 from ect.objective import WEIGHTINGS, ConsistencyObjective

@@ -17,8 +17,8 @@ from ect_kernels import group_norm_silu as gns
 from ect_kernels import native, philox
 from ect_kernels.dispatch import BackendError
 from ect_kernels.group_norm_silu import Inputs, group_norm_silu
-from ect_kernels.testing import Case, check
 from torch import Tensor
+from truth import Case, check
 
 from tests.kernels.conftest import load_emulated
 
@@ -306,7 +306,7 @@ def test_apex_plumbing(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Any:  # fmt: skip
         i = Inputs(x, weight, bias, None, None, None, None, groups, eps, act == "silu", 0.0, 0, 0)
         rstd, mean = sums.view(2, -1, groups)
-        return gns.reference_bwd(dy, i, mean, rstd)[:3]
+        return gns.reference_bwd(gns.Saved(dy, mean, rstd), i)[:3]
 
     module = types.SimpleNamespace(group_norm_nhwc_fprop=fprop, group_norm_nhwc_bprop=bprop)
     for name in ("apex", "apex.contrib"):
@@ -316,8 +316,8 @@ def test_apex_plumbing(monkeypatch: pytest.MonkeyPatch) -> None:
     out, want = gns.apex_fwd(i), gns.reference_fwd(i)
     assert torch.equal(out.y, want.y)
     dy = torch.ones_like(i.x)
-    got = gns.apex_bwd(dy, i, out.mean, out.rstd)
-    assert same(list(got[:3]), list(gns.reference_bwd(dy, i, want.mean, want.rstd)[:3]))
+    got = gns.apex_bwd(gns.Saved(dy, out.mean, out.rstd), i)
+    assert same(list(got[:3]), list(gns.reference_bwd(gns.Saved(dy, want.mean, want.rstd), i)[:3]))
 
 
 COMPILE = """

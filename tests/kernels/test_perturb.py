@@ -11,8 +11,8 @@ import torch
 from ect_kernels import native, philox
 from ect_kernels.dispatch import BackendError
 from ect_kernels.perturb import MAX_ROW, perturb
-from ect_kernels.testing import Case, check
 from torch import Tensor
+from truth import Case, check
 
 from ect.data.resident import to_float
 from tests.kernels.conftest import load_emulated

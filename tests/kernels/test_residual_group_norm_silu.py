@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from ect_kernels import philox
 from ect_kernels.dispatch import BackendError
 from ect_kernels.residual_group_norm_silu import NAME, OP, backward_op, forward_op, residual_group_norm_silu
-from ect_kernels.testing import Case, check, run
 from torch import Tensor
+from truth import Case, check, run
 
 from tests.kernels.conftest import load_emulated
 
@@ -165,8 +165,9 @@ def test_reference_is_the_formula(tested: Case) -> None:
 @each_target
 def test_statistics_are_of_the_rounded_x(backend: str, device: str) -> None:
     k = inputs(16, 8, 8, 2, 2, dtype=HALF)(need(backend, device))
-    start = (k["a"], k["gamma"], k["beta"], 8, 1e-6, k["bias"], k["skip"], k["skip_bias"], k["skip_scale"], k["other"])
-    x, _, mean, rstd = forward_op(*start, True, 0.0, None, 0, 0, backend)
+    seam = (k["bias"], k["skip"], k["skip_bias"], k["skip_scale"], k["other"])
+    vectors = (k["gamma"], k["beta"], None, None, None, None)
+    x, _, mean, rstd = forward_op(*seam, k["a"], *vectors, 8, 1e-6, True, 0.0, 0, 0, backend)
     groups = torch.cat([x, k["other"]], dim=1).double().reshape(2, 8, -1)
     torch.testing.assert_close(mean.double(), groups.mean(2), rtol=0, atol=1e-6)
     torch.testing.assert_close(rstd.double(), groups.var(2, correction=0).add(1e-6).rsqrt(), rtol=1e-6, atol=0)
@@ -251,15 +252,15 @@ def test_saves_only_inputs_of_the_norm() -> None:
 def test_opcheck(absent: tuple[str, ...]) -> None:
     kwargs = inputs(16, 0 if "other" in absent else 8, 8, 4, 4)(torch.device("cpu"))
     k = kwargs | dict.fromkeys(absent)
-    first = (k["a"], k["gamma"], k["beta"], 8, 1e-6, k["bias"], k["skip"], k["skip_bias"], 0.5, k["other"])
-    args = tuple(t.requires_grad_() if isinstance(t, Tensor) else t for t in first)
-    torch.library.opcheck(forward_op, (*args, True, 0.2, k["seed"], 5, 3, "reference"))
-    x, y, mean, rstd = (t.detach() for t in forward_op(*args, True, 0.2, k["seed"], 5, 3, "reference"))
-    other = None if k["other"] is None else k["other"].detach()
-    vectors = k["gamma"].detach(), k["beta"].detach(), mean, rstd
-    torch.library.opcheck(
-        backward_op, (x, y, x, other, *vectors, 8, 0.5, True, 0.2, k["seed"], 5, 3, "reference"),
-    )  # fmt: skip
+    leaves = {name: None if k[name] is None else k[name].requires_grad_() for name in GRADS}
+    seam = (leaves["bias"], leaves["skip"], leaves["skip_bias"], 0.5, leaves["other"])
+    vectors = (leaves["gamma"], leaves["beta"], None, None, None, k["seed"])
+    rest = (8, 1e-6, True, 0.2, 5, 3, "reference")
+    torch.library.opcheck(forward_op, (*seam, leaves["a"], *vectors, *rest))
+    x, y, mean, rstd = (t.detach() for t in forward_op(*seam, leaves["a"], *vectors, *rest))
+    saved = (mean, rstd, 0.5, leaves["other"], x, *vectors)
+    plain = [t.detach() if isinstance(t, Tensor) else t for t in saved]
+    torch.library.opcheck(backward_op, (x, y, *plain, *rest))
 
 
 @pytest.mark.parametrize(("backend", "device"), [("reference", "cpu"), *TARGETS])

@@ -11,7 +11,7 @@ import emulator
 import pytest
 
 HERE = emulator.ROOT / "tests" / "emulator"
-CLEAN, NO_BARRIER, GLOBAL_END, SHARED_END, MISALIGNED, UNWRITTEN, DIVERGENT, LOST_ADD, NO_WAIT = range(9)
+CLEAN, NO_BARRIER, GLOBAL_END, SHARED_END, MISALIGNED, UNWRITTEN, DIVERGENT, LOST_ADD, NO_WAIT, WRONG_SPACE = range(10)
 # (planted bug, kind of build, what its report says)
 CAUGHT = [
     (NO_BARRIER, "thread", "data race"),
@@ -26,6 +26,8 @@ CAUGHT = [
     (DIVERGENT, "thread", "divergent __syncthreads"),
     (LOST_ADD, "thread", "data race"),
     (NO_WAIT, "program", "value: y"),
+    (WRONG_SPACE, "program", "global access to shared memory"),
+    (WRONG_SPACE, "address", "global access to shared memory"),
 ]
 KINDS = ("program", "address", "thread")
 

@@ -1,0 +1,88 @@
+"""What the functional ops have in common: their registration with PyTorch and the calls of their compiled backends.
+
+A pass is one direction of an op, a function of NamedTuples that returns a NamedTuple of tensors. PyTorch sees the fields, one
+after the other, and the name of a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ect_kernels import native
+from ect_kernels.dispatch import Backend, Op
+
+KINDS: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", torch.dtype: "ScalarType",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One direction of `op`: way "fwd" or "bwd".
+
+    inputs: the NamedTuples it takes; where the first tensor of the last one is empty, all results are zeros. The functions
+    below take them. room: the results, not yet filled. prepare: the same inputs, in the layouts and dtypes that backends read.
+    launcher: of these and the results, the arguments of the C launcher <op>_<way>.
+    """
+
+    op: str
+    way: str
+    inputs: tuple[type[Any], ...]
+    room: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]]
+    launcher: Callable[..., tuple[native.Argument, ...]]
+
+    def compiled(self, backend: str) -> Callable[..., Any]:
+        """The pass on backend "triton" (function <way> of module <op>_triton), "cuda" or "emulated"."""
+
+        def run(*args: Any) -> Any:
+            results = self.room(*args)
+            if backend == "triton":  # imported here because triton may be absent
+                getattr(importlib.import_module(f"ect_kernels.{self.op}_triton"), self.way)(*args, results)
+            else:
+                native.launch(backend, f"{self.op}_{self.way}", *self.launcher(*args, results))
+            return results
+
+        return run
+
+    def register(self, op: Op) -> torch.library.CustomOpDef:
+        """ect::<op> or ect::<op>_bwd."""
+
+        def unpack(args: tuple[Any, ...]) -> list[Any]:
+            left = iter(args)
+            return [kind(*islice(left, len(kind._fields))) for kind in self.inputs]
+
+        def function(*args: Any) -> tuple[Tensor, ...]:
+            unpacked = unpack(args)
+            if unpacked[-1][0].numel() == 0:
+                return tuple(t.zero_() for t in self.room(*unpacked))
+            return tuple(getattr(op.backends[args[-1]], self.way)(*self.prepare(*unpacked)))
+
+        def fake(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(self.room(*unpack(args)))
+
+        hints = [hint for kind in self.inputs for hint in get_type_hints(kind).items()]
+        arguments = ", ".join([*(f"{KINDS[kind]} {name}" for name, kind in hints), "str backend"])
+        results = ", ".join("Tensor" for _ in get_type_hints(self.room)["return"]._fields)
+        name = f"ect::{self.op}" + ("" if self.way == "fwd" else "_bwd")
+        registered = torch.library.custom_op(name, mutates_args=(), schema=f"({arguments}) -> ({results})")(function)
+        registered.register_fake(fake)
+        return registered
+
+
+def backends(
+    reference: Backend, forward: Pass, backward: Pass | None = None, *, triton: Callable[..., str | None],
+    cuda: Callable[..., str | None],
+) -> dict[str, Backend]:  # fmt: skip
+    """The written forms that every functional op has; triton, cuda: limits of these backends."""
+    forms = {"reference": reference}
+    for name, limits in (("triton", triton), ("cuda", cuda), ("emulated", cuda)):
+        forms[name] = Backend(forward.compiled(name), None if backward is None else backward.compiled(name), limits)
+    return forms
