@@ -36,8 +36,9 @@ readme: .venv/.installed  # train the digits anew, and put their picture, tables
 
 bench: .venv/.test-installed  # everything that can be timed or predicted here, into benchmarks/results/README.md
 	$(BIN)/python benchmarks/ops.py --quick
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/plots.py
 
 clean:

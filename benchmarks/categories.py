@@ -8,8 +8,9 @@ operations fused into a kernel. What no name places is `other`; the time in whic
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ _FREE = re.compile(
 
 @dataclass
 class Profile:
-    """One step under the profiler. share: of its wall clock, by category. launches: kernels on a GPU; on a CPU, the operations
+    """A step under the profiler. share: of its wall clock, by category. launches: kernels on a GPU; on a CPU, the operations
     that call no other and move data. transient: most bytes allocated above what lived before the step (CPU only)."""
 
     share: dict[str, float]
@@ -57,8 +58,17 @@ def category(name: str) -> str | None:
     return next((category for category, pattern in _PATTERNS if pattern.search(name)), None)
 
 
-def take(step: Callable[[], Any], device: torch.device) -> Profile:
-    """Profile one call of `step`."""
+def take(step: Callable[[], Any], device: torch.device, calls: int = 1) -> Profile:
+    """Profile `calls` of `step`, or one where that takes more than a second; the shares are medians."""
+    wall, taken = _once(step, device)
+    runs = [taken] + [_once(step, device)[1] for _ in range(0 if wall > 1e6 else calls - 1)]
+    medians = {name: statistics.median(run.share[name] for run in runs) for name in CATEGORIES}
+    total = sum(medians.values())
+    return replace(taken, share={name: value / total for name, value in medians.items()})
+
+
+def _once(step: Callable[[], Any], device: torch.device) -> tuple[float, Profile]:
+    """Microseconds of one call, and its profile."""
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
     whole = torch.profiler.record_function("whole step")
@@ -68,14 +78,13 @@ def take(step: Callable[[], Any], device: torch.device) -> Profile:
             torch.cuda.synchronize(device)
     events = list(trace.events() or [])
     wall = next(e for e in events if e.name == "whole step" and e.device_type == DeviceType.CPU).time_range.elapsed_us()
-    found = _gpu(events) if gpu else _cpu(events)
     times = dict.fromkeys(CATEGORIES, 0.0)
-    for key, microseconds in found:
+    for key, microseconds in _gpu(events) if gpu else _cpu(events):
         times[key] += microseconds
     times["host"] = max(wall - sum(times.values()), 0.0)
     total = sum(times.values())
     share = {name: value / total for name, value in times.items()}
-    return Profile(share, _launches(events, gpu), 0 if gpu else _transient(trace))
+    return wall, Profile(share, _launches(events, gpu), 0 if gpu else _transient(trace))
 
 
 def _gpu(events: Iterable[Any]) -> Iterable[tuple[str, float]]:
@@ -107,7 +116,7 @@ def _cpu(events: Iterable[Any]) -> Iterable[tuple[str, float]]:
 
 def _is_frame(name: str) -> bool:
     """A range that encloses operations and does nothing itself."""
-    return not name.startswith(("aten::", "ect::", "autograd::", "graph_", "cpp_"))
+    return not name.startswith(("aten::", "ect::", "mkldnn::", "autograd::", "graph_", "cpp_"))
 
 
 def _launches(events: Iterable[Any], gpu: bool) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from rich.table import Table
 from ect import device, signal_noise
 from ect.checkpoint import load_model
 from ect.config import DataConfig
-from ect.data import load
+from ect.data import Dataset, load
 from ect.errors import UserError
 from ect.models import EDMPrecond
 from ect.models.layers import Conv2d
@@ -45,8 +45,8 @@ class Options:
     checkpoint: tyro.conf.Positional[Path] = DIGITS
     """A trained network: what python -m ect.sample takes."""
     data: DataConfig = field(default_factory=DataConfig)
-    samples: int = 512
-    """Images, all at every level."""
+    samples: int = 2000
+    """At most this many images, all at every level. Over 500 images the ratios still move by 2 %, over all digits by 1 %."""
     device: str = "auto"
     check: bool = False
     """Exit 1 unless fp16's error is at most 1.3 times TF32's at every level."""
@@ -100,26 +100,33 @@ def show(found: dict[str, Row], as_markdown: bool) -> None:
     Console(width=120).print(view)
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__)
+def load_all(options: Options) -> tuple[EDMPrecond, Dataset]:
+    """The network, on its device, and the data; raises UserError where they do not fit."""
+    where = device.resolve(options.device)
+    if where.type == "cpu":
+        device.set_threads(1 if options.checkpoint == DIGITS else None)  # more threads slow so small a network down
+    if options.samples < 1:
+        raise UserError(f"--samples {options.samples}: expected at least 1")
+    net, _ = load_model(options.checkpoint, device=where)
+    dataset = load(options.data)
+    classes = dataset.label_dim if net.label_dim else 0
+    if (net.img_resolution, net.img_channels, net.label_dim) != (dataset.resolution, dataset.channels, classes):
+        raise UserError(
+            f"{options.checkpoint}: made for {net.img_channels} channel(s) of {net.img_resolution}x{net.img_resolution} and "
+            f"{net.label_dim} classes, but --data.source {options.data.source} has {dataset.channels} of "
+            f"{dataset.resolution}x{dataset.resolution} and {classes}; name the data it was trained on (with --data.labels)"
+        )
+    return net, dataset
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, description=__doc__, args=args)
     try:
-        where = device.resolve(options.device)
-        if options.samples < 1:
-            raise UserError(f"--samples {options.samples}: expected at least 1")
-        if where.type == "cpu":
-            device.set_threads(1 if options.checkpoint == DIGITS else None)
-        net, _ = load_model(options.checkpoint, device=where)
-        dataset = load(options.data)
-        expected = (net.img_resolution, net.img_channels, net.label_dim)
-        if expected != (dataset.resolution, dataset.channels, dataset.label_dim if net.label_dim else 0):
-            raise UserError(
-                f"{options.checkpoint}: the network is for {expected[0]}x{expected[0]} images with {expected[1]} channel(s) and "
-                f"{expected[2]} classes, which --data.source {options.data.source} does not give; name the data it was "
-                "trained on, with --data.labels where it has classes"
-            )
+        net, dataset = load_all(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    where = next(net.parameters()).device
     images, labels = dataset.images[: options.samples].to(where), None
     if net.label_dim and dataset.labels is not None:
         labels = dataset.labels[: options.samples].to(where)
@@ -129,7 +136,8 @@ def main() -> int:
     show(found, options.markdown)
     ratio, level = worst(found)
     good = ratio <= BAR
-    print(f"- fp16 with fp32 ends is at most {BAR} times TF32: {'holds' if good else 'fails'}, {ratio:.2f} at t = {level:g}")
+    verdict = "holds" if good else "fails"
+    print(f"- fp16 with fp32 ends is at most {BAR} times TF32: {verdict}, {ratio:.3f} times at t = {level:g}")
     return 0 if good or not options.check else 1
 
 

@@ -17,9 +17,11 @@ import json
 import math
 import statistics
 import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -28,20 +30,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ect.checkpoint import Checkpoints
-from ect.config import PRESETS, PretrainConfig
+from ect.config import PRESETS, Config, PretrainConfig
 from ect.job import Job, pretrain_config
 from ect.metrics import consistency_samplers
 from ect.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "precision_quality.jsonl"
 NFES = (1, 2)
+Name = Literal["fp32", "fp16", "bf16"]
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
-    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    precisions: tuple[Name, ...] = ("fp32", "fp16", "bf16")
     check: bool = False
     """Exit 1 unless fp16 and fp32 are equal within the spread."""
     report: bool = False
@@ -50,7 +53,7 @@ class Options:
     """Print the table in Markdown."""
     results: Path = RESULTS
     folder: Path = Path("runs/precision-quality")
-    """Where teachers and runs are kept."""
+    """Where the teachers are kept."""
     kimg: float = PRESETS["digits"].total_kimg
     """Length of each phase, to try the script; the digits recipe otherwise."""
 
@@ -67,38 +70,45 @@ def read(options: Options) -> dict[tuple[int, str], Line]:
     }
 
 
-def tune(seed: int, precision: str, options: Options) -> Line:
-    """One tuning from the seed's teacher, which is trained first if need be; the judged result."""
+def teacher(cfg: Config, path: Path) -> Path:
+    """The model file of the diffusion phase of cfg, trained unless it is there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            train(pretrain_config(cfg), Path(folder) / "run").replace(path)
+    return path
+
+
+def tune(seed: int, precision: Name, options: Options) -> Line:
+    """One tuning from the seed's teacher, judged."""
     cfg = replace(PRESETS["digits"], seed=seed, total_kimg=options.kimg, precision="fp32")
     cfg = replace(cfg, pretrain=replace(cfg.pretrain, total_kimg=options.kimg))
-    root = options.folder / f"{options.kimg:g}-kimg" / f"seed{seed}"
-    root.mkdir(parents=True, exist_ok=True)
-    teacher = root / "teacher" / f"checkpoint-{options.kimg:010.3f}.safetensors"
-    if not teacher.is_file():
-        train(pretrain_config(cfg), _fresh(root / "teacher"))
-    run = _fresh(root / precision)
-    model = train(replace(cfg, precision=precision, init_from=teacher, pretrain=PretrainConfig()), run)
-    state = Checkpoints.load(run)[0]
-    judge = Job(replace(cfg, run_dir=_fresh(root / "judge")), Console(quiet=True))
-    result = rate(model, precision, consistency_samplers(cfg.eval.mid_t), judge)
-    counters = {name: float(state[name]) for name in ("nonfinite", "skipped", "loss_scale") if name in state}
-    return {
+    start = teacher(cfg, options.folder / f"teacher-{options.kimg:g}-kimg-seed{seed}.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        model = train(replace(cfg, precision=precision, init_from=start, pretrain=PretrainConfig()), run)
+        state = Checkpoints.load(run)[0]
+        judge = Job(replace(cfg, run_dir=Path(folder) / "judge"), Console(quiet=True))
+        result = rate(model, precision, consistency_samplers(cfg.eval.mid_t), judge)
+    line: Line = {
         "seed": seed, "precision": precision, "kimg": options.kimg, "device": "cpu", "torch": torch.__version__,
-        **counters, "result": {f"{row['nfe']:.0f} NFE": row for row in result.values()},
+        "result": {f"{row['nfe']:.0f} NFE": row for row in result.values()},
     }  # fmt: skip
-
-
-def _fresh(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3 ... that no earlier run has touched."""
-    candidate, number = folder, 2
-    while candidate.exists():
-        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return candidate
+    return line | {name: float(state[name]) for name in ("nonfinite", "skipped", "loss_scale") if name in state}
 
 
 def values(lines: dict[tuple[int, str], Line], precision: str, nfe: int, metric: str) -> list[float]:
     """The metric of every seed."""
     return [line["result"][f"{nfe} NFE"][metric] for (_, p), line in sorted(lines.items()) if p == precision]
+
+
+def paired(lines: dict[tuple[int, str], Line], precision: str, nfe: int) -> list[float]:
+    """FDc less that of the same seed in fp32, for every seed that has both."""
+    return [
+        line["result"][f"{nfe} NFE"]["FDc"] - lines[seed, "fp32"]["result"][f"{nfe} NFE"]["FDc"]
+        for (seed, p), line in sorted(lines.items())
+        if p == precision != "fp32" and (seed, "fp32") in lines
+    ]
 
 
 def equal(a: list[float], b: list[float]) -> tuple[bool, float, float]:
@@ -108,8 +118,8 @@ def equal(a: list[float], b: list[float]) -> tuple[bool, float, float]:
     return difference <= allowed, difference, allowed
 
 
-def table(lines: dict[tuple[int, str], Line], precisions: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: mean +- standard deviation over seeds, and each seed's value."""
+def table(lines: dict[tuple[int, str], Line], precisions: tuple[Name, ...]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells: mean +- standard deviation over seeds, each seed's value, and its FDc less that in fp32."""
     cells = []
     for precision in precisions:
         for nfe in NFES:
@@ -119,8 +129,9 @@ def table(lines: dict[tuple[int, str], Line], precisions: tuple[str, ...]) -> tu
                 spread = f" +- {short(statistics.stdev(found), 2)}" if len(found) > 1 else ""
                 row += [f"{short(statistics.fmean(found), 3)}{spread}" if found else "not measured"]
                 row += [", ".join(short(v, 3) for v in found)]
+            row.insert(3, ", ".join(f"{d:+.1f}" for d in paired(lines, precision, nfe)))
             cells.append(row)
-    return ["precision", "FDc", "FDc by seed", "FDp", "FDp by seed"], cells
+    return ["precision", "FDc", "FDc by seed", "less fp32's", "FDp", "FDp by seed"], cells
 
 
 def show(lines: dict[tuple[int, str], Line], options: Options) -> bool:
@@ -151,8 +162,8 @@ def show(lines: dict[tuple[int, str], Line], options: Options) -> bool:
     return all(verdicts)
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__)
+def main(args: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, description=__doc__, args=args)
     lines = read(options)
     for seed in options.seeds:
         for precision in options.precisions:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
+from work import flop_formula
 
 
 class Products(TorchDispatchMode):
@@ -24,7 +24,7 @@ class Products(TorchDispatchMode):
             step()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in flop_registry:
+        if flop_formula(func) is not None:
             self.calls.append((func, *tree_map(self._operand, (args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
 

@@ -26,7 +26,7 @@ PRECISIONS = {"fp16": torch.float16, "tf32": None}
 KINDS = ("conv", "norm", "residual", "attention", "optimizer", "other")
 NOTE = (
     "Predicted, not measured: FLOPs and bytes counted on the step's operations, at data-sheet peaks, the longer of the two for "
-    "each operation, one after another, without the cost of launches. In fp16, what stays fp32 runs outside of the tensor cores."
+    "each operation, one after another, without the cost of launches. In fp16, what stays fp32 runs outside tensor cores."
 )
 
 

@@ -43,16 +43,19 @@ def measured(case: waterfall.Case, device: torch.device, names: list[str] | None
             found[row.name] = {"ms": None, "why": f"not on {device.type}"}
         elif names is None or row.name in names or row.name == "plain":
             try:
-                runners[row.name], found[row.name] = prepared(row, case, device)
+                runners[row.name], found[row.name] = prepared(row, case, device, min(rounds, 5))
             except torch.OutOfMemoryError:
-                found[row.name] = {"ms": None, "why": "out of memory"}
+                found[row.name] = {"ms": None, "why": "out of memory: try a smaller --batch"}
+                torch.cuda.empty_cache()
+    if not runners:
+        raise SystemExit(f"{case.name}, batch {case.cfg.batch}: no row ran; out of memory, try a smaller --batch")
     floor = _floor(case, device)
     if floor is None:
         eager = next(row for row in waterfall.rows(device) if row.name == "plain")
         runners[PRODUCTS] = Products(waterfall.Runner(eager, case, device))
     times = measure.interleaved(runners, device, rounds)
     products = times.pop(PRODUCTS, None)
-    first = times["plain"]
+    first = next(iter(times.values()))  # the plain row, or the first that fits in memory
     for name, values in times.items():
         ratios = [value / base for value, base in zip(values, first, strict=True)]
         found[name] |= figures(values, case) | {"ratio": statistics.median(ratios), "ratio_iqr": quartiles(ratios)}
@@ -61,8 +64,10 @@ def measured(case: waterfall.Case, device: torch.device, names: list[str] | None
     return {"rows": found, "floor": floor or {"ms": None, "what": "none known"}}
 
 
-def prepared(row: waterfall.Row, case: waterfall.Case, device: torch.device) -> tuple[waterfall.Runner, dict[str, Any]]:
-    """A row's runner after its first steps, with its launches, memory and split by category."""
+def prepared(
+    row: waterfall.Row, case: waterfall.Case, device: torch.device, profiled: int
+) -> tuple[waterfall.Runner, dict[str, Any]]:
+    """A row's runner after its first steps, with its launches, memory, and split by category over `profiled` steps."""
     gpu, peak = device.type == "cuda", 0
     others = torch.cuda.memory_allocated(device) if gpu else 0
     runner = waterfall.Runner(row, case, device)
@@ -72,7 +77,7 @@ def prepared(row: waterfall.Row, case: waterfall.Case, device: torch.device) -> 
         runner()
         if gpu:  # a captured step has its memory from its first call, which records it
             peak = max(peak if row.name == "+graph" else 0, torch.cuda.max_memory_allocated(device) - others)
-    taken = categories.take(runner, device)
+    taken = categories.take(runner, device, profiled)
     memory = peak if gpu else runner.resident() + taken.transient
     return runner, {"launches": taken.launches, "memory": memory, "share": taken.share}
 
@@ -125,7 +130,7 @@ def tables(line: dict[str, Any]) -> list[Table]:
         "launches",
     ):
         times.add_column(column, justify="left" if column == "row" else "right")
-    split = Table(title=f"{net}: ms by category", caption="share of one profiled step, times the median")
+    split = Table(title=f"{net}: ms by category", caption="share of profiled steps, times the median")
     for column in ("row", *categories.CATEGORIES):
         split.add_column(column, justify="left" if column == "row" else "right")
     for name, row in line["rows"].items():
@@ -148,7 +153,8 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
     line = {
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(),
-        "net": case.name, "batch": case.cfg.batch, "rounds": options.rounds, **measured(case, device, options.rows, options.rounds),
+        "net": case.name, "batch": case.cfg.batch, "rounds": options.rounds,
+        **measured(case, device, options.rows, options.rounds),
     }  # fmt: skip
     for table in tables(line):
         console.print(table, highlight=False)

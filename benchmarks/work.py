@@ -52,6 +52,13 @@ def nbytes(tensors: Iterable[Any]) -> float:
     return sum(seen.values())
 
 
+def flop_formula(func: Any) -> Any:
+    """torch's formula of an operation that multiplies, None for others; one that writes in place has its twin's."""
+    name = func.overloadpacket.__name__
+    twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if func.namespace == "aten" else None
+    return flop_registry.get(func.overloadpacket) or flop_registry.get(twin)
+
+
 class Counter(TorchDispatchMode):
     """Collects Work in `found` while it is active. batch, resolution: of the images; an operation's level follows from them."""
 
@@ -70,8 +77,8 @@ class Counter(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel()]
         flops = 0.0
-        if func.overloadpacket in flop_registry:
-            flops = float(flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out))
+        if (formula := flop_formula(func)) is not None:
+            flops = float(formula(*args, **(kwargs or {}), out_val=out))
         if name == "convolution_backward":
             self._convolution_backward(args, outputs, flops)
         elif "group_norm_silu" in name:

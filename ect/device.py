@@ -7,22 +7,42 @@ from pathlib import Path
 
 import torch
 
+from ect.distributed import World
 from ect.errors import UserError
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a Linux container
 
 
-def resolve(name: str) -> torch.device:
-    """'auto' (CUDA where there is one, else the CPU), or a torch device by name. Raises UserError if it cannot be used."""
+def resolve(name: str, world: World = World()) -> torch.device:
+    """'auto' (CUDA where there is one, else the CPU), or a torch device by name; of several processes on a machine each gets a
+    GPU of its own. Raises UserError if it cannot be used."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" or world.size == 1:
+            return torch.device(name)
+    if world.size > 1 and name.startswith("cuda"):
+        name = _own_gpu(name, world)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64)  # the samplers compute in float64, which MPS lacks
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device auto or cpu") from error
+    if device.type == "cuda" and world.size > 1:
+        torch.cuda.set_device(device)  # NCCL's, and of every kernel
     return device
+
+
+def _own_gpu(name: str, world: World) -> str:
+    if name != "cuda":
+        raise UserError(f"--device {name}: each process of torchrun takes a GPU of its own; say --device cuda")
+    count = torch.cuda.device_count()
+    if world.local_size > count:
+        raise UserError(
+            f"torchrun --nproc-per-node {world.local_size}: this machine has {count} GPU(s), one for each process; start as "
+            "many processes, or train with --device cpu"
+        )
+    return f"cuda:{world.local_rank}"
 
 
 def cpu_count() -> int:
@@ -35,6 +55,7 @@ def cpu_count() -> int:
     return count
 
 
-def set_threads(threads: int | None) -> None:
-    """Threads of CPU operations; None: `cpu_count()`. More than there are CPUs would spin against each other."""
-    torch.set_num_threads(threads or cpu_count())
+def set_threads(threads: int | None, world: World = World()) -> None:
+    """Threads of CPU operations; None: this process's part of `cpu_count()`. More threads than CPUs would spin against each
+    other."""
+    torch.set_num_threads(threads or max(cpu_count() // world.local_size, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,14 @@ from ect.checkpoint import atomic, load_model
 from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
 from ect.device import resolve
+from ect.distributed import World
 from ect.errors import UserError
+from ect.launch import launch
 from ect.metrics import (
     Evaluator,
     FidelityOptions,
     QualityRow,
+    RatedElsewhere,
     Sampler,
     consistency_samplers,
     heun_samplers,
@@ -86,32 +88,39 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; exits with status 2 and one message where the user can mend it."""
-    options = tyro.cli(Options, args=args, prog="python -m ect.evaluate")
-    try:
+
+    def work(options: Options, world: World) -> int:
         console = Console()
         if not console.is_terminal:
             console.width = max(console.width, _WIDTH)
-        evaluate(options, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        evaluate(options, console, world)
+        return 0
+
+    status = launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.evaluate"), work)
+    if status:
+        raise SystemExit(status)
 
 
-def evaluate(options: Options, console: Console) -> list[QualityRow]:
-    """Rate the model, print the table and write metrics.json. Raises UserError on what the user can mend."""
+def evaluate(options: Options, console: Console, world: World = World()) -> list[QualityRow]:
+    """Rate the model, print the table and write metrics.json. All ranks of `world` make images, rank 0 rates them, prints and
+    writes. Raises UserError on what the user can mend."""
     _check_numbers(options)
-    device = resolve(options.device)
+    device = resolve(options.device, world)
     net, info = load_model(options.model, device=device)
     assert isinstance(net, EDMPrecond)  # ECMPrecond is one too
     samplers = _samplers(options, info)
     data = _reference(options, net, info)
-    run_dir = _run_dir(options)
+    run_dir = Path(world.first(lambda: str(_run_dir(options))))
     files = FidelityOptions(options.weights, options.vgg, options.dinov2, options.reference, options.download)
     samples = options.samples
     if samples is None:
         samples = _DIGITS_SAMPLES if data is not None and data.name == "digits" else _SAMPLES
-    evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
-    rows = _rate(options, samples, net, evaluator, samplers, device, console)
+    evaluator: Evaluator = RatedElsewhere()
+    if world.rank == 0:
+        evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
+    rows = _rate(options, samples, net, evaluator, samplers, device, console, world)
+    if world.rank > 0:
+        return rows
     _print(console, options, evaluator, rows or [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers])
     if not rows:
         raise UserError(f"{options.model}: no metric can be computed; the lines below the table say what each needs")
@@ -182,6 +191,7 @@ def _rate(
     samplers: list[Sampler],
     device: torch.device,
     console: Console,
+    world: World,
 ) -> list[QualityRow]:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("rating", total=samples * options.repeats * len(samplers))
@@ -195,6 +205,7 @@ def _rate(
             batch=options.batch,
             device=device,
             on_images=lambda count: progress.advance(task, count),
+            world=world,
         )
 
 

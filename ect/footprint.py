@@ -33,7 +33,7 @@ CATEGORIES = (
 )  # fmt: skip
 
 # An operation's category: by the function that called for it, else by the longest prefix of its name, else by file.
-_BY_FUNCTION = {"dropout": "dropout", "skip_sum": "conv 1x1 as gemm", "attention": "conv 1x1 as gemm"}
+_BY_FUNCTION = {"dropout": "dropout", "add_product": "conv 1x1 as gemm", "attention": "conv 1x1 as gemm"}
 _BY_NAME = {
     "convolution": "conv",
     "mm": "gemm/attention", "addmm": "gemm/attention", "bmm": "gemm/attention", "_scaled_dot_product": "gemm/attention",
@@ -47,7 +47,7 @@ _BY_FILE = {
     "resident.py": "data/loss", "streamed.py": "data/loss", "augment.py": "data/loss",
 }  # fmt: skip
 _SUMS = ("add", "mul", "div", "sub")
-_GEMMS = ("mm", "addmm", "bmm")
+_GEMMS = ("mm", "addmm", "bmm", "baddbmm")
 _OVERWRITES = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")  # they do not read what they write
 _GATHERS = ("index", "index_select", "gather", "embedding")  # they read as much of their first argument as they return
 # Kernels of one call, where it is not one. Ours: see csrc/; torch's: its CUDA sources.
@@ -173,6 +173,8 @@ class Recorder(TorchDispatchMode):
             self.live.see(t, made=False)
         backward = func is torch.ops.aten.convolution_backward.default
         out = _convolution_backward(*args) if backward else func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default:
+            out = torch.empty_like(out, memory_format=_layout(*args[:2]))
         given = {t.untyped_storage()._cdata for t in inputs}
         made = [t for t in tree_iter(out) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given]
         for t in made:
@@ -211,7 +213,7 @@ def _frames() -> Iterator[tuple[str, int, str]]:
 
 def _category(name: str, group: str, tensors: list[Tensor]) -> str:
     """The line of the table for an operation called for a purpose; tensors: what it made and was given."""
-    if group in ("optimizer", "dropout") or (group == "conv 1x1 as gemm" and name in _GEMMS):
+    if group in ("optimizer", "dropout") or (group == "conv 1x1 as gemm" and name.rstrip("_") in _GEMMS):
         return group
     known = [prefix for prefix in _BY_NAME if name.startswith(prefix)]
     if known:
@@ -270,15 +272,20 @@ def _foreach_kernels(tensors: list[Tensor], most: int = 64, blocks: int = 320, c
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any) -> list[Tensor | None]:
-    """Its results with cuDNN's strides, channels-last where x or the weights are; those of the meta device are not."""
-    nhwc = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    layout = torch.channels_last if nhwc else torch.contiguous_format
+    """Its results with cuDNN's strides."""
+    layout = _layout(x, weight)
     of_x, of_weight, of_bias = rest[-1]
     return [
         torch.empty_like(x, memory_format=layout) if of_x else None,
         torch.empty_like(weight, memory_format=layout) if of_weight else None,
         dy.new_empty(weight.shape[0]) if of_bias else None,
     ]
+
+
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """cuDNN's choice for a convolution: channels-last where x or the weights are. Convolutions of meta tensors never are."""
+    nhwc = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 class _Attention(TorchFunctionMode):

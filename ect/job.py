@@ -11,16 +11,27 @@ from pathlib import Path
 import torch
 from ect_kernels import dispatch
 from rich.console import Console
+from torch import Tensor
 
 from ect import report
 from ect.checkpoint import atomic, load_model
 from ect.config import Config, PretrainConfig
 from ect.data import load
 from ect.device import resolve, set_threads
+from ect.distributed import World
 from ect.errors import UserError
 from ect.grid import save_png
 from ect.log import RunLog
-from ect.metrics import QualityRow, Sampler, consistency_samplers, heun_samplers, make_evaluator, quality_rows
+from ect.metrics import (
+    Evaluator,
+    QualityRow,
+    RatedElsewhere,
+    Sampler,
+    consistency_samplers,
+    heun_samplers,
+    make_evaluator,
+    quality_rows,
+)
 from ect.models import fused
 from ect.options import load as load_config
 from ect.options import run_folder, to_dict
@@ -63,32 +74,51 @@ def pretrain_config(cfg: Config) -> Config:
     )
 
 
+def check_share(cfg: Config, size: int) -> None:
+    """Raise UserError unless `size` processes can share a batch, in whole forward passes."""
+    share, passes = cfg.batch // size, cfg.batch_per_device
+    if cfg.batch % size:
+        raise UserError(
+            f"--batch {cfg.batch}: {size} processes cannot share it equally; choose a multiple of {size}, or another number "
+            "for torchrun --nproc-per-node"
+        )
+    if isinstance(passes, int) and share % passes:
+        raise UserError(
+            f"--batch-per-device {passes}: each of the {size} processes trains on {share} images of --batch {cfg.batch}; "
+            f"choose a divisor of {share}"
+        )
+
+
 @dataclass
 class Job:
     """`run` trains all phases and reports; it returns False if a signal stopped it before the end.
 
-    Raises UserError where options, data and files do not fit.
+    world: every rank runs the job; rank 0 alone writes and reports. Raises UserError where options, data and files do not fit.
     """
 
     cfg: Config
     console: Console = field(default_factory=Console)
+    world: World = World()
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        set_threads(cfg.threads)
-        self.device = resolve(cfg.device)
+        check_share(cfg, self.world.size)
+        set_threads(cfg.threads, self.world)
+        self.device = resolve(cfg.device, self.world)
         self._choose_kernels()
         self.dataset = load(cfg.data)
-        self.stop = StopSignal()
+        self.stop = StopSignal(world=self.world)
         self.seconds: dict[str, float] = {}
         if cfg.resume is None:
-            self.run_dir = new_run_dir(cfg)
+            self.run_dir = Path(self.world.first(lambda: str(new_run_dir(cfg))))
         else:
             self.run_dir = run_folder(cfg.resume)
             refuse_changed_maths(to_dict(load_config(self.run_dir)), to_dict(cfg))
-        self.evaluator = (
-            make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device) if cfg.eval.samples else None
-        )
+        self.evaluator: Evaluator | None = None
+        if cfg.eval.samples and self.world.rank == 0:
+            self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
+        elif cfg.eval.samples:
+            self.evaluator = RatedElsewhere()
         for note in self.evaluator.notes if self.evaluator is not None else []:
             self.console.print(note, markup=False, highlight=False)
 
@@ -133,14 +163,18 @@ class Job:
             elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
                 resume = run_dir
         cfg = replace(cfg, resume=resume)
-        trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop)
+        trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world)
         if self.cfg.preset != "digits" and cfg.objective.kind == "consistency" and cfg.init_from is None and not resume:
             trainer.notes.append("no --init-from: training a consistency model from scratch, not tuning a teacher")
-        run_dir.mkdir(exist_ok=True)  # not before the trainer stands: a refused start leaves nothing behind
-        self._write_config(cfg, run_dir)
-        self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
+        writes = self.world.rank == 0
+        if writes:
+            run_dir.mkdir(exist_ok=True)  # not before the trainer stands: a refused start leaves nothing behind
+            self._write_config(cfg, run_dir)
+            self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
         total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None
-        log = RunLog(run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device)
+        log = RunLog(
+            run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
+        )
         with log:
             for note in trainer.notes:
                 log.note(note)
@@ -164,14 +198,20 @@ class Job:
         for path, samplers in models:
             net, _ = load_model(path, device=self.device)
             for sampler in samplers:
-                images = generate(net, STRIP_SEEDS, device=self.device, **sampler.options())
+                images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
                 pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
                 if self.evaluator is not None:
                     rows += quality_rows(
-                        net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device
-                    )
-                if self.stop.requested:  # the models are saved; --resume comes back to this report
+                        net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device,
+                        world=self.world,
+                    )  # fmt: skip
+                if self.stop.heard():  # the models are saved; --resume comes back to this report
                     return False
+        if self.world.rank == 0:
+            self._report(pictures, rows, begin)
+        return True
+
+    def _report(self, pictures: dict[str, Tensor], rows: Sequence[QualityRow], begin: float) -> None:
         scale = max(STRIP_WIDTH // (len(STRIP_SEEDS) * self.dataset.resolution), 1)
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
@@ -181,4 +221,3 @@ class Job:
         self.console.print(
             f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False
         )
-        return True

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -35,7 +35,8 @@ class RunLog:
 
     Args: run_dir: existing folder. total_nimg: images of the whole run, all phases together. quiet: nothing on the
     console; files are written all the same. resume_nimg: rows and events beyond it are dropped, so that the files of a
-    resumed run read as those of an uninterrupted one. device: whose memory is shown. console: for tests.
+    resumed run read as those of an uninterrupted one. device: whose memory is shown. console: for tests. writes: False for
+    ranks other than 0: neither files nor console.
     """
 
     def __init__(
@@ -46,21 +47,26 @@ class RunLog:
         resume_nimg: int | None = None,
         device: torch.device | str = "cpu",
         console: Console | None = None,
+        writes: bool = True,
     ) -> None:
+        quiet = quiet or not writes
         self.run_dir, self.total_nimg, self.nimg = Path(run_dir), total_nimg, resume_nimg or 0
         self.device = torch.device(device)
-        self.console = console or Console(quiet=quiet)
+        self.console = console if console is not None and writes else Console(quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, 120)  # a file or a pipe has no width to wrap at
         self._quiet = quiet
         self._phase = "starting"
         self._seen: deque[tuple[float, int]] = deque()  # (seconds, nimg) of the last steps
         self._next_line = 0.0
-        stats = self.run_dir / "stats.jsonl"
-        if resume_nimg is not None and stats.is_file():
-            _drop_rows_after(stats, resume_nimg)
-        self._stats = stats.open("a", encoding="utf-8")
-        self._board = _summary_writer(self.run_dir, resume_nimg)
+        self._stats: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+        if writes:
+            stats = self.run_dir / "stats.jsonl"
+            if resume_nimg is not None and stats.is_file():
+                _drop_rows_after(stats, resume_nimg)
+            self._stats = stats.open("a", encoding="utf-8")
+            self._board = _summary_writer(self.run_dir, resume_nimg)
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
             self._start_bar()
@@ -93,6 +99,8 @@ class RunLog:
         Values are text, None or numbers (0-d tensors too); what is not finite becomes null: JSON has no name for it.
         """
         self.nimg = nimg
+        if self._stats is None:
+            return
         plain = {name: _plain(value) for name, value in stats.items()}
         self._stats.write(json.dumps({"nimg": nimg, **plain}) + "\n")
         self._stats.flush()
@@ -102,8 +110,10 @@ class RunLog:
                     self._board.add_scalar(name, value, nimg)
             self._board.flush()
 
-    def grid(self, name: str, images: Tensor) -> Path:
-        """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path."""
+    def grid(self, name: str, images: Tensor) -> Path | None:
+        """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it writes."""
+        if self._stats is None:
+            return None
         path = self.run_dir / f"{name}-{self.nimg / 1000:010.3f}.png"
         image = make_grid(images)
         save_png(image, path)
@@ -129,7 +139,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._stats.close()
+        if self._stats is not None:
+            self._stats.close()
         if self._board is not None:
             self._board.close()
             self._board = None

@@ -55,7 +55,8 @@ class FlatState(Generic[Net]):
     weight average per entry (at most 3), ema <- beta ema + (1 - beta) params, starting at the parameters. clip: largest
     global gradient norm, or None. loss_scale: where the gradients are those of `loss_scale` times the loss: the first value
     of a scale that follows overflow; growth_interval: good steps before it doubles. half: fp16 or bf16 for a copy `shadow`
-    of the parameters, kept up to date; core: names of the parameters that `compute` takes from it. channels_last: lay the
+    of the parameters, kept up to date; core: names of the parameters that `compute` takes from it,
+    and of buffers that it has in half. channels_last: lay the
     weights of convolutions out in memory as [out, k, k, in]. Raises ValueError on an unknown optimizer or an impossible value.
 
     `compute` is the network to train: `net` itself, or with half a twin of shared buffers whose parameters are views of
@@ -122,8 +123,11 @@ class FlatState(Generic[Net]):
         self.loss_scale = None if loss_scale is None else self.state_f64[F64.LOSS_SCALE]
 
     def _twin(self, shadow: Tensor, core: Collection[str]) -> Net:
-        """The network with its `core` parameters replaced by views of `shadow`; the other tensors are shared."""
-        shared: dict[int, Tensor] = {id(buffer): buffer for buffer in self.net.buffers()}
+        """The network with its `core` parameters replaced by views of `shadow`, its `core` buffers by copies in half; the other
+        tensors are shared."""
+        shared: dict[int, Tensor] = {
+            id(buffer): buffer.to(shadow.dtype) if name in core else buffer for name, buffer in self.net.named_buffers()
+        }
         views = self.views(shadow)
         for (name, p), view in zip(self.net.named_parameters(), views, strict=True):
             shared[id(p)] = nn.Parameter(view) if name in core else p

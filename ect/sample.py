@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ect.checkpoint import atomic, load_model
 from ect.device import resolve, set_threads
+from ect.distributed import World
 from ect.errors import UserError
 from ect.grid import save_grid, save_png
+from ect.launch import launch
 from ect.models import ECMPrecond, EDMPrecond
 from ect.sampler import SIGMA_MAX, draw, generate
 
@@ -60,23 +62,26 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; exits with status 2 and one message where the user can mend it."""
-    options = tyro.cli(Options, args=args, prog="python -m ect.sample")
-    try:
-        sample(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+
+    def work(options: Options, world: World) -> int:
+        sample(options, world)
+        return 0
+
+    status = launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.sample"), work)
+    if status:
+        raise SystemExit(status)
 
 
-def sample(options: Options) -> None:
-    """Generate the images and write them where `options.out` says. Raises UserError on options that do not fit."""
+def sample(options: Options, world: World = World()) -> None:
+    """Generate the images and write them where `options.out` says. All ranks of `world` make images, rank 0 writes them. Raises
+    UserError on options that do not fit."""
     seeds = _seeds(options)
     for name, value in (("batch", options.batch), ("threads", options.threads)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: expected at least 1")
-    device = resolve(options.device)
-    set_threads(options.threads)
-    _prepare(options.out)
+    device = resolve(options.device, world)
+    set_threads(options.threads, world)
+    world.first(lambda: _prepare(options.out))
     net, info = load_model(options.checkpoint, device=device)
     _check_class(options.class_idx, net.label_dim)
     how = _schedule(options, net, info)
@@ -85,7 +90,10 @@ def sample(options: Options) -> None:
     else:
         print(f"{options.checkpoint}: Heun sampler, {how['heun_steps']} steps, {2 * how['heun_steps'] - 1} NFE")
     start = time.perf_counter()
-    batches = generate(net, seeds, class_idx=options.class_idx, batch=options.batch, device=device, **how)
+    batches = generate(net, seeds, class_idx=options.class_idx, batch=options.batch, device=device, world=world, **how)
+    if world.rank > 0:
+        deque(batches, maxlen=0)  # makes them
+        return
     _write(options, seeds, batches, how.get("sigmas", ()), _classes(net, seeds, options.class_idx))
     seconds = time.perf_counter() - start
     print(f"wrote {len(seeds)} images to {options.out} in {seconds:.1f} s ({len(seeds) / seconds:,.1f} img/s)")

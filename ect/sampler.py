@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ect.distributed import World
 from ect.models import EDMPrecond
 
 SIGMA_MAX = 80.0
@@ -97,29 +98,45 @@ def generate(
     class_idx: int | None = None,
     batch: int = 256,
     device: torch.device | str = "cpu",
+    world: World = World(),
 ) -> Iterator[Tensor]:
     """Images of a preconditioned network, one per seed, in batches of uint8 [n, H, W, C] on the CPU.
 
     Each image draws latents, class (class-conditional networks with class_idx None) and noises from a generator of its
     own seed, so an image depends on the batch size by rounding only. Give sigmas (consistency sampler) or heun_steps.
+
+    The ranks of `world` take turns: of each round of batches every rank makes one, and yields all of them, in order.
     """
     if (sigmas is None) == (heun_steps is None):
         raise ValueError("give either sigmas (consistency sampler) or heun_steps (diffusion sampler)")
+    batch = min(batch, -(-len(seeds) // world.size))  # work for every rank
+    for start in range(0, len(seeds), max(batch, 1) * world.size):
+        together = seeds[start : start + batch * world.size]
+        mine = together[world.rank * batch : (world.rank + 1) * batch]
+        # Filled up to a whole batch, since ranks exchange equal shapes: only the last ones of a round lack any.
+        images = torch.zeros([batch, net.img_resolution, net.img_resolution, net.img_channels], dtype=torch.uint8)
+        if len(mine) > 0:
+            images[: len(mine)] = to_uint8(_images(net, mine, sigmas, heun_steps, class_idx, device)).cpu()
+        yield torch.cat(world.gather(images))[: len(together)]
+
+
+def _images(
+    net: EDMPrecond, seeds: Sequence[int], sigmas: Sequence[float] | None, heun_steps: int | None,
+    class_idx: int | None, device: torch.device | str,
+) -> Tensor:  # fmt: skip
+    """One batch, float64 [len(seeds), C, H, W] on the device."""
     extra = 0 if sigmas is None else len(sigmas) - 1
-    for start in range(0, len(seeds), batch):
-        latents, labels, noises = zip(*(draw(net, seed, extra) for seed in seeds[start : start + batch]), strict=True)
-        classes = None
-        if net.label_dim:
-            index = torch.tensor(labels if class_idx is None else [class_idx] * len(labels))
-            classes = torch.nn.functional.one_hot(index, net.label_dim).float().to(device)
+    latents, labels, noises = zip(*(draw(net, seed, extra) for seed in seeds), strict=True)
+    classes: Tensor | None = None
+    if net.label_dim:
+        index = torch.tensor(labels if class_idx is None else [class_idx] * len(labels))
+        classes = torch.nn.functional.one_hot(index, net.label_dim).float().to(device)
 
-        def denoiser(x: Tensor, sigma: Tensor, classes: Tensor | None = classes) -> Tensor:
-            return net(x, sigma, classes)
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return net(x, sigma, classes)
 
-        z = torch.stack(latents).to(device)
-        if sigmas is not None:
-            images = consistency_sample(denoiser, z, sigmas, torch.stack(noises, dim=1).to(device))
-        else:
-            assert heun_steps is not None
-            images = heun_sample(denoiser, z, heun_steps)
-        yield to_uint8(images).cpu()
+    z = torch.stack(latents).to(device)
+    if sigmas is not None:
+        return consistency_sample(denoiser, z, sigmas, torch.stack(noises, dim=1).to(device))
+    assert heun_steps is not None
+    return heun_sample(denoiser, z, heun_steps)

@@ -119,23 +119,25 @@ def _mask(x: Tensor) -> MaskKey:
     return MaskKey(torch.full((), _SEED, dtype=torch.int64, device=x.device), 0)
 
 
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    _ATEN.convolution.default: 2,
+    _ATEN.addmm.default: 0,
+    _ATEN.addmm_.default: 0,
+    _ATEN.baddbmm.default: 0,
+    _ATEN.mm.default: None,
+    _ATEN.bmm.default: None,
+}
+"""Operations that tensor cores do, and the position of the argument that is added, not multiplied."""
+
+
 class _RoundOperands(TorchDispatchMode):
     """Products of fp32 tensors see their operands rounded to TF32."""
 
-    PRODUCTS = frozenset(
-        {
-            torch.ops.aten.convolution.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
-            torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default,
-        }
-    )  # fmt: skip
-    ADDENDS = {torch.ops.aten.convolution.default: 2, torch.ops.aten.addmm.default: 0, torch.ops.aten.baddbmm.default: 0}
-    """Position of the argument that is added and not multiplied."""
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in self.PRODUCTS:
-            addend = self.ADDENDS.get(func)
+        if func in _PRODUCTS:
             args = tuple(
-                to_tf32(a) if isinstance(a, Tensor) and a.dtype == torch.float32 and i != addend else a
+                to_tf32(a) if isinstance(a, Tensor) and a.dtype == torch.float32 and i != _PRODUCTS[func] else a
                 for i, a in enumerate(args)
             )
         return func(*args, **(kwargs or {}))

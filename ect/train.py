@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 # Before torch loads OpenMP: idle threads sleep, instead of spinning against other work on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ect.errors import UserError
+from ect.launch import launch
 from ect.options import describe, parse
+
+if TYPE_CHECKING:
+    from ect.config import Config
+    from ect.distributed import World
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 when done or stopped by a signal (all is saved), 2 on bad input, 130 on an impatient second Ctrl-C."""
-    try:
+
+    def configure() -> Config | None:
         cfg = parse(argv)
         if cfg.dry_run:
             print(describe(cfg))
-            return 0
-        from ect.job import Job  # not earlier: torch takes seconds to import, --help and --dry-run need none
+            return None
+        return cfg
 
-        job = Job(cfg)
-        if not job.run():
-            print(f"Stopped; all is saved. Continue with: python -m ect.train --resume {job.run_dir}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is what is saved", file=sys.stderr)
-        return 130
+    return launch(configure, train, interrupted="interrupted; the last checkpoint is what is saved")
+
+
+def train(cfg: Config, world: World) -> int:
+    from ect.job import Job  # not earlier: torch takes seconds to import, --help and --dry-run need none
+
+    job = Job(cfg, world=world)
+    if not job.run():
+        print(f"Stopped; all is saved. Continue with: python -m ect.train --resume {job.run_dir}")
     return 0
 
 

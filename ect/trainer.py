@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from ect.step import TrainStep
 
 GRID_SEEDS = range(64)
 GRID_HEUN_STEPS = (18,)
+ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first one again
 
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
@@ -101,22 +103,35 @@ def _or_gpu(choice: bool | None, device: torch.device) -> bool:
 
 @dataclass
 class StopSignal:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step."""
+    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step. Ranks hear a signal at different steps, or not at all:
+    what one of them heard, all act upon after the same step (`heard`)."""
 
     requested: bool = False
+    world: World = World()
+
+    def heard(self) -> bool:
+        """Whether any rank was asked to stop; a call by all ranks. It costs a round trip between the hosts (on a GPU while it
+        works on the step just launched), and so ranks never drift apart, and a lost one is noticed in the next step."""
+        return self.world.any(self.requested)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry."""
+        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it
+        must come later, for there one Ctrl-C arrives twice: from the terminal and from torchrun."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
 
+        first = 0.0
+
         def handler(number: int, frame: FrameType | None) -> None:
-            if self.requested:
+            nonlocal first
+            if not self.requested:
+                self.requested, first = True, time.monotonic()
+                if self.world.rank == 0:
+                    print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
+            elif self.world.size == 1 or time.monotonic() > first + ECHO_SECONDS:
                 raise KeyboardInterrupt
-            self.requested = True
-            print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
 
         previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -144,7 +159,8 @@ class Trainer:
 
     Args: cfg: the configuration; resume and init_from are honoured. run_dir: existing folder. dataset: images and labels.
     device: where to train. evaluator: judges samples at eval intervals; None: no evaluation. stop: shared by the phases
-    of a job. Raises UserError where checkpoint, data and options do not fit. `notes` says what was left out on purpose.
+    of a job. world: of several processes each trains on its part of every batch, and rank 0 alone writes. Raises UserError
+    where checkpoint, data and options do not fit. `notes` says what was left out on purpose.
     """
 
     cfg: Config
@@ -153,6 +169,7 @@ class Trainer:
     device: torch.device
     evaluator: Evaluator | None = None
     stop: StopSignal = field(default_factory=StopSignal)
+    world: World = World()
     nimg: int = 0
 
     def __post_init__(self) -> None:
@@ -167,7 +184,8 @@ class Trainer:
         self.spec, self.net = self._build()
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.state = flat_state(cfg, self.net)
-        self.step = train_step(cfg, self.state, ImageStream(self.dataset, cfg.seed, self.device, cfg.batch))
+        stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
+        self.step = train_step(cfg, self.state, stream, self.world)
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
@@ -210,18 +228,20 @@ class Trainer:
     def run(self, log: RunLog) -> Path:
         """Train to total_kimg or to a stop signal; returns the last checkpoint's model file."""
         self.log, cfg, every = log, self.cfg, self.cfg.log
+        self._agree()
         if self.path is None:
             self.grids()
             self.path = self.save()
         step_seconds, row_nimg, shown = 0.0, self.nimg, {}
-        while self.nimg < self.total_img and not self.stop.requested:
+        stopping = self.stop.heard()
+        while self.nimg < self.total_img and not stopping:
             started = time.monotonic()
             stage = schedule.stage_at(self.nimg, cfg.objective)
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
             self.state.ema_betas[0] = schedule.ema_beta_at(self.nimg, cfg.batch, cfg.optim)
             self.tally.add(self.step(self.nimg, stage))
             before, self.nimg = self.nimg, self.nimg + cfg.batch
-            last = self.nimg >= self.total_img
+            last, stopping = self.nimg >= self.total_img, self.stop.heard()
             step_seconds += time.monotonic() - started
 
             def due(kimg: float, before: int = before, last: bool = last) -> bool:
@@ -233,7 +253,7 @@ class Trainer:
                 shown = {"loss": row["loss"], "stage": stage} if self.consistency else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
             self.log.step(self.nimg, **shown)
-            if due(every.checkpoint_kimg) or self.stop.requested:  # first of all: what follows may fail
+            if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
             if due(every.sample_kimg):
                 self.grids()
@@ -242,9 +262,9 @@ class Trainer:
         return self.path
 
     def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:
-        """Write the statistics since the last row; the loss is their mean over steps."""
+        """Write the statistics since the last row; the loss is their mean over steps and ranks."""
         row = {
-            "loss": float(self.tally.loss) / self.tally.steps,
+            "loss": self.world.mean(float(self.tally.loss)) / self.tally.steps,
             "stage": stage, "lr": self.state.lr, "ema_beta": self.state.ema_betas[0],
             "grad_norm": float(self.state.grad_norm), "nonfinite": int(self.state.nonfinite),
             "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
@@ -265,7 +285,9 @@ class Trainer:
     def grids(self) -> None:
         net = self.average()
         for sampler in self.samplers():
-            images = generate(net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, **sampler.options())
+            images = generate(
+                net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, world=self.world, **sampler.options()
+            )
             self.log.grid(f"nfe{sampler.nfe}", torch.cat(list(images)))
 
     def evaluate(self) -> None:
@@ -273,24 +295,38 @@ class Trainer:
         assert self.evaluator is not None
         cfg = self.cfg.eval
         rows = quality_rows(
-            self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device
-        )
+            self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device,
+            world=self.world,
+        )  # fmt: skip
         figures = {f"nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]}
         if figures:
             self.log.row(self.nimg, figures)
 
     def save(self) -> Path:
+        """Write a checkpoint; the path of its model file."""
+        loss = torch.tensor(self.world.mean(float(self.tally.loss)))
+        return Path(self.world.first(lambda: str(self._write(loss))))
+
+    def _write(self, tally_loss: Tensor) -> Path:
         info = {
             "preset": self.cfg.preset, "objective": self.cfg.objective.kind, "nimg": self.nimg,
             "data": self.dataset.name, "mid_t": list(self.cfg.eval.mid_t),
         }  # fmt: skip
         tensors = self.state.state_tensors()
-        tensors |= {"tally_loss": self.tally.loss, "grad_norm": self.state.grad_norm}
+        tensors |= {"tally_loss": tally_loss, "grad_norm": self.state.grad_norm}
         meta = {
             "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
             "config": to_dict(self.cfg), "data": self.fingerprint,
         }  # fmt: skip
         return self.checkpoints.save(self.nimg, self.state.ema_state_dict(0), self.spec, info, tensors, meta)
+
+    def _agree(self) -> None:
+        """Raise UserError unless all ranks start from the same point."""
+        state = self.state
+        arenas = [state.params, state.exp_avg, state.exp_avg_sq, *state.emas]
+        sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas] if self.world.size > 1 else []
+        options, weights = json.dumps(to_dict(self.cfg)), str(sums)
+        self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
     def _resume(self, source: Path) -> None:
         tensors, meta, self.path = checkpoint.Checkpoints.load(source)

@@ -130,7 +130,8 @@ def test_fused_block_equals_plain(style: str, name: str, dtype: torch.dtype) -> 
 
     plain_x = x.value()
     plain = layer(plain_x if other is None else torch.cat([plain_x, other], 1), emb, mask)
-    fused_x, pending = fused.block(layer, x, emb, mask, other)
+    (prepared,) = fused.prepare([layer], emb)
+    fused_x, pending = fused.block(layer, x, prepared, mask, other)
     assert rel_l2(fused_x.detach(), plain_x.detach()) <= BLOCK_BARS[dtype][0]
     assert rel_l2(pending.value().detach(), plain.detach()) <= BLOCK_BARS[dtype][0]
     cotangent, cotangent_x = torch.randn_like(plain), torch.randn_like(plain_x)  # x itself goes to the decoder

@@ -85,8 +85,13 @@ def test_a_kill_while_dropping_rows_loses_none(tmp_path: Path, monkeypatch: pyte
     assert [row["nimg"] for row in rows(tmp_path)] == [100, 200]
 
 
-def test_tensorboard_holds_the_rows_and_grids_of_one_uninterrupted_run(tmp_path: Path) -> None:
+def test_tensorboard_holds_the_rows_and_grids_of_one_uninterrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    # Files of one second are read by the name of their writer's number, in which 10 would come before 9.
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
     with RunLog(tmp_path, 1000, quiet=True) as run:
         for nimg in (100, 200, 300):
             run.row(nimg, {"loss": nimg / 4, "phase": "tuning"})

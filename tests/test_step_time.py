@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import baseline
@@ -18,6 +19,7 @@ import step_time
 import torch
 import waterfall
 from products import Products
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from ect import precision
@@ -97,14 +99,14 @@ def test_the_plain_step_learns() -> None:
         case = tiny(8)
         step = baseline.PlainStep(
             case.network(CPU), case.objective(), case.dataset.images, batch=8, lr=3e-3, betas=(0.9, 0.99),
-            ema_beta=0.9, half=half, channels_last=half,
+            ema_beta=0.9, half=half,
         )  # fmt: skip
         losses[half] = []
         for _ in range(25):
             torch.manual_seed(0)
             losses[half].append(float(step(0, 0)))
         assert losses[half][-1] < 0.7 * losses[half][0]
-    assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-2)
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-3)
 
 
 NAMES = {
@@ -155,6 +157,35 @@ def test_a_profile_puts_time_where_it_is_spent() -> None:
     assert taken.share["residual"] == 0  # the additions are the optimizer's
     assert 301 <= taken.launches <= 305
     assert 4 * x.numel() <= taken.transient <= 12 * x.numel()
+
+
+def test_on_a_gpu_kernels_are_classified_and_ranges_are_not_kernels() -> None:
+    def event(name: str, microseconds: float, device: DeviceType, annotation: bool = False) -> Any:
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=annotation)
+
+    gpu = DeviceType.CUDA
+    events = [
+        event("aten::convolution", 900.0, DeviceType.CPU), event("whole step", 800.0, gpu, annotation=True),
+        event("sm80_xmma_fprop_implicit_gemm", 30.0, gpu), event("Memcpy DtoD", 5.0, gpu),
+    ]  # fmt: skip
+    assert dict(categories._gpu(events)) == {"conv": 30.0, "other": 5.0}
+    assert categories._launches(events, gpu=True) == 2
+
+
+def test_every_row_of_a_gpu_but_compile_and_graph_also_runs_here() -> None:
+    """fp16 emulated: what a GPU would run is at least code that runs."""
+    names = []
+    for row in waterfall.rows(torch.device("cuda")):
+        if row.name in ("+compile", "+graph", "trainer's default"):
+            continue
+        runner = waterfall.Runner(row, tiny(), CPU)
+        before = [t.detach().clone() for t in runner.step.tensors()[:1]]
+        assert torch.isfinite(runner()) and torch.isfinite(runner())
+        assert not torch.equal(before[0], runner.step.tensors()[0].detach())
+        assert runner.resident() > 0
+        names.append(row.name)
+    assert names == ["plain", "+tf32", "+channels-last", "+fp16", "+fused ops", "+flat optimizer"]
 
 
 def test_products_alone_are_the_steps_arithmetic() -> None:
@@ -253,10 +284,6 @@ def test_records_compares_checks_and_renders(
     history.append(path, fast)
     assert run(tmp_path, "--check") == 1
     assert len(history.read(path)) == 2  # what failed the check is not what the next run is compared with
-    slow = copy.deepcopy(first)
-    slow["rows"]["+flat optimizer"]["ratio"] *= 100
-    history.append(path, slow)
-    assert run(tmp_path, "--check", "--no-append") == 0 and len(history.read(path)) == 3
     assert "not on cpu" in capsys.readouterr().out
 
     text = plots.render(tmp_path).read_text()

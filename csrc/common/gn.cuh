@@ -43,7 +43,7 @@ struct Backward {
   Layout p; Drop drop; Affine affine; int act;
   const void *dy, *x, *other; const float *mean, *rstd;
   void *dx, *dother; float *partials, *dv, *dscale, *dshift; int64_t n;
-  const void* dx_in; float skip_scale;   // residual only: gradient that reached x by another way
+  const void *dx_in, *djoined; float skip_scale;   // residual only: gradients that reached x, and cat(x, other), by another way
 };
 
 // Fills in `p`; false where the sizes are not supported. tiles: tensors held on chip; sums: results of the largest column_sums.

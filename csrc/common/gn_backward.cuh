@@ -45,7 +45,8 @@ template <int V> struct Gradient {
 
 // With z = x_hat * w + b and dz its gradient: dx = rstd * (w dz - c1 - x_hat c2), c1 and c2 the group's means of w dz and w dz x_hat.
 // Sums of dx over the rows follow from those of dz, dz x_hat and x_hat, with no further pass.
-template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backward(const Backward& f) {
+// A: type of a's gradient, here called dx.
+template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__ void backward(const Backward& f) {
   const Layout& p = f.p;
   const Block b(p);
   SHARED_DYN(unsigned char, shared);
@@ -163,6 +164,12 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
         float e[V], d[V], more[V] = {};
         const int slot = (row * p.columns + b.column) * V;
         if (adds) load<true>(static_cast<const T*>(f.dx_in) + at, more);
+        if (RESIDUAL && f.djoined) {
+          float joined[V];
+          load<true>(static_cast<const T*>(f.djoined) + (from - dy), joined);
+#pragma unroll
+          for (int j = 0; j < V; j++) more[j] += joined[j];
+        }
         if (p.resident) {
           load<false>(tile_x + slot, e);
           load<false>(tile_d + slot, d);
@@ -181,7 +188,9 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
           q[0][j] += more[j];
           d[j] = factor * (more[j] + d[j]);
         }
-        if (wanted != nullptr) store<true>(static_cast<T*>(wanted) + at, d);
+        if (wanted == nullptr) continue;
+        if (ch.second) store<true>(static_cast<T*>(wanted) + at, d);
+        else store<true>(static_cast<A*>(wanted) + at, d);
       }
     }
     if (RESIDUAL && f.partials) column_sums(q, p.columns, p.rows, red, sums + first, p.slab, b.width - first);

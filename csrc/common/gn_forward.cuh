@@ -4,7 +4,8 @@
 
 namespace gn {
 
-template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward(const Forward& f) {
+// A: type of a and skip.
+template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__ void forward(const Forward& f) {
   const Layout& p = f.p;
   const Block b(p);
   SHARED_DYN(unsigned char, shared);
@@ -41,9 +42,9 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
       bias[j] = computed && ch.active ? (f.bias ? f.bias[ch.c + j] : 0.f) + (f.skip_bias ? f.skip_bias[ch.c + j] : 0.f) : 0.f;
     }
     auto compute = [&](int64_t at, float (&e)[V]) {   // x, rounded as it is written
-      load<true>(static_cast<const T*>(f.a) + at, e);
+      load<true>(static_cast<const A*>(f.a) + at, e);
       float s[V] = {};
-      if (f.skip) load<true>(static_cast<const T*>(f.skip) + at, s);
+      if (f.skip) load<true>(static_cast<const A*>(f.skip) + at, s);
 #pragma unroll
       for (int j = 0; j < V; j++) e[j] = to_float(from_float<T>((e[j] + bias[j] + s[j]) * f.skip_scale));
     };

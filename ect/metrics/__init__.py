@@ -6,13 +6,22 @@ from ect.metrics.choice import make_evaluator
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.features import digits_distance
 from ect.metrics.fidelity import FidelityOptions
-from ect.metrics.quality import QualityRow, Sampler, consistency_samplers, heun_samplers, quality_rows, quality_table
+from ect.metrics.quality import (
+    QualityRow,
+    RatedElsewhere,
+    Sampler,
+    consistency_samplers,
+    heun_samplers,
+    quality_rows,
+    quality_table,
+)
 
 __all__ = [
     "Column",
     "Evaluator",
     "FidelityOptions",
     "QualityRow",
+    "RatedElsewhere",
     "Sampler",
     "consistency_samplers",
     "digits_distance",

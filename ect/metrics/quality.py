@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ect.distributed import World
 from ect.metrics.evaluator import Column, Evaluator
 from ect.models import EDMPrecond
 from ect.sampler import SIGMA_MAX, generate
@@ -73,6 +76,15 @@ class QualityRow:
         return asdict(self) | summary
 
 
+class RatedElsewhere(Evaluator):
+    """What ranks other than 0 hold in place of an evaluator: no weights, no statistics."""
+
+    columns = ()
+
+    def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
+        raise RuntimeError("only rank 0 rates images")
+
+
 def quality_rows(
     net: EDMPrecond,
     evaluator: Evaluator,
@@ -84,14 +96,17 @@ def quality_rows(
     batch: int = 256,
     device: torch.device | str = "cpu",
     on_images: Callable[[int], None] = lambda count: None,
+    world: World = World(),
 ) -> list[QualityRow]:
-    """Rate `net` with each sampler; in each repeat all of them start from the same latents.
+    """Rate `net` with each sampler; in each repeat all of them start from the same latents. All ranks of `world` make images,
+    rank 0 computes their features and figures while the others wait, and every rank returns the rows.
 
-    Args: net: preconditioned network in eval mode on `device`. samples: images a repeat. seed: of the first image of the
-    first repeat. batch: images a forward pass. on_images: called with the number of images just made.
+    Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have `RatedElsewhere`.
+    samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward pass. on_images: called
+    with the number of images just made.
     No rows where the evaluator has no column to fill: the images would be made for nothing.
     """
-    if not evaluator.available:
+    if not world.first(lambda: bool(evaluator.available)):
         return []
     first_seeds = tuple(seed + i * samples for i in range(repeats))
     rows = []
@@ -100,11 +115,11 @@ def quality_rows(
         for first in first_seeds:
             start, images = time.perf_counter(), []
             seeds = range(first, first + samples)
-            for some in generate(net, seeds, batch=batch, device=device, **sampler.options()):
+            for some in generate(net, seeds, batch=batch, device=device, world=world, **sampler.options()):
                 images.append(some)
                 on_images(len(some))
             seconds += time.perf_counter() - start
-            values.append(evaluator.evaluate(images))
+            values.append(world.first(partial(evaluator.evaluate, images)))
         rows.append(QualityRow(sampler, samples, first_seeds, tuple(values), seconds))
     return rows
 

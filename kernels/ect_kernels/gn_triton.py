@@ -254,14 +254,16 @@ def normal_and_gradient(
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED, repr=named("bwd"))
 def backward_kernel(
-    dy: tl.tensor, dx: tl.tensor, skip_scale: tl.tensor, x: tl.tensor, other: tl.tensor, gamma: tl.tensor,
-    beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor, seed: tl.tensor, mean: tl.tensor,
-    rstd: tl.tensor, da: tl.tensor, dother: tl.tensor, partials: tl.tensor, dv: tl.tensor, dscale: tl.tensor,
-    dshift: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr,
-    C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
+    dy: tl.tensor, dx: tl.tensor, djoined: tl.tensor, skip_scale: tl.tensor, x: tl.tensor, other: tl.tensor,
+    gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor, seed: tl.tensor,
+    mean: tl.tensor, rstd: tl.tensor, da: tl.tensor, dother: tl.tensor, partials: tl.tensor, dv: tl.tensor,
+    dscale: tl.tensor, dshift: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor,
+    HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """da = (gradient of x through the norm + dx) * skip_scale, dother; dv: da summed over positions, [N, C + C2].
+    """With d the gradient through the norm + djoined, both of cat(x, other): da = (d[:, :C] + dx) * skip_scale, dother the rest.
+
+    dv: da summed over positions, [N, C + C2].
 
     partials [2 or more, N, C + C2]: gradients of gamma and beta by sample.
     """
@@ -276,6 +278,8 @@ def backward_kernel(
     dy += n * HW * CT
     if dx is not None:
         dx += n * HW * C
+    if djoined is not None:
+        djoined += n * HW * CT
     if C2 > 0:
         other += n * HW * C2
         dother += n * HW * C2
@@ -322,6 +326,10 @@ def backward_kernel(
                 in_x, in_other, HW, C, C2, ROWS, WIDTH, ACT, "evict_first",
             )  # fmt: skip
         d = rs[None, :] * (du * w[None, :] - c0[None, :] - xh * c1[None, :])
+        if djoined is not None:
+            at = row[:, None] * CT + c[None, :]
+            ok_all = ok[None, :] & inside
+            d += tl.load(djoined + at, mask=ok_all, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if C2 > 0:
             at = row[:, None] * C2 + (c - C)[None, :]
             tl.store(dother + at, d.to(dother.dtype.element_ty), mask=in_other[None, :] & inside, cache_modifier=".cs")

@@ -266,11 +266,14 @@ _forward_op, _backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(mean, rstd, *inputs[:7])
     ctx.rest = inputs[7:]
 
 
-def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 14
     mean, rstd, *saved = ctx.saved_tensors
     grads = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
     return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, saved[:6], strict=True)), *[None] * 8

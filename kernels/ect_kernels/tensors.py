@@ -25,10 +25,10 @@ def nhwc(x: Some) -> Some:
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
-def empty_image(like: Tensor, channels: int) -> Tensor:
+def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
     """Channels-last [N, channels, H, W], its strides the same for fakes also where H = W = 1 would make them ambiguous."""
     n, _, h, w = like.shape
-    return like.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((n, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def check_shapes(op: str, *named: tuple[str, Tensor | None, tuple[int, ...]]) -> None:

@@ -1,0 +1,84 @@
+"""What test_distributed runs under torchrun: one process group, several scenes. Each rank tells what it saw in rank<i>.json."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ect.distributed import World
+from ect.errors import UserError
+from ect.job import Job
+from ect.launch import launch
+from ect.options import parse
+from ect.sample import Options, sample
+from ect.step import TrainStep
+from tests.tiny import config
+
+CALL = TrainStep.__call__
+
+
+def exchanges(world: World) -> dict[str, Any]:
+    total = torch.tensor([1.0, 10.0]) * (world.rank + 1)
+    world.sum_(total)
+    found: dict[str, Any] = {
+        "sum": total.tolist(),
+        "mean": world.mean(float(world.rank)),
+        "any": [world.any(world.rank == 1), world.any(False)],
+        "gather": torch.cat(world.gather(torch.full([2], world.rank))).tolist(),
+        "first": world.first(lambda: {"rank": world.rank}),
+    }
+    world.agree({"options": "same", "images": "same"})
+    try:
+        world.agree({"options": "same", "images": str(world.rank), "nimg": str(world.rank)})
+    except UserError as error:
+        found["refusal"] = str(error)
+    return found
+
+
+def in_step(number: int, act: Any) -> None:
+    """Do something during that step from now on, on this rank."""
+    count = 0
+
+    def call(self: TrainStep, nimg: int, stage: int) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == number:
+            act()
+        return CALL(self, nimg, stage)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
+def crash() -> None:
+    raise LookupError("a planted failure")
+
+
+def work(folder: Path, world: World) -> int:
+    seen: dict[str, Any] = exchanges(world)
+
+    def run(cfg: Any) -> Job:
+        job = Job(cfg, Console(quiet=True), world)
+        seen[job.run_dir.name] = job.run()
+        return job
+
+    run(config(run_dir=folder / "accumulated", batch_per_device=2))
+    run(parse(["--resume", str(folder / "resumed")]))
+    sample(Options(folder / "resumed", seeds="3,7,1-9", batch=4, out=folder / "samples.npz"), world)
+    if world.rank == 1:
+        in_step(3, lambda: signal.raise_signal(signal.SIGTERM))
+    run(config(run_dir=folder / "stopped"))
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(seen))
+    if world.rank == 1:
+        in_step(2, crash)
+    run(config(run_dir=folder / "crashed"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch(lambda: Path(sys.argv[1]), work))
