@@ -5,11 +5,11 @@
 extern "C" {
 int group_norm_silu_fwd(const void* x, const float* gamma, const float* beta, const float* v, const float* scale,
     const float* shift, const int64_t* seed, void* y, float* mean, float* rstd, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, double eps, double inv_keep, void* stream);
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, int64_t v_rows, int64_t rows, double eps, double inv_keep, void* stream);
 int group_norm_silu_bwd(const void* dy, const void* x, const float* gamma, const float* beta, const float* v,
     const float* scale, const float* shift, const int64_t* seed, const float* mean, const float* rstd, void* dx, float* dgamma,
     float* dbeta, float* dv, float* dscale, float* dshift, float* partials, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, double inv_keep, void* stream);
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, int64_t v_rows, int64_t rows, double inv_keep, void* stream);
 int residual_group_norm_silu_fwd(const void* a, const float* bias, const void* skip, const float* skip_bias,
     const void* other, const float* gamma, const float* beta, const int64_t* seed, void* x, void* y, float* mean, float* rstd,
     int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype, int64_t groups, int64_t dtype_of_a, int64_t act,

@@ -24,7 +24,7 @@ extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, co
     int64_t threshold, int64_t layer, int64_t n0, double skip_scale, double eps, double inv_keep, void* stream) {
   gn::Forward f{};
   f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
-  f.affine = {gamma, beta, nullptr, nullptr, nullptr};
+  f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};
   f.act = act != 0; f.eps = float(eps);
   f.other = other; f.y = y; f.mean = mean; f.rstd = rstd;
   f.a = a; f.skip = skip; f.bias = bias; f.skip_bias = skip_bias; f.x_out = x; f.skip_scale = float(skip_scale);
@@ -41,7 +41,7 @@ extern "C" int residual_group_norm_silu_bwd(const void* dy, const void* dx, cons
     int64_t groups, int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, double skip_scale, double inv_keep, void* stream) {
   gn::Backward f{};
   f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
-  f.affine = {gamma, beta, nullptr, nullptr, nullptr};
+  f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};
   f.act = act != 0; f.n = n;
   f.dy = dy; f.x = x; f.other = other; f.mean = mean; f.rstd = rstd;
   f.dx = da; f.dother = dother; f.partials = partials; f.dx_in = dx; f.djoined = djoined; f.skip_scale = float(skip_scale);

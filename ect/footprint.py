@@ -172,7 +172,7 @@ class Recorder(TorchDispatchMode):
         for t in inputs:
             self.live.see(t, made=False)
         backward = func is torch.ops.aten.convolution_backward.default
-        out = _convolution_backward(*args) if backward else func(*args, **kwargs)
+        out: Any = _convolution_backward(*args) if backward else func(*args, **kwargs)
         if func is torch.ops.aten.convolution.default:
             out = torch.empty_like(out, memory_format=_layout(*args[:2]))
         given = {t.untyped_storage()._cdata for t in inputs}

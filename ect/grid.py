@@ -14,6 +14,10 @@ from ect.checkpoint import atomic
 _TARGET = 900  # pixels; the largest whole enlargement within it gives 450 to 900
 
 
+GRID_SEEDS = range(64)
+"""The images of a grid, the same in every run: grids of different runs and times can be compared."""
+
+
 def make_grid(images: Tensor, columns: int | None = None, scale: int | None = None, pad: int = 2) -> Tensor:
     """Images laid out row by row on white.
 

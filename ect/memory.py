@@ -14,12 +14,13 @@ import torch
 from ect_kernels import dispatch
 
 from ect import footprint, precision
+from ect.assembly import flat_state, train_step
 from ect.config import Config
 from ect.data import Dataset, ImageStream
 from ect.data.resident import RESIDENT_SHARE
 from ect.errors import UserError
+from ect.grid import GRID_SEEDS
 from ect.models import build, fused
-from ect.trainer import GRID_SEEDS, flat_state, train_step
 
 GB = 1e9
 CUDA_CONTEXT = 600_000_000  # the driver's, and the code of torch, cuBLAS and cuDNN as far as it is loaded
@@ -122,6 +123,13 @@ def fit(
         f"--batch-per-device auto: {memory / GB:.1f} GB of memory are free on {device}, but one image at a time needs "
         f"{prediction.total / GB:.1f} GB; choose a smaller network or another --device, or try with --batch-per-device 1"
     )
+
+
+def plan(cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, world_size: int = 1) -> Prediction:
+    """The prediction for the configured number of images at a time; 'auto' is found by `fit` in the memory that is free."""
+    if cfg.batch_per_device == "auto":
+        return fit(cfg, spec, dataset, device, available(device), world_size)
+    return predict(cfg, spec, dataset, device, cfg.batch_per_device or cfg.batch // world_size, world_size)
 
 
 def _resident(dataset: Dataset, device: torch.device) -> bool:

@@ -192,6 +192,15 @@ class FlatState(Generic[Net]):
         arenas = [self.params, self.grads, self.exp_avg, self.exp_avg_sq, *self.emas, *shadow]
         return [*arenas, self.state_f64, self.state_i64]
 
+    def note(self) -> str:
+        """Memory of each copy of the parameters, in a line."""
+        copies = {"weights": self.params, "gradients": self.grads, "moments": self.exp_avg, "shadow": self.shadow}
+        sizes = {
+            name: arena.nbytes * (2 if name == "moments" else 1) for name, arena in copies.items() if arena is not None
+        }
+        sizes["averages"] = sum(ema.nbytes for ema in self.emas)
+        return "memory of the state: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items())
+
     def ema_state_dict(self, i: int = 0) -> dict[str, Tensor]:
         """Copies of weight average i under all keys of net.state_dict(); buffers come from the network."""
         state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in self.net.state_dict().items()}
@@ -227,6 +236,7 @@ class FlatState(Generic[Net]):
             for name, view in zip(self._names, self.views(arena), strict=True):
                 view.copy_(tensors[f"{role}.{name}"])
         for name, counter in self._counters().items():
-            counter.copy_(tensors[name])
+            if name in tensors or self.loss_scale is None:  # a run saved without a loss scale starts one of its own
+                counter.copy_(tensors[name])
         if self.shadow is not None:
             self.shadow.copy_(self.params)

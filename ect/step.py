@@ -146,5 +146,5 @@ class TrainStep:
             self.warm_up()
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads: images, NCCL
             self.update()

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,87 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ect import checkpoint, precision, schedule
-from ect.config import Config, NetConfig, ObjectiveConfig
+from ect import checkpoint, memory, precision, schedule
+from ect.assembly import flat_state, network_spec, train_step
+from ect.config import Config
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.distributed import World
 from ect.errors import UserError
+from ect.grid import GRID_SEEDS
 from ect.log import RunLog, peak_memory
 from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
-from ect.models import EDMPrecond, build, half_precision_weights
-from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
-from ect.optim import FlatState
+from ect.models import EDMPrecond, build
 from ect.options import to_dict
 from ect.sampler import generate
-from ect.step import TrainStep
+from ect.signal_noise import signal_noise
 
-GRID_SEEDS = range(64)
 GRID_HEUN_STEPS = (18,)
+NOISE_IMAGES = 16
 ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first one again
-
-
-def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
-    """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
-    mult = " ".join(map(str, cfg.channel_mult))
-    if dataset.resolution >> (len(cfg.channel_mult) - 1) < 1:
-        raise UserError(
-            f"--net.channel-mult {mult}: images of {dataset.resolution}x{dataset.resolution} cannot be halved "
-            f"{len(cfg.channel_mult) - 1} times; give fewer factors"
-        )
-    for width in (cfg.model_channels * m for m in (1, *cfg.channel_mult)):
-        if width % min(32, width // 4):
-            raise UserError(
-                f"--net.model-channels {cfg.model_channels}, --net.channel-mult {mult}: {width} channels do not divide into "
-                f"{min(32, width // 4)} groups of the norm; choose multiples of 128, or up to 128 of 4"
-            )
-    kwargs: dict[str, Any] = {
-        "img_resolution": dataset.resolution, "in_channels": dataset.channels, "out_channels": dataset.channels,
-        "label_dim": dataset.label_dim, "augment_dim": augment_dim, "model_channels": cfg.model_channels,
-        "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
-        "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
-    }  # fmt: skip
-    if cfg.arch == "ncsnpp":
-        kwargs |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
-        kwargs |= {"resample_filter": [1, 3, 3, 1]}
-    unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
-    return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
-
-
-def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
-    if cfg.kind == "diffusion":
-        return DiffusionObjective(sigma_data, cfg.P_mean, cfg.P_std)
-    mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
-    return ConsistencyObjective(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
-
-
-def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
-    """The configured optimizer state of a network, in the configured precision and memory layout of its device."""
-    device = next(net.parameters()).device
-    arithmetic = precision.resolve(cfg.precision, device)
-    state = FlatState(
-        net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
-        ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
-        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
-        channels_last=_or_gpu(cfg.channels_last, device),
-    )  # fmt: skip
-    if arithmetic.half is not None:
-        state.compute.model.fused = True  # type: ignore[assignment]  # half precision is for the ops, which sum in fp32
-    return state
-
-
-def train_step(cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World()) -> TrainStep:
-    """The configured update of `state`, on images of `stream`."""
-    device = state.params.device
-    return TrainStep(
-        build_objective(cfg.objective, state.compute.sigma_data), state, stream, seed=cfg.seed, batch=cfg.batch,
-        micro_batch=cfg.batch_per_device, xflip=cfg.data.xflip, augment=cfg.data.augment,
-        compiled=_or_gpu(cfg.compile, device), graph=_or_gpu(cfg.graph, device) and device.type == "cuda", world=world,
-    )  # fmt: skip
-
-
-def _or_gpu(choice: bool | None, device: torch.device) -> bool:
-    return device.type == "cuda" if choice is None else choice
 
 
 @dataclass
@@ -117,7 +54,7 @@ class StopSignal:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it
-        must come later, for there one Ctrl-C arrives twice: from the terminal and from torchrun."""
+        must come later, for torchrun answers one Ctrl-C with SIGINT and SIGTERM to each process."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
@@ -180,17 +117,31 @@ class Trainer:
         """Model file of the last checkpoint."""
         self.notes: list[str] = []
         self._seconds, self._since = 0.0, time.monotonic()
+        self.precision = precision.resolve(cfg.precision, self.device)
+        precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         self.spec, self.net = self._build()
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
+        plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
         self.state = flat_state(cfg, self.net)
         stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
-        self.step = train_step(cfg, self.state, stream, self.world)
+        self.step = train_step(replace(cfg, batch_per_device=plan.batch_per_device), self.state, stream, self.world)
+        self.notes += [str(plan), self.state.note(), stream.note]
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
         if cfg.resume is not None:
             self._resume(cfg.resume)
+        if self.precision.half is not None and self.consistency:
+            self.notes.append(self._signal_noise())
+
+    def _signal_noise(self) -> str:
+        """What the precision costs, as a line for the log."""
+        images, labels = self.dataset.images[:NOISE_IMAGES].to(self.device), self.dataset.labels
+        labels = None if labels is None else labels[:NOISE_IMAGES].to(self.device)
+        noise = signal_noise(self.net, self.precision.name, images, labels)
+        found = ", ".join(f"{100 * error:.0f} % at t = {t:g}" for t, error in noise.items())
+        return f"noise of {self.precision.name} on the signal D(x_t, t) - D(x_r, r) at its smallest: {found}"
 
     def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
         """The network in train mode: of the checkpoint's architecture with --init-from, else new."""

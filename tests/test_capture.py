@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from ect.assembly import flat_state, network_spec
 from ect.config import Config, DataConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.models import build
 from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
 from ect.step import TrainStep
-from ect.trainer import flat_state, network_spec
 from tests.audit import Audit, faults, watch_references
 from tests.tiny import NET
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ect.assembly import flat_state, network_spec
 from ect.config import Config, DataConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.models import build
@@ -16,7 +17,6 @@ from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
 from ect.optim import FlatState
 from ect.sampler import consistency_sample, heun_sample
 from ect.step import TrainStep
-from ect.trainer import flat_state, network_spec
 from tests.tiny import NET, config, run
 
 pytestmark = [

@@ -10,11 +10,11 @@ import torch
 from ect_kernels import dispatch
 
 from ect import memory
+from ect.assembly import network_spec
 from ect.config import PRESETS, Config, DataConfig
 from ect.data import Dataset, load
 from ect.errors import UserError
 from ect.memory import GB, Prediction, available, fit, predict
-from ect.trainer import network_spec
 from tests.tiny import NET
 
 CIFAR10 = Dataset("cifar10", torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device="meta"), None)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import ect
+from ect.assembly import network_spec
 from ect.checkpoint import load_model
 from ect.config import DataConfig
 from ect.data import Dataset, load
@@ -26,7 +27,6 @@ from ect.signal_noise import (
     signal_noise,
     to_tf32,
 )
-from ect.trainer import network_spec
 from tests.tiny import NET
 
 DATA = load(DataConfig(labels=True))

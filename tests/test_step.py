@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from ect.assembly import flat_state, network_spec
 from ect.config import Config, DataConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.distributed import World
 from ect.models import EDMPrecond, build
-from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
+from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
 from ect.step import TrainStep
-from ect.trainer import flat_state, network_spec
 from tests.tiny import NET
 
 DATA = load(DataConfig(labels=True))
@@ -278,18 +279,13 @@ def test_shares_of_two_ranks_add_up_to_one_batch(options: dict) -> None:
 
 
 def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher() -> None:
-    class Same:
-        """A mapping with r = t."""
-
-        def __call__(self, t: torch.Tensor, stage: torch.Tensor) -> torch.Tensor:
-            return t
-
+    same = Mapping("const", q=math.inf)  # r = t
     eager, compiled = make(net={"dropout": 0.2}), make(net={"dropout": 0.2}, compiled=True)
     for step in (eager, compiled):
         step.net.model.fused = True
     for i in range(2):
         assert float(compiled(12 * i, i)) == pytest.approx(float(eager(12 * i, i)), rel=1e-5)
         torch.testing.assert_close(compiled.state.grads, eager.state.grads, rtol=1e-3, atol=1e-4)
-    compiled.objective = ConsistencyObjective(mapping=Same(), weighting="uniform")  # type: ignore[arg-type]
+    compiled.objective = ConsistencyObjective(mapping=same, weighting="uniform")
     assert float(compiled(24, 0)) == 0.0
     assert (compiled.state.grads == 0).all()

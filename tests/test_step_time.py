@@ -23,12 +23,12 @@ from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from ect import precision
+from ect.assembly import train_step
 from ect.config import PRESETS, DataConfig
 from ect.data import load
 from ect.models import half_precision_weights
 from ect.objective import ConsistencyObjective
 from ect.optim import FlatState
-from ect.trainer import train_step
 from tests.tiny import NET
 
 CPU = torch.device("cpu")

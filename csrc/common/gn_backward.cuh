@@ -76,9 +76,9 @@ template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__
     const int64_t nc = b.n * c_all + c, g = b.n * (c_all / p.cg) + c / p.cg;
     params[k] = f.mean[g];
     params[p.slab + k] = f.rstd[g];
-    params[4 * p.slab + k] = f.affine.add(nc);
-    params[2 * p.slab + k] = f.affine.gamma[c] * f.affine.factor(nc);
-    params[3 * p.slab + k] = f.affine.bias(nc, c);
+    params[4 * p.slab + k] = f.affine.add(b.n, c);
+    params[2 * p.slab + k] = f.affine.gamma[c] * f.affine.factor(b.n, c);
+    params[3 * p.slab + k] = f.affine.bias(b.n, c);
   }
   __syncthreads();
 
@@ -131,7 +131,7 @@ template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__
     const int c = b.c0 + k, g = k / p.cg;
     const int64_t nc = b.n * c_all + c, plane = f.n * c_all;
     const float c1 = means[g], c2 = means[groups + g], c3 = means[2 * groups + g];
-    const float s0 = sums[k], s1 = sums[p.slab + k] - c3 * s0, factor = f.affine.factor(nc);
+    const float s0 = sums[k], s1 = sums[p.slab + k] - c3 * s0, factor = f.affine.factor(b.n, c);
     if (f.partials) { f.partials[nc] = factor * s1; f.partials[plane + nc] = factor * s0; }
     if (f.dscale) f.dscale[nc] = f.affine.gamma[c] * s1 + f.affine.beta[c] * s0;
     if (f.dshift) f.dshift[nc] = s0;

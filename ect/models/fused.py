@@ -96,7 +96,7 @@ class _AddProduct(torch.autograd.Function):
         return a
 
     @staticmethod
-    def backward(ctx: Any, da: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, da: Tensor) -> tuple[Tensor | None, ...]:
         weight, x, other = ctx.saved_tensors
         rows, dweight = pixels(da), weight.new_empty(weight.shape)
         for source, part in zip((x, other), dweight.flatten(1).split([x.shape[1], other.shape[1]], 1), strict=True):
@@ -114,6 +114,12 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
         )
 
 
+def given(parameter: Tensor | None) -> Tensor:
+    """A parameter that is there."""
+    assert parameter is not None
+    return parameter
+
+
 class Ordered(NamedTuple):
     """Weight [3C, C] and bias [3C] of a qkv convolution, first all of q, then k, then v; the checkpoints interleave them."""
 
@@ -124,12 +130,12 @@ class Ordered(NamedTuple):
 @torch.no_grad()
 def ordered_qkv(blocks: Sequence[UNetBlock]) -> dict[int, Ordered]:
     """By block number; one copy for all blocks of a width."""
-    ordered = {}
+    ordered: dict[int, Ordered] = {}
     for c in {block.out_channels for block in blocks if block.num_heads}:
         group = [block for block in blocks if block.num_heads and block.out_channels == c]
-        weights = torch.cat([block.qkv.weight.view(c, 3, c).transpose(0, 1) for block in group])
-        biases = torch.cat([block.qkv.bias.view(c, 3).t() for block in group]).to(weights.dtype)
-        pairs = zip(weights.view(-1, 3 * c, c), biases.view(-1, 3 * c), strict=True)
+        weights = torch.cat([given(block.qkv.weight).view(c, 3, c).transpose(0, 1) for block in group])
+        biases = torch.cat([given(block.qkv.bias).view(c, 3).t() for block in group]).to(weights.dtype)
+        pairs = zip(weights.reshape(-1, 3 * c, c), biases.reshape(-1, 3 * c), strict=True)
         ordered |= {block.layer: Ordered(*pair) for block, pair in zip(group, pairs, strict=True)}
     return ordered
 
@@ -184,9 +190,9 @@ def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor,
     """What each block's second norm takes from the embedding, by one product for all: (scale, shift), or (v,), to which the
     bias of conv0 is added. Each [N, C], or [1, C] where emb has one row."""
     adaptive = blocks[0].style.adaptive_scale
-    biases = [block.affine.bias for block in blocks]
+    biases = [given(block.affine.bias) for block in blocks]
     if not adaptive:
-        biases += [block.conv0.bias for block in blocks]
+        biases += [given(block.conv0.bias) for block in blocks]
     bias = torch.cat(biases)
     bias = bias if adaptive else bias.view(2, -1).sum(0)
     rows = torch.addmm(bias, emb, torch.cat([block.affine.weight for block in blocks]).t())
@@ -203,7 +209,6 @@ def block(
     x_, h, joined = norm_silu(layer.norm0, x, layer.dtype, other)
     h = layer.conv0(h, bias=False)
     n, c = h.shape[:2]
-    assert layer.conv0.bias is not None
     if layer.style.adaptive_scale:
         vectors: tuple[Tensor | None, ...] = (layer.conv0.bias, *prepared.condition)
     else:
@@ -221,8 +226,7 @@ def block(
     elif other is None:
         out = Pending(h, layer.conv1.bias, layer.skip(joined, bias=False), layer.skip.bias, scale)
     else:
-        assert layer.skip.weight is not None and layer.skip.taps is None
-        h = add_product(h, layer.skip.weight, joined, x_, other)
+        h = add_product(h, given(layer.skip.weight), joined, x_, other)
         out = Pending(h, layer.conv1.bias, None, layer.skip.bias, scale)
     if layer.num_heads:
         _, h, joined = norm_silu(layer.norm2, out, layer.dtype, act=False)

@@ -138,12 +138,15 @@ def modulation(
 def forward_kernel(
     a: tl.tensor, bias: tl.tensor, skip: tl.tensor, skip_bias: tl.tensor, skip_scale: tl.tensor, x: tl.tensor,
     other: tl.tensor, gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor,
-    seed: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor, eps: tl.tensor, inv_keep: tl.tensor,
-    threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
-    SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    ACT: tl.constexpr,
+    v_rows: tl.tensor, rows_apart: tl.tensor, seed: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor,
+    eps: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr,
+    C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given."""
+    """y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given.
+
+    v_rows, rows_apart: distance of two samples' rows in v, and in scale and shift.
+    """
     CT: tl.constexpr = C + C2
     CHUNKS: tl.constexpr = (HW + ROWS - 1) // ROWS
     POLICY: tl.constexpr = "evict_last" if CHUNKS > 1 else ""
@@ -185,7 +188,7 @@ def forward_kernel(
         if CHUNKS > 1:
             m2 += d * (f - m)
     if v is not None:
-        add = tl.load(v + n * C + c, mask=ok, other=0.0)
+        add = tl.load(v + n * v_rows + c, mask=ok, other=0.0)
         m += add[None, :]
     # Two steps: the mean, then moments of what each slot (count rows, mean m, squared deviations m2) differs from it. The first
     # difference corrects the mean: with mean/std = 1000 the rounding of a plain sum would show.
@@ -199,7 +202,7 @@ def forward_kernel(
     tl.store(mean + n * (CT // SIZE) + g, mean_g, mask=own)
     tl.store(rstd + n * (CT // SIZE) + g, rstd_g, mask=own)
     center = spread(mean_g, member)
-    w, b, _, _, _ = modulation(gamma, beta, scale, shift, n * CT + c, c, ok)
+    w, b, _, _, _ = modulation(gamma, beta, scale, shift, n * rows_apart + c, c, ok)
     w *= spread(rstd_g, member)
     key = None
     if seed is not None:
@@ -255,13 +258,14 @@ def normal_and_gradient(
 @triton.jit(do_not_specialize=NOT_SPECIALISED, repr=named("bwd"))
 def backward_kernel(
     dy: tl.tensor, dx: tl.tensor, djoined: tl.tensor, skip_scale: tl.tensor, x: tl.tensor, other: tl.tensor,
-    gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor, seed: tl.tensor,
-    mean: tl.tensor, rstd: tl.tensor, da: tl.tensor, dother: tl.tensor, partials: tl.tensor, dv: tl.tensor,
-    dscale: tl.tensor, dshift: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor,
-    HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
+    gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor, v_rows: tl.tensor,
+    rows_apart: tl.tensor, seed: tl.tensor, mean: tl.tensor, rstd: tl.tensor, da: tl.tensor, dother: tl.tensor,
+    partials: tl.tensor, dv: tl.tensor, dscale: tl.tensor, dshift: tl.tensor, inv_keep: tl.tensor,
+    threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
+    SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """With d the gradient through the norm + djoined, both of cat(x, other): da = (d[:, :C] + dx) * skip_scale, dother the rest.
+    """With d the gradient of cat(x, other) through the norm + djoined: da = (d[:, :C] + dx) * skip_scale, dother = d[:, C:].
 
     dv: da summed over positions, [N, C + C2].
 
@@ -285,10 +289,10 @@ def backward_kernel(
         dother += n * HW * C2
     center = tl.load(mean + n * (CT // SIZE) + c // SIZE, mask=ok, other=0.0)
     rs = tl.load(rstd + n * (CT // SIZE) + c // SIZE, mask=ok, other=0.0)
-    w, b, gamma_c, beta_c, one = modulation(gamma, beta, scale, shift, nc, c, ok)
+    w, b, gamma_c, beta_c, one = modulation(gamma, beta, scale, shift, n * rows_apart + c, c, ok)
     add = None
     if v is not None:
-        add = tl.load(v + nc, mask=ok, other=0.0)
+        add = tl.load(v + n * v_rows + c, mask=ok, other=0.0)
     key = None
     if seed is not None:
         key = tl.load(seed)

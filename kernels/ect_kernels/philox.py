@@ -107,9 +107,13 @@ OP = Op("philox", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda
 _forward_op = FORWARD.register(OP)
 
 
-def _draw(gaussian: bool, seed: Tensor | int, device: torch.device, backend: str | None, *numbers: int) -> Tensor:
-    inputs = Inputs(torch.as_tensor(seed, dtype=torch.int64, device=device), *numbers, gaussian)
-    values: Tensor = _forward_op(*inputs, OP.pick(inputs.seed.device, (inputs,), backend))
+def _draw(
+    gaussian: bool, seed: Tensor | int, stream: int, n0: int, batch: int, per_sample: int, device: torch.device,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    inputs = Inputs(seed, stream, n0, batch, per_sample, gaussian)
+    values: Tensor = _forward_op(*inputs, OP.pick(device, (inputs,), backend))
     return values
 
 
@@ -121,7 +125,7 @@ def uniform(
 
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
     """
-    return _draw(False, seed, device, backend, stream, n0, batch, per_sample)
+    return _draw(False, seed, stream, n0, batch, per_sample, device, backend)
 
 
 def normal(
@@ -129,7 +133,7 @@ def normal(
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
-    return _draw(True, seed, device, backend, stream, n0, batch, per_sample)
+    return _draw(True, seed, stream, n0, batch, per_sample, device, backend)
 
 
 def dropout_threshold(p: float) -> int:

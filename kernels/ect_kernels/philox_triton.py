@@ -1,7 +1,7 @@
 """ect_kernels.philox in Triton: the op, and the dropout mask with the same bits, one Philox call for eight elements.
 
-Of the mask: with i the flat NHWC index of an element in the global batch, its counter is (i // 8 mod 2^32, layer, 0, 0), and element
-i mod 8 = k uses the low (k even) or high (k odd) half of word k // 2. The key is the 64-bit seed, loaded from the device.
+Of the mask: with i the flat NHWC index of an element in the global batch, its counter is (i // 8 mod 2^32, layer, 0, 0), and
+element i mod 8 = k uses the low (k even) or high (k odd) half of word k // 2. The key is the 64-bit seed, from the device.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """da in `dtype`, a's; dother (empty without other) in x's; sums [3, C + C2] in fp32 (fp64 for fp64): dgamma, dbeta, and dbias in
-    the first C places of the third row."""
+    """da in `dtype`, a's; dother (empty without other) in x's; sums [3, C + C2] in fp32 (fp64 for fp64): dgamma, dbeta, and
+    dbias in the first C places of the third row."""
 
     da: Tensor
     dother: Tensor
@@ -89,8 +89,8 @@ class Grads(NamedTuple):
 
 def _room_fwd(s: Seam, i: Norm) -> Output:
     mean = i.x.new_empty((i.x.shape[0], i.groups), dtype=i.wide)
-    images = (empty_image(i.x, channels, s.dtype) for channels in (i.x.shape[1], i.gamma.shape[0]))
-    return Output(*images, mean, torch.empty_like(mean))
+    x, y = (empty_image(i.x, channels, s.dtype) for channels in (i.x.shape[1], i.gamma.shape[0]))
+    return Output(x, y, mean, torch.empty_like(mean))
 
 
 def _room_bwd(s: Saved, i: Norm) -> Grads:
@@ -202,7 +202,7 @@ class _Seam(torch.autograd.Function):
         return x, y, joined
 
     @staticmethod
-    def backward(ctx: Any, dx: Maybe, dy: Maybe, djoined: Maybe) -> tuple[Maybe, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Maybe, dy: Maybe, djoined: Maybe) -> tuple[Maybe, ...]:
         mean, rstd, other, x, gamma, beta, seed = ctx.saved_tensors
         vectors = (gamma, beta, None, None, None, seed)
         saved = (mean, rstd, ctx.skip_scale, other, ctx.dtype, x)

@@ -20,6 +20,12 @@ def fp32(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.to(torch.float32).contiguous()
 
 
+def fp32_rows(v: Tensor | None) -> Tensor | None:
+    """Rows [N, C] as the kernels read them: float32 with neighbouring channels, of a larger tensor or all the same."""
+    v = None if v is None else v.to(torch.float32)
+    return v if v is None or v.stride(1) == 1 else v.contiguous()
+
+
 def nhwc(x: Some) -> Some:
     """x channels-last: itself, or a copy."""
     return None if x is None else x.contiguous(memory_format=torch.channels_last)

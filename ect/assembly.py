@@ -1,0 +1,82 @@
+"""From a configuration to the parts of a run: the network's description, the objective, optimizer state and update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ect import precision
+from ect.config import Config, NetConfig, ObjectiveConfig
+from ect.data import Dataset, ImageStream
+from ect.distributed import World
+from ect.errors import UserError
+from ect.models import EDMPrecond, half_precision_weights
+from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
+from ect.optim import FlatState
+from ect.step import TrainStep
+
+
+def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
+    """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
+    mult = " ".join(map(str, cfg.channel_mult))
+    if dataset.resolution >> (len(cfg.channel_mult) - 1) < 1:
+        raise UserError(
+            f"--net.channel-mult {mult}: images of {dataset.resolution}x{dataset.resolution} cannot be halved "
+            f"{len(cfg.channel_mult) - 1} times; give fewer factors"
+        )
+    for width in (cfg.model_channels * m for m in (1, *cfg.channel_mult)):
+        if width % min(32, width // 4):
+            raise UserError(
+                f"--net.model-channels {cfg.model_channels}, --net.channel-mult {mult}: {width} channels do not divide into "
+                f"{min(32, width // 4)} groups of the norm; choose multiples of 128, or up to 128 of 4"
+            )
+    kwargs: dict[str, Any] = {
+        "img_resolution": dataset.resolution, "in_channels": dataset.channels, "out_channels": dataset.channels,
+        "label_dim": dataset.label_dim, "augment_dim": augment_dim, "model_channels": cfg.model_channels,
+        "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
+        "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
+    }  # fmt: skip
+    if cfg.arch == "ncsnpp":
+        kwargs |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
+        kwargs |= {"resample_filter": [1, 3, 3, 1]}
+    unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
+    return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
+
+
+def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
+    if cfg.kind == "diffusion":
+        return DiffusionObjective(sigma_data, cfg.P_mean, cfg.P_std)
+    mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
+    return ConsistencyObjective(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+
+
+def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
+    """The configured optimizer state of a network, in the configured precision and memory layout of its device."""
+    device = next(net.parameters()).device
+    arithmetic = precision.resolve(cfg.precision, device)
+    state = FlatState(
+        net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
+        ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
+        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
+        channels_last=_or_gpu(cfg.channels_last, device),
+    )  # fmt: skip
+    if arithmetic.half is not None:
+        state.compute.model.fused = True  # type: ignore[assignment]  # half precision is for the ops, which sum in fp32
+    return state
+
+
+def train_step(cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World()) -> TrainStep:
+    """The configured update of `state`, on images of `stream`."""
+    device = state.params.device
+    if cfg.batch_per_device == "auto":
+        raise ValueError("batch_per_device is 'auto'; ect.memory.plan finds the number")
+    return TrainStep(
+        build_objective(cfg.objective, state.compute.sigma_data), state, stream, seed=cfg.seed, batch=cfg.batch,
+        micro_batch=cfg.batch_per_device, xflip=cfg.data.xflip, augment=cfg.data.augment,
+        compiled=_or_gpu(cfg.compile, device), graph=_or_gpu(cfg.graph, device) and device.type == "cuda", world=world,
+    )  # fmt: skip
+
+
+def _or_gpu(choice: bool | None, device: torch.device) -> bool:
+    return device.type == "cuda" if choice is None else choice
