@@ -93,6 +93,7 @@ BLOCKS = {
     "wider": Block(32, 64),
     "two sources": Block(32, 32, other=32),
     "two sources, a group in both": Block(256, 256, other=128),  # 12 channels a group, as at 32x32 of DDPM++
+    "two sources, as wide as their sum": Block(32, 64, other=32),
     "two sources, narrower, attention": Block(96, 128, other=160, options=dict(attention=True)),
 }
 BLOCK_BARS = {torch.float32: (1e-6, 5e-6), torch.float64: (1e-14, 5e-14)}  # relative errors of outputs and of gradients

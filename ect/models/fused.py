@@ -3,7 +3,9 @@
 Between layers the activation is `Pending`: the sum that a block ends with is not computed by itself, but by the next
 norm, which reads its parts once and writes sum and normalised activation together (residual_group_norm_silu). The
 decoder's concatenations are never made: the norm reads both sources, and a 1x1 skip convolution of a concatenation is
-the sum of two matrix products. Convolution biases ride along: conv0's with the embedding, the others with the sum.
+two matrix products that add to the residual branch. Its gradient is one product, which the norm's backward adds to its
+own, so that autograd never sums images (`joined`). Convolution biases ride along: conv0's with the embedding, the
+others with the sum.
 
 Where the blocks' convolution weights are in half precision, so is everything between the first convolution and the last
 norm; those two, and what is a vector (embedding, biases, norm parameters), stay fp32 (ect.precision).
@@ -159,7 +161,9 @@ class _QKV(torch.autograd.Function):
         c = x.shape[1]
         rows = torch.stack(grads, 2).view(-1, 3, c)
         dx = image(sum_in_fp32(torch.mm, rows.view(-1, 3 * c), ordered), x)
-        dweight = rows.new_empty(ctx.shape)
+        dweight = rows.new_empty(
+            ctx.shape
+        )  # written where it belongs; torch.compile copes with no transposed view here
         parts = dweight.as_strided((3, c, c), (c, 3 * c, 1))
         add_product_(parts, rows.permute(1, 2, 0), pixels(x).expand(3, -1, -1), beta=0)
         dbias = rows.transpose(1, 2).sum(0, dtype=ctx.bias).flatten()
@@ -222,7 +226,8 @@ def block(
     )  # fmt: skip
     h = layer.conv1(h, bias=False)
     if layer.skip is None:
-        out = Pending(h, layer.conv1.bias, joined, None, scale)
+        skip = joined if other is None else torch.cat([x_, other], dim=1)  # of two sources, `joined` has no data
+        out = Pending(h, layer.conv1.bias, skip, None, scale)
     elif other is None:
         out = Pending(h, layer.conv1.bias, layer.skip(joined, bias=False), layer.skip.bias, scale)
     else:
