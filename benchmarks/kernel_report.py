@@ -6,6 +6,8 @@ kernels that those shapes use, holds these to the bars and fails on a miss that 
 
 The bar on random bits: in every loop's body that draws (and in the code outside of loops, if that does), a thread calls
 Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become noise).
+
+DRAM traffic is what the ops' modules declare; tests/kernels/test_dram.py counts every access and holds them to it.
 """
 
 from __future__ import annotations
