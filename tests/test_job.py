@@ -22,6 +22,7 @@ from ect.errors import UserError
 from ect.job import Job, new_run_dir, pretrain_config
 from ect.options import parse
 from ect.train import main
+from ect.step import TrainStep
 from ect.trainer import Trainer
 from tests.tiny import BATCH, STEPS, config, run
 
@@ -38,7 +39,7 @@ def rows(folder: Path) -> list[dict]:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Behave as if Ctrl-C came during that step."""
-    count, original = [0], Trainer.row.__globals__["TrainStep"].__call__
+    count, original = [0], TrainStep.__call__
 
     def call(self, nimg, stage):  # type: ignore[no-untyped-def]
         count[0] += 1
