@@ -21,9 +21,8 @@ from ect.config import PRESETS, Config, DataConfig, EvalConfig, ObjectiveConfig,
 from ect.errors import UserError
 from ect.job import Job, new_run_dir, pretrain_config
 from ect.options import parse
-from ect.train import main
 from ect.step import TrainStep
-from ect.trainer import Trainer
+from ect.train import main
 from tests.tiny import BATCH, STEPS, config, run
 
 
