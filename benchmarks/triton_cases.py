@@ -32,13 +32,24 @@ def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -
     options = norm.options(c, c2, groups, hw, act, backward, light)
     warps = options.pop("num_warps")
     constexprs = {**options, **{arg: None for arg in kernel.arg_names if arg in absent}}
-    types = dict.fromkeys(("a", "skip", "x", "other", "y", "dy", "dx", "da", "dother"), "*fp16")
-    types |= dict.fromkeys(("skip_scale", "eps", "inv_keep"), "fp32") | dict.fromkeys(gn.NOT_SPECIALISED, "i32")
+    types = dict.fromkeys(("a", "skip", "x", "other", "y", "dy", "dx", "djoined", "da", "dother"), "*fp16")
+    types |= dict.fromkeys(("skip_scale", "eps", "inv_keep"), "fp32") | dict.fromkeys(
+        (*gn.NOT_SPECIALISED, "v_rows", "rows_apart"), "i32"
+    )
     types["seed"] = "*i64"
     signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "*fp32") for arg in kernel.arg_names}
     passes = 1 if options["ROWS"] >= hw else 2
     note = f"{passes} pass, {note}" + (" (second read from L2)" if passes == 2 else "")
-    return f"{'bwd' if backward else 'fwd'} {name}", kernel, signature, constexprs, _aligned(signature), warps, 3, note
+    return (
+        f"{'bwd' if backward else 'fwd'} {name}",
+        kernel,
+        signature,
+        constexprs,
+        _aligned(signature, "v_rows", "rows_apart"),
+        warps,
+        3,
+        note,
+    )
 
 
 def group_norm_silu() -> list[Case]:
@@ -46,7 +57,7 @@ def group_norm_silu() -> list[Case]:
     (no activation), forward and backward."""
     uses = [(c, size, "plain") for c, size in NORMS]
     uses += [(256, size, "dropout") for size in (32, 16, 8)] + [(256, size, "linear") for size in (16, 8)]
-    seam = {"a", "bias", "skip", "skip_bias", "skip_scale", "other", "dx", "dother", "scale", "shift"}
+    seam = {"a", "bias", "skip", "skip_bias", "skip_scale", "other", "dx", "djoined", "dother", "scale", "shift"}
     cases = []
     for (c, size, use), backward in itertools.product(uses, (False, True)):
         absent = seam | (set() if use == "dropout" else {"v", "seed"})
@@ -60,7 +71,8 @@ def residual_group_norm_silu() -> list[Case]:
     channels = [(128, 0), (256, 0), (256, 128), (128, 256), (256, 256)]
     cases = []
     for hw, (c, c2), drop, backward in itertools.product((1024, 256, 64), channels, (False, True), (False, True)):
-        absent = {"v", "scale", "shift", "dscale", "dshift", *(() if drop else ("seed",)), *(() if c2 else ("other",))}
+        # A decoder's x has one use beside the norm, in a product with `other`; an encoder's two, the skip and the decoder.
+        absent = {"v", "scale", "shift", "dscale", "dshift", *(() if drop else ("seed",)), "dx" if c2 else "other"}
         note = "4s and 3s of other: dy, other, dother" if backward else "4s and 2s of other"
         shape = (c, c2, 32, hw, True, False)
         cases.append(_norm(f"c={c}+{c2} hw={hw} drop={int(drop)}", backward, absent, note, *shape))

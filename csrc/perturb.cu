@@ -18,30 +18,10 @@ struct Perturb {
   float variance;             // sigma_data^2
 };
 
-// cos and sin of 2 pi u
-__device__ __forceinline__ void turn(float u, float& cosine, float& sine) {
-#if defined(__CUDACC__)
-  sincospif(2.f * u, &sine, &cosine);
-#else
-  cosine = float(cos(6.283185307179586 * u)); sine = float(sin(6.283185307179586 * u));
-#endif
-}
 // byte / 127.5, correctly rounded; a division would bring its slow path into the loop.
 __device__ __forceinline__ float halves(float byte) {
   const float q = byte * (1 / 127.5f);
   return fmaf(fmaf(-q, 127.5f, byte), 1 / 127.5f, q);
-}
-__device__ __forceinline__ float uniform(uint32_t word) { return (float(word >> 8) + 0.5f) * 0x1p-24f; }
-// Box-Muller, as philox.normal in Python pairs the words.
-__device__ __forceinline__ void normal4(const uint4& w, float (&z)[4]) {
-  const uint32_t word[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-  for (int k = 0; k < 4; k += 2) {
-    const float radius = sqrtf(-2.f * logf(uniform(word[k])));
-    float cosine, sine;
-    turn(uniform(word[k + 1]), cosine, sine);
-    z[k] = radius * cosine; z[k + 1] = radius * sine;
-  }
 }
 
 template <class T, int V> __global__ void __launch_bounds__(THREADS) perturb_fwd_kernel(Perturb a) {

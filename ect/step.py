@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from ect_kernels import philox
 from ect_kernels.consistency_loss import consistency_loss
+from ect_kernels.levels import levels
 from ect_kernels.perturb import perturb
 from torch import Tensor
 
@@ -97,16 +98,15 @@ class TrainStep:
         """What objective.train_loss computes, on the ops: one launch from uint8 images to the U-Net's inputs, and one from its
         outputs to loss and gradient. A test holds the two equal."""
         n, device, sigma_data = len(images), images.device, objective.sigma_data
-        t = (
-            objective.P_mean + objective.P_std * philox.normal(self.key, philox.STREAM_T, n0, n, 1, device).view(n)
-        ).exp()
-        r = objective.mapping(t, self.stage)
+        normal, m = philox.normal(self.key, philox.STREAM_T, n0, n, 1, device).view(n), objective.mapping
+        k = m.k if m.kind == "sigmoid" else 0.0
+        t, r, label_t, label_r = levels(normal, self.stage, objective.P_mean, objective.P_std, m.q, k, m.b)
         in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, self.key, n0=n0, flip=self.flips(n, n0))
         mask, unet = MaskKey(self.key, n0), self.net.model
         # A graph compiled without gradients rounds differently, which is noise on D_t - D_r: the teacher runs the student's.
         with torch.set_grad_enabled(self.compiled):
-            F_r = unet(in_r, torch.where(r > 0, r, torch.ones_like(r)).log() / 4, labels, None, mask).detach()
-        F_t = unet(in_t, t.log() / 4, labels, None, mask)
+            F_r = unet(in_r, label_r, labels, None, mask).detach()
+        F_t = unet(in_t, label_t, labels, None, mask)
         weight = WEIGHTINGS[objective.weighting](t, r, sigma_data)
         return consistency_loss(F_t, F_r, x_t, x_r, t, r, weight, objective.c, sigma_data)
 

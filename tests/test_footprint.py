@@ -118,17 +118,12 @@ def ddpmpp() -> Footprint:
     return trace(make(replace(PRESETS["cifar10-1h"], precision="fp16", channels_last=True), CIFAR10))
 
 
-OPEN = "open: the step still makes its small draws and its sums of image gradients by separate operations"
-
-
-@pytest.mark.xfail(strict=True, reason=OPEN)
 def test_ddpmpp_takes_at_most_700_operations(ddpmpp: Footprint, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\nDDPM++, 128 images, fp16: {ddpmpp.ops} operations, about {ddpmpp.kernels} kernels\n{ddpmpp.table()}")
     assert ddpmpp.ops <= 700
 
 
-@pytest.mark.xfail(strict=True, reason=OPEN)
 def test_ddpmpp_moves_few_bytes_beside_its_convolutions(ddpmpp: Footprint) -> None:
     traffic = ddpmpp.traffic
     blocks = sum(traffic[name] for name in ("norm", "activation", "dropout", "residual", "concat"))

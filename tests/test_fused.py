@@ -93,6 +93,7 @@ BLOCKS = {
     "wider": Block(32, 64),
     "two sources": Block(32, 32, other=32),
     "two sources, a group in both": Block(256, 256, other=128),  # 12 channels a group, as at 32x32 of DDPM++
+    "two sources, as wide as their sum": Block(32, 64, other=32),
     "two sources, narrower, attention": Block(96, 128, other=160, options=dict(attention=True)),
 }
 BLOCK_BARS = {torch.float32: (1e-6, 5e-6), torch.float64: (1e-14, 5e-14)}  # relative errors of outputs and of gradients
@@ -130,7 +131,8 @@ def test_fused_block_equals_plain(style: str, name: str, dtype: torch.dtype) -> 
 
     plain_x = x.value()
     plain = layer(plain_x if other is None else torch.cat([plain_x, other], 1), emb, mask)
-    fused_x, pending = fused.block(layer, x, emb, mask, other)
+    (prepared,) = fused.prepare([layer], emb)
+    fused_x, pending = fused.block(layer, x, prepared, mask, other)
     assert rel_l2(fused_x.detach(), plain_x.detach()) <= BLOCK_BARS[dtype][0]
     assert rel_l2(pending.value().detach(), plain.detach()) <= BLOCK_BARS[dtype][0]
     cotangent, cotangent_x = torch.randn_like(plain), torch.randn_like(plain_x)  # x itself goes to the decoder

@@ -25,12 +25,12 @@ struct Layout {
   int bytes;                      // shared memory in all
 };
 struct Drop { const int64_t* seed; uint32_t threshold, layer; int64_t n0; float inv_keep; };   // seed null: no dropout
-// scale, shift, v: [n, c] or null. The norm's affine map is z = (x_hat * gamma + beta) * (1 + scale) + shift.
+// scale, shift, v: [n, c] or null, the samples' rows a stride apart (`rows` for scale and shift). The norm's affine map is z = (x_hat * gamma + beta) * (1 + scale) + shift.
 struct Affine {
-  const float *gamma, *beta, *scale, *shift, *v;
-  __device__ float factor(int64_t nc) const { return scale ? 1.f + scale[nc] : 1.f; }
-  __device__ float add(int64_t nc) const { return v ? v[nc] : 0.f; }
-  __device__ float bias(int64_t nc, int c) const { return beta[c] * factor(nc) + (shift ? shift[nc] : 0.f); }
+  const float *gamma, *beta, *scale, *shift, *v; int64_t v_rows, rows;
+  __device__ float factor(int64_t n, int c) const { return scale ? 1.f + scale[n * rows + c] : 1.f; }
+  __device__ float add(int64_t n, int c) const { return v ? v[n * v_rows + c] : 0.f; }
+  __device__ float bias(int64_t n, int c) const { return beta[c] * factor(n, c) + (shift ? shift[n * rows + c] : 0.f); }
 };
 
 struct Forward {
@@ -43,7 +43,7 @@ struct Backward {
   Layout p; Drop drop; Affine affine; int act;
   const void *dy, *x, *other; const float *mean, *rstd;
   void *dx, *dother; float *partials, *dv, *dscale, *dshift; int64_t n;
-  const void* dx_in; float skip_scale;   // residual only: gradient that reached x by another way
+  const void *dx_in, *djoined; float skip_scale;   // residual only: gradients that reached x, and cat(x, other), by another way
 };
 
 // Fills in `p`; false where the sizes are not supported. tiles: tensors held on chip; sums: results of the largest column_sums.

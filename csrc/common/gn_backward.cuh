@@ -45,7 +45,8 @@ template <int V> struct Gradient {
 
 // With z = x_hat * w + b and dz its gradient: dx = rstd * (w dz - c1 - x_hat c2), c1 and c2 the group's means of w dz and w dz x_hat.
 // Sums of dx over the rows follow from those of dz, dz x_hat and x_hat, with no further pass.
-template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backward(const Backward& f) {
+// A: type of a's gradient, here called dx.
+template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__ void backward(const Backward& f) {
   const Layout& p = f.p;
   const Block b(p);
   SHARED_DYN(unsigned char, shared);
@@ -75,9 +76,9 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
     const int64_t nc = b.n * c_all + c, g = b.n * (c_all / p.cg) + c / p.cg;
     params[k] = f.mean[g];
     params[p.slab + k] = f.rstd[g];
-    params[4 * p.slab + k] = f.affine.add(nc);
-    params[2 * p.slab + k] = f.affine.gamma[c] * f.affine.factor(nc);
-    params[3 * p.slab + k] = f.affine.bias(nc, c);
+    params[4 * p.slab + k] = f.affine.add(b.n, c);
+    params[2 * p.slab + k] = f.affine.gamma[c] * f.affine.factor(b.n, c);
+    params[3 * p.slab + k] = f.affine.bias(b.n, c);
   }
   __syncthreads();
 
@@ -130,7 +131,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
     const int c = b.c0 + k, g = k / p.cg;
     const int64_t nc = b.n * c_all + c, plane = f.n * c_all;
     const float c1 = means[g], c2 = means[groups + g], c3 = means[2 * groups + g];
-    const float s0 = sums[k], s1 = sums[p.slab + k] - c3 * s0, factor = f.affine.factor(nc);
+    const float s0 = sums[k], s1 = sums[p.slab + k] - c3 * s0, factor = f.affine.factor(b.n, c);
     if (f.partials) { f.partials[nc] = factor * s1; f.partials[plane + nc] = factor * s0; }
     if (f.dscale) f.dscale[nc] = f.affine.gamma[c] * s1 + f.affine.beta[c] * s0;
     if (f.dshift) f.dshift[nc] = s0;
@@ -163,6 +164,12 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
         float e[V], d[V], more[V] = {};
         const int slot = (row * p.columns + b.column) * V;
         if (adds) load<true>(static_cast<const T*>(f.dx_in) + at, more);
+        if (RESIDUAL && f.djoined) {
+          float joined[V];
+          load<true>(static_cast<const T*>(f.djoined) + (from - dy), joined);
+#pragma unroll
+          for (int j = 0; j < V; j++) more[j] += joined[j];
+        }
         if (p.resident) {
           load<false>(tile_x + slot, e);
           load<false>(tile_d + slot, d);
@@ -181,7 +188,9 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void backwar
           q[0][j] += more[j];
           d[j] = factor * (more[j] + d[j]);
         }
-        if (wanted != nullptr) store<true>(static_cast<T*>(wanted) + at, d);
+        if (wanted == nullptr) continue;
+        if (ch.second) store<true>(static_cast<T*>(wanted) + at, d);
+        else store<true>(static_cast<A*>(wanted) + at, d);
       }
     }
     if (RESIDUAL && f.partials) column_sums(q, p.columns, p.rows, red, sums + first, p.slab, b.width - first);

@@ -4,7 +4,8 @@
 
 namespace gn {
 
-template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward(const Forward& f) {
+// A: type of a and skip.
+template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__ void forward(const Forward& f) {
   const Layout& p = f.p;
   const Block b(p);
   SHARED_DYN(unsigned char, shared);
@@ -36,14 +37,14 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
     float mean[V], q[2][V], count = 0.f, bias[V], pivot[V], v[V];
 #pragma unroll
     for (int j = 0; j < V; j++) {
-      v[j] = !RESIDUAL && ch.active ? f.affine.add(b.n * c_all + ch.c + j) : 0.f;
+      v[j] = !RESIDUAL && ch.active ? f.affine.add(b.n, ch.c + j) : 0.f;
       mean[j] = q[0][j] = q[1][j] = 0.f;
       bias[j] = computed && ch.active ? (f.bias ? f.bias[ch.c + j] : 0.f) + (f.skip_bias ? f.skip_bias[ch.c + j] : 0.f) : 0.f;
     }
     auto compute = [&](int64_t at, float (&e)[V]) {   // x, rounded as it is written
-      load<true>(static_cast<const T*>(f.a) + at, e);
+      load<true>(static_cast<const A*>(f.a) + at, e);
       float s[V] = {};
-      if (f.skip) load<true>(static_cast<const T*>(f.skip) + at, s);
+      if (f.skip) load<true>(static_cast<const A*>(f.skip) + at, s);
 #pragma unroll
       for (int j = 0; j < V; j++) e[j] = to_float(from_float<T>((e[j] + bias[j] + s[j]) * f.skip_scale));
     };
@@ -113,11 +114,11 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
   for (int k = threadIdx.x; k < b.width; k += blockDim.x) {
     const int c = b.c0 + k, g = k / p.cg;
     const int64_t nc = b.n * c_all + c;
-    const float w = stats[groups + g] * f.affine.gamma[c] * f.affine.factor(nc);
+    const float w = stats[groups + g] * f.affine.gamma[c] * f.affine.factor(b.n, c);
     float rest;
     subtract(pivots[g * p.cg], -stats[g], params[k], rest);
     params[p.slab + k] = w;
-    params[2 * p.slab + k] = f.affine.bias(nc, c) - rest * w;
+    params[2 * p.slab + k] = f.affine.bias(b.n, c) - rest * w;
   }
   __syncthreads();
 
@@ -126,7 +127,7 @@ template <class T, int V, bool RESIDUAL> __device__ __forceinline__ void forward
     if (!ch.active) continue;
     float m[V], w[V], add[V], v[V];
 #pragma unroll
-    for (int j = 0; j < V; j++) v[j] = RESIDUAL ? 0.f : f.affine.add(b.n * c_all + ch.c + j);
+    for (int j = 0; j < V; j++) v[j] = RESIDUAL ? 0.f : f.affine.add(b.n, ch.c + j);
     load<false>(params + ch.k, m);
     load<false>(params + p.slab + ch.k, w);
     load<false>(params + 2 * p.slab + ch.k, add);

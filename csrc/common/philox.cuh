@@ -25,3 +25,25 @@ __device__ __forceinline__ bool keep8(const uint4& w, int k, uint32_t threshold)
   const uint32_t word = k < 2 ? w.x : k < 4 ? w.y : k < 6 ? w.z : w.w;
   return ((k & 1) ? word >> 16 : word & 0xffffu) >= threshold;
 }
+
+// cos and sin of 2 pi u
+__device__ __forceinline__ void turn(float u, float& cosine, float& sine) {
+#if defined(__CUDACC__)
+  sincospif(2.f * u, &sine, &cosine);
+#else
+  cosine = float(cos(6.283185307179586 * u)); sine = float(sin(6.283185307179586 * u));
+#endif
+}
+// Uniform in (0, 1].
+__device__ __forceinline__ float uniform(uint32_t word) { return (float(word >> 8) + 0.5f) * 0x1p-24f; }
+// Box-Muller, as philox.normal in Python pairs the words.
+__device__ __forceinline__ void normal4(const uint4& w, float (&z)[4]) {
+  const uint32_t word[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int k = 0; k < 4; k += 2) {
+    const float radius = sqrtf(-2.f * logf(uniform(word[k])));
+    float cosine, sine;
+    turn(uniform(word[k + 1]), cosine, sine);
+    z[k] = radius * cosine; z[k + 1] = radius * sine;
+  }
+}

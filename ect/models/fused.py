@@ -3,7 +3,9 @@
 Between layers the activation is `Pending`: the sum that a block ends with is not computed by itself, but by the next
 norm, which reads its parts once and writes sum and normalised activation together (residual_group_norm_silu). The
 decoder's concatenations are never made: the norm reads both sources, and a 1x1 skip convolution of a concatenation is
-the sum of two matrix products. Convolution biases ride along: conv0's with the embedding, the others with the sum.
+two matrix products that add to the residual branch. Its gradient is one product, which the norm's backward adds to its
+own, so that autograd never sums images (`joined`). Convolution biases ride along: conv0's with the embedding, the
+others with the sum.
 
 Where the blocks' convolution weights are in half precision, so is everything between the first convolution and the last
 norm; those two, and what is a vector (embedding, biases, norm parameters), stay fp32 (ect.precision).
@@ -12,16 +14,17 @@ norm; those two, and what is a vector (embedding, biases, norm parameters), stay
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from ect_kernels import dispatch
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
-from torch import Tensor
+from torch import Tensor, nn
 
-from ect.models.layers import Conv2d, GroupNorm, MaskKey, UNetBlock, sum_in_fp32
+from ect.models.layers import GroupNorm, MaskKey, UNetBlock, sum_in_fp32
 
 
 def wanted(choice: bool | None, x: Tensor) -> bool:
@@ -53,78 +56,198 @@ class Pending(NamedTuple):
         return x if self.scale == 1.0 else x * self.scale
 
 
-def norm_silu(norm: GroupNorm, x: Pending, other: Tensor | None = None, act: bool = True) -> tuple[Tensor, Tensor]:
-    """(x, act(norm(cat(x, other)))): the pending sum is computed on the way."""
-    if x.skip is None and x.bias is None and other is None and x.scale == 1.0:
-        return x.a, group_norm_silu(x.a, norm.weight, norm.bias, norm.groups, norm.eps, act=act)
+def norm_silu(
+    norm: GroupNorm, x: Pending, dtype: torch.dtype, other: Tensor | None = None, act: bool = True
+) -> tuple[Tensor, ...]:
+    """(x, act(norm(cat(x, other))), cat(x, other) or its stand-in) in `dtype`: the pending sum is computed on the way."""
+    if x.skip is None and x.bias is None and other is None and x.scale == 1.0 and x.a.dtype == dtype:
+        return x.a, group_norm_silu(x.a, norm.weight, norm.bias, norm.groups, norm.eps, act=act), x.a
     return residual_group_norm_silu(
         x.a, norm.weight, norm.bias, norm.groups, norm.eps,
         bias=x.bias, skip=x.skip, skip_bias=x.skip_bias, skip_scale=x.scale, other=other, act=act,
+        dtype=dtype, joined=True,
     )  # fmt: skip
 
 
-def skip_sum(conv: Conv2d, x: Tensor, other: Tensor | None) -> Tensor:
-    """The skip path without its bias; for a concatenation, two matrix products that accumulate into one output."""
-    if other is None:
-        return conv(x, bias=False)
-    assert conv.weight is not None and conv.resample_filter is None and conv.kernel == 1
-    n, c, h, w = x.shape
-    weight = conv.weight.flatten(1)
-    # The other source first: measured, that order puts less rounding on the training signal (benchmarks/precision.py).
-    rows = sum_in_fp32(torch.mm, other.permute(0, 2, 3, 1).reshape(-1, other.shape[1]), weight[:, c:].t())
-    rows = sum_in_fp32(torch.addmm, rows, x.permute(0, 2, 3, 1).reshape(-1, c), weight[:, :c].t())
+def pixels(x: Tensor) -> Tensor:
+    """[N H W, C] of an image, without a copy where it is channels-last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def image(rows: Tensor, like: Tensor) -> Tensor:
+    """The image of these pixels, in the size of another."""
+    n, _, h, w = like.shape
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
-def attention(layer: UNetBlock, x: Tensor) -> Tensor:
-    """Self-attention over pixels, [N, C, H, W] -> [N, C, H, W] before the projection, without a copy of q, k or v.
+def add_product(a: Tensor, weight: Tensor, joined: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """a + a 1x1 convolution of cat(x, other), in a's memory. joined: the stand-in that takes the gradient of cat(x, other)."""
+    total: Tensor = _AddProduct.apply(a.contiguous(memory_format=torch.channels_last), weight, joined, x, other)
+    return total
 
-    The checkpoints' qkv convolution interleaves the three; its small weight is put in order instead of its output.
-    """
-    n, c, h, w = x.shape
-    qkv, size = layer.qkv, c // layer.num_heads
-    assert qkv.weight is not None and qkv.bias is not None
-    weight = qkv.weight.view(layer.num_heads, size, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c)
-    bias = qkv.bias.view(layer.num_heads, size, 3).permute(2, 0, 1).flatten().to(weight.dtype)
-    rows = sum_in_fp32(torch.addmm, bias, x.permute(0, 2, 3, 1).reshape(-1, c), weight.t())
-    q, k, v = rows.view(n, h * w, 3, layer.num_heads, size).permute(2, 0, 3, 1, 4).unbind()
-    out = sum_in_fp32(F.scaled_dot_product_attention, q, k, v)
-    return out.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+class _AddProduct(torch.autograd.Function):
+    """add_product, whose backward is one product for both sources."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor, joined: Tensor, x: Tensor, other: Tensor) -> Tensor:
+        for source, part in zip((x, other), weight.flatten(1).split([x.shape[1], other.shape[1]], 1), strict=True):
+            add_product_(pixels(a), pixels(source), part.t())
+        ctx.save_for_backward(weight, x, other)
+        ctx.mark_dirty(a)
+        return a
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> tuple[Tensor | None, ...]:
+        weight, x, other = ctx.saved_tensors
+        rows, dweight = pixels(da), weight.new_empty(weight.shape)
+        for source, part in zip((x, other), dweight.flatten(1).split([x.shape[1], other.shape[1]], 1), strict=True):
+            add_product_(part, rows.t(), pixels(source), beta=0)
+        return da, dweight, image(sum_in_fp32(torch.mm, rows, weight.flatten(1)), da), None, None
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """total = beta total + a b in place, summed in fp32; also of batches."""
+    if total.dtype in (torch.float32, torch.float64) or total.device.type != "cpu":
+        (total.addmm_ if total.dim() == 2 else total.baddbmm_)(a, b, beta=beta)
+    else:
+        total.copy_(
+            (torch.addmm if total.dim() == 2 else torch.baddbmm)(total.float(), a.float(), b.float(), beta=beta)
+        )
+
+
+def given(parameter: Tensor | None) -> Tensor:
+    """A parameter that is there."""
+    assert parameter is not None
+    return parameter
+
+
+class Ordered(NamedTuple):
+    """Weight [3C, C] and bias [3C] of a qkv convolution, first all of q, then k, then v; the checkpoints interleave them."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@torch.no_grad()
+def ordered_qkv(blocks: Sequence[UNetBlock]) -> dict[int, Ordered]:
+    """By block number; one copy for all blocks of a width."""
+    ordered: dict[int, Ordered] = {}
+    for c in {block.out_channels for block in blocks if block.num_heads}:
+        group = [block for block in blocks if block.num_heads and block.out_channels == c]
+        weights = torch.cat([given(block.qkv.weight).view(c, 3, c).transpose(0, 1) for block in group])
+        biases = torch.cat([given(block.qkv.bias).view(c, 3).t() for block in group]).to(weights.dtype)
+        pairs = zip(weights.reshape(-1, 3 * c, c), biases.reshape(-1, 3 * c), strict=True)
+        ordered |= {block.layer: Ordered(*pair) for block, pair in zip(group, pairs, strict=True)}
+    return ordered
+
+
+class _QKV(torch.autograd.Function):
+    """q, k, v [N, H W, heads, C / heads] of x [N, C, H, W], by the ordered weights; gradients in the checkpoints' order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ordered: Tensor, ordered_bias: Tensor, heads: int
+    ) -> tuple[Tensor, ...]:
+        n, c, h, w = x.shape
+        ctx.save_for_backward(x, ordered)
+        ctx.shape, ctx.bias = weight.shape, bias.dtype
+        rows = sum_in_fp32(torch.addmm, ordered_bias, pixels(x), ordered.t())
+        return rows.view(n, h * w, 3, heads, c // heads).unbind(2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, ordered = ctx.saved_tensors
+        c = x.shape[1]
+        rows = torch.stack(grads, 2).view(-1, 3, c)
+        dx = image(sum_in_fp32(torch.mm, rows.view(-1, 3 * c), ordered), x)
+        dweight = rows.new_empty(
+            ctx.shape
+        )  # written where it belongs; torch.compile copes with no transposed view here
+        parts = dweight.as_strided((3, c, c), (c, 3 * c, 1))
+        add_product_(parts, rows.permute(1, 2, 0), pixels(x).expand(3, -1, -1), beta=0)
+        dbias = rows.transpose(1, 2).sum(0, dtype=ctx.bias).flatten()
+        return dx, dweight, dbias, None, None, None
+
+
+def attention(layer: UNetBlock, x: Tensor, qkv: Ordered) -> Tensor:
+    """Self-attention over pixels, [N, C, H, W] -> [N, C, H, W] before the projection, without a copy of q, k or v."""
+    parts = _QKV.apply(x, layer.qkv.weight, layer.qkv.bias, *qkv, layer.num_heads)
+    out = sum_in_fp32(F.scaled_dot_product_attention, *(part.transpose(1, 2) for part in parts))
+    return image(out.transpose(1, 2).reshape(-1, x.shape[1]), x)
+
+
+class Prepared(NamedTuple):
+    """What a block takes beside images: see conditioning() and ordered_qkv()."""
+
+    condition: tuple[Tensor, ...]
+    qkv: Ordered | None
+
+
+def prepare(blocks: Sequence[UNetBlock], emb: Tensor) -> list[Prepared]:
+    """For blocks with these noise embeddings [N, emb_channels]."""
+    qkv = ordered_qkv(blocks)
+    return [Prepared(c, qkv.get(block.layer)) for c, block in zip(conditioning(blocks, emb), blocks, strict=True)]
+
+
+def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor, ...]]:
+    """What each block's second norm takes from the embedding, by one product for all: (scale, shift), or (v,), to which the
+    bias of conv0 is added. Each [N, C], or [1, C] where emb has one row."""
+    adaptive = blocks[0].style.adaptive_scale
+    biases = [given(block.affine.bias) for block in blocks]
+    if not adaptive:
+        biases += [given(block.conv0.bias) for block in blocks]
+    bias = torch.cat(biases)
+    bias = bias if adaptive else bias.view(2, -1).sum(0)
+    rows = torch.addmm(bias, emb, torch.cat([block.affine.weight for block in blocks]).t())
+    parts = 2 if adaptive else 1
+    columns = rows.split([block.out_channels for block in blocks for _ in range(parts)], dim=1)
+    return [columns[i : i + parts] for i in range(0, len(columns), parts)]
 
 
 def block(
-    layer: UNetBlock, x: Pending, emb: Tensor, mask: MaskKey | None, other: Tensor | None
+    layer: UNetBlock, x: Pending, prepared: Prepared, mask: MaskKey | None, other: Tensor | None
 ) -> tuple[Tensor, Pending]:
     """One residual block on cat(x, other): (x itself, now computed; the block's own pending output)."""
     scale = layer.style.skip_scale
-    x_, h = norm_silu(layer.norm0, x.to(layer.dtype), other)
+    x_, h, joined = norm_silu(layer.norm0, x, layer.dtype, other)
     h = layer.conv0(h, bias=False)
     n, c = h.shape[:2]
-    assert layer.conv0.bias is not None
-    embedding = layer.affine(emb)
     if layer.style.adaptive_scale:
-        scales, shifts = (part.expand(n, c) for part in embedding.chunk(2, dim=1))
-        v = layer.conv0.bias.expand(n, c)
+        vectors: tuple[Tensor | None, ...] = (layer.conv0.bias, *prepared.condition)
     else:
-        scales, shifts, v = None, None, (embedding + layer.conv0.bias).expand(n, c)
+        vectors = (*prepared.condition, None, None)
+    v, scales, shifts = (None if part is None else part.expand(n, c) for part in vectors)
     p, seed, n0 = (layer.dropout, mask.seed, mask.n0) if mask is not None else (0.0, None, 0)
     norm = layer.norm1
     h = group_norm_silu(
         h, norm.weight, norm.bias, norm.groups, norm.eps,
         v=v, scale=scales, shift=shifts, p=p, seed=seed, layer=layer.layer, n0=n0,
     )  # fmt: skip
-    skip, skip_bias = x_, None
-    if layer.skip is not None:
-        skip, skip_bias = skip_sum(layer.skip, x_, other), layer.skip.bias
-    out = Pending(layer.conv1(h, bias=False), layer.conv1.bias, skip, skip_bias, scale)
+    h = layer.conv1(h, bias=False)
+    if layer.skip is None:
+        skip = joined if other is None else torch.cat([x_, other], dim=1)  # of two sources, `joined` has no data
+        out = Pending(h, layer.conv1.bias, skip, None, scale)
+    elif other is None:
+        out = Pending(h, layer.conv1.bias, layer.skip(joined, bias=False), layer.skip.bias, scale)
+    else:
+        h = add_product(h, given(layer.skip.weight), joined, x_, other)
+        out = Pending(h, layer.conv1.bias, None, layer.skip.bias, scale)
     if layer.num_heads:
-        y, h = norm_silu(layer.norm2, out, act=False)
-        out = Pending(layer.proj(attention(layer, h), bias=False), layer.proj.bias, y, None, scale)
+        _, h, joined = norm_silu(layer.norm2, out, layer.dtype, act=False)
+        assert prepared.qkv is not None
+        out = Pending(layer.proj(attention(layer, h, prepared.qkv), bias=False), layer.proj.bias, joined, None, scale)
     return x_, out
+
+
+def unet_blocks(net: nn.Module) -> list[UNetBlock]:
+    """Blocks in the order of their numbers."""
+    return [layer for layer in net.modules() if isinstance(layer, UNetBlock)]
 
 
 def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # type: ignore[no-untyped-def]
     """SongUNet.forward after the embedding."""
+    prepared = prepare(unet_blocks(net), emb)
     skips: list[Tensor] = []
     aux = x
     pending: Pending | None = None  # output of the last encoder layer, appended to skips once it is computed
@@ -139,7 +262,7 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
             pending = Pending(value)
         elif isinstance(layer, UNetBlock):
             assert pending is not None
-            value, pending = block(layer, pending, emb, mask, None)
+            value, pending = block(layer, pending, prepared[layer.layer], mask, None)
             skips.append(value)
         else:
             pending = Pending(layer(x, bias=False), layer.bias)
@@ -150,16 +273,16 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
         if name.endswith("aux_up"):
             out = layer(out)
         elif name.endswith("aux_norm"):
-            value, normed = norm_silu(layer, pending.to(x.dtype))
+            value, normed, _ = norm_silu(layer, pending, x.dtype)
             pending = Pending(value)
         elif name.endswith("aux_conv"):
-            image = layer(normed)
-            out = image if out is None else out + image
+            more = layer(normed)
+            out = more if out is None else out + more
         else:
             other = None
             if pending.a.shape[1] != layer.in_channels:
                 other = skips.pop()
-            value, pending = block(layer, pending, emb, mask, other)
+            value, pending = block(layer, pending, prepared[layer.layer], mask, other)
             if first:  # the decoder's first block computes the encoder's last output
                 skips.append(value)
                 first = False
@@ -169,18 +292,19 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
 
 def adm_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # type: ignore[no-untyped-def]
     """DhariwalUNet.forward after the embedding."""
+    prepared = prepare(unet_blocks(net), emb)
     skips: list[Tensor] = []
     pending = Pending(x)
     for layer in net.enc.values():
         if isinstance(layer, UNetBlock):
-            value, pending = block(layer, pending, emb, mask, None)
+            value, pending = block(layer, pending, prepared[layer.layer], mask, None)
             skips.append(value)
         else:
             pending = Pending(layer(x, bias=False), layer.bias)
     for i, layer in enumerate(net.dec.values()):
         other = skips.pop() if pending.a.shape[1] != layer.in_channels else None
-        value, pending = block(layer, pending, emb, mask, other)
+        value, pending = block(layer, pending, prepared[layer.layer], mask, other)
         if i == 0:
             skips.append(value)
-    _, normed = norm_silu(net.out_norm, pending.to(x.dtype))
+    _, normed, _ = norm_silu(net.out_norm, pending, x.dtype)
     return net.out_conv(normed)

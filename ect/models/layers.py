@@ -93,15 +93,26 @@ class Conv2d(nn.Module):
             fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
             self.weight = init.weight_([out_channels, in_channels, kernel, kernel], fan_in, fan_out)
             self.bias = init.bias_(out_channels, fan_in, fan_out)
+        self.taps: Tensor | None
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+        resampled = out_channels if fused else in_channels
         self.register_buffer("resample_filter", taps if up or down else None)
+        self.register_buffer("taps", taps.repeat(resampled, 1, 1, 1) if up or down else None, persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.set_taps())
+        self.set_taps()
+
+    def set_taps(self) -> None:
+        """Bring `taps`, the filter of every channel as resample() takes it, in line with the checkpoints' resample_filter."""
+        if self.resample_filter is not None:
+            assert self.taps is not None
+            self.taps.copy_(self.resample_filter * (4 if self.up else 1))
 
     def forward(self, x: Tensor, bias: bool = True) -> Tensor:
         """x [N, in_channels, H, W] -> [N, out_channels, H', W']; bias=False leaves the bias to the caller."""
-        if self.resample_filter is None:
+        if self.taps is None:
             return self.convolve(x, bias)
-        taps = self.resample_filter.to(x.dtype)
+        taps = self.taps.to(x.dtype)
         pad = (taps.shape[-1] - 1) // 2
         if self.fused and self.down:
             x = self.convolve(x, bias, pad)  # the bias passes the filter unchanged: its taps sum to 1
@@ -119,11 +130,9 @@ class Conv2d(nn.Module):
 
 
 def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Tensor:
-    """Every channel of x [N, C, H, W] filtered by taps [1, 1, k, k], at half the resolution, or at twice it."""
-    taps = taps.expand(x.shape[1], 1, -1, -1)
-    if up:
-        return sum_in_fp32(lambda x, w: F.conv_transpose2d(x, w * 4, None, 2, padding, groups=x.shape[1]), x, taps)
-    return sum_in_fp32(lambda x, w: F.conv2d(x, w, None, 2, padding, groups=x.shape[1]), x, taps)
+    """Every channel of x [N, C, H, W] filtered by taps [C, 1, k, k], at half the resolution, or at twice it."""
+    convolution = F.conv_transpose2d if up else F.conv2d
+    return sum_in_fp32(lambda x, w: convolution(x, w, None, 2, padding, groups=x.shape[1]), x, taps)
 
 
 class GroupNorm(nn.Module):
@@ -216,32 +225,41 @@ class UNetBlock(nn.Module):
         return out.transpose(2, 3).reshape(n, c3 // 3, h, w)
 
 
-class PositionalEmbedding(nn.Module):
-    """Sinusoids of the noise label, [N] -> [N, channels]: frequencies 10000^(-i/(C/2 - endpoint)), cosines first."""
+def sinusoids(x: Tensor, frequencies: Tensor, sines_first: bool) -> Tensor:
+    """Cosines and sines [N, 2F] of x [N] times frequencies [F]."""
+    angles = torch.outer(x, frequencies)
+    pair = (angles.sin(), angles.cos()) if sines_first else (angles.cos(), angles.sin())
+    return torch.cat(pair, dim=1)
 
-    def __init__(self, channels: int, endpoint: bool) -> None:
+
+class PositionalEmbedding(nn.Module):
+    """Sinusoids of the noise label, [N] -> [N, channels]: frequencies 10000^(-i/(C/2 - endpoint))."""
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int, endpoint: bool, sines_first: bool = False) -> None:
         super().__init__()
-        self.channels, self.endpoint = channels, endpoint
+        self.sines_first = sines_first
+        half = channels // 2
+        exponent = torch.arange(half, dtype=torch.float32) / (half - int(endpoint))
+        self.register_buffer("frequencies", (1 / 10000) ** exponent, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        half = self.channels // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
-        angles = torch.outer(x, (1 / 10000) ** exponent)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        return sinusoids(x, self.frequencies, self.sines_first)
 
 
 class FourierEmbedding(nn.Module):
-    """Random Fourier features of the noise label, [N] -> [N, channels], cosines first; the frequencies are a buffer."""
+    """Random Fourier features of the noise label, [N] -> [N, channels]; the frequencies are a buffer."""
 
     freqs: Tensor
 
-    def __init__(self, channels: int, scale: float = 16.0) -> None:
+    def __init__(self, channels: int, scale: float = 16.0, sines_first: bool = False) -> None:
         super().__init__()
+        self.sines_first = sines_first
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        angles = torch.outer(x, (2 * math.pi) * self.freqs)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        return sinusoids(x, (2 * math.pi) * self.freqs, self.sines_first)
 
 
 def drop_labels(class_labels: Tensor, p: float, mask: MaskKey | None) -> Tensor:
@@ -263,11 +281,13 @@ def default_mask(module: nn.Module, mask: MaskKey | None, device: torch.device) 
 
 
 def half_precision_weights(net: nn.Module) -> set[str]:
-    """Names of the parameters that a half-precision copy of net holds in half: the weights of the blocks' convolutions."""
+    """Names of what a half-precision copy of net holds in half: weights and resampling taps of the blocks' convolutions."""
     return {
-        f"{block}.{name}.weight"
+        f"{block}.{name}.{tensor}"
         for block, module in net.named_modules()
         if isinstance(module, UNetBlock)
         for name, layer in module.named_children()
-        if isinstance(layer, Conv2d) and layer.weight is not None
+        if isinstance(layer, Conv2d)
+        for tensor in ("weight", "taps")
+        if getattr(layer, tensor) is not None
     }

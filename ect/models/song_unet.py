@@ -72,9 +72,9 @@ class SongUNet(nn.Module):
             resample_filter=tuple(resample_filter),
         )  # fmt: skip
         self.map_noise: nn.Module = (
-            PositionalEmbedding(noise_channels, endpoint=True)
+            PositionalEmbedding(noise_channels, endpoint=True, sines_first=True)
             if embedding_type == "positional"
-            else FourierEmbedding(noise_channels)
+            else FourierEmbedding(noise_channels, sines_first=True)
         )
         self.map_label = Linear(label_dim, noise_channels, init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, init, bias=False) if augment_dim else None
@@ -148,8 +148,7 @@ class SongUNet(nn.Module):
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None
     ) -> Tensor:
         """The conditioning vector [N, emb_channels] of noise level, class and augmentation."""
-        cosines, sines = self.map_noise(noise_labels).chunk(2, dim=1)
-        emb = torch.cat([sines, cosines], dim=1)  # DDPM++ and NCSN++ put the sines first
+        emb = self.map_noise(noise_labels)
         if self.map_label is not None:
             if class_labels is None:
                 raise ValueError("this network is class-conditional: class_labels [N, label_dim] are required")

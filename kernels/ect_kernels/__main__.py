@@ -10,7 +10,9 @@ from rich.table import Table
 
 from ect_kernels import dispatch, native
 
-OPS = ("group_norm_silu", "residual_group_norm_silu", "perturb", "consistency_loss", "radam_ema")
+OPS = (
+    "group_norm_silu", "residual_group_norm_silu", "philox", "levels", "perturb", "consistency_loss", "radam_ema",
+)  # fmt: skip
 
 
 def built() -> str:

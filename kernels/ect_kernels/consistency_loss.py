@@ -111,10 +111,13 @@ _backward_op.register_fake(lambda dF, dloss: torch.empty_like(dF))
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _autograd(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 10
     return _backward_op(*ctx.saved_tensors, dloss), *[None] * 9
 
 

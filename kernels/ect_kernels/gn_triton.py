@@ -146,12 +146,15 @@ def modulation(
 def forward_kernel(
     a: tl.tensor, bias: tl.tensor, skip: tl.tensor, skip_bias: tl.tensor, skip_scale: tl.tensor, x: tl.tensor,
     other: tl.tensor, gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor,
-    seed: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor, eps: tl.tensor, inv_keep: tl.tensor,
-    threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
-    SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    ACT: tl.constexpr,
+    v_rows: tl.tensor, rows_apart: tl.tensor, seed: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor,
+    eps: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr,
+    C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given."""
+    """y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given.
+
+    v_rows, rows_apart: distance of two samples' rows in v, and in scale and shift.
+    """
     CT: tl.constexpr = C + C2
     CHUNKS: tl.constexpr = (HW + ROWS - 1) // ROWS
     POLICY: tl.constexpr = "evict_last" if CHUNKS > 1 else ""
@@ -193,7 +196,7 @@ def forward_kernel(
         if CHUNKS > 1:
             m2 += d * (f - m)
     if v is not None:
-        add = tl.load(v + n * C + c, mask=ok, other=0.0)
+        add = tl.load(v + n * v_rows + c, mask=ok, other=0.0)
         m += add[None, :]
     # Two steps: the mean, then moments of what each slot (count rows, mean m, squared deviations m2) differs from it. The first
     # difference corrects the mean: with mean/std = 1000 the rounding of a plain sum would show.
@@ -207,7 +210,7 @@ def forward_kernel(
     tl.store(mean + n * (CT // SIZE) + g, mean_g, mask=own)
     tl.store(rstd + n * (CT // SIZE) + g, rstd_g, mask=own)
     center = spread(mean_g, member)
-    w, b, _, _, _ = modulation(gamma, beta, scale, shift, n * CT + c, c, ok)
+    w, b, _, _, _ = modulation(gamma, beta, scale, shift, n * rows_apart + c, c, ok)
     w *= spread(rstd_g, member)
     key = None
     if seed is not None:
@@ -262,14 +265,17 @@ def normal_and_gradient(
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED, repr=named("bwd"))
 def backward_kernel(
-    dy: tl.tensor, dx: tl.tensor, skip_scale: tl.tensor, x: tl.tensor, other: tl.tensor, gamma: tl.tensor,
-    beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor, seed: tl.tensor, mean: tl.tensor,
-    rstd: tl.tensor, da: tl.tensor, dother: tl.tensor, partials: tl.tensor, dv: tl.tensor, dscale: tl.tensor,
-    dshift: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr,
-    C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
+    dy: tl.tensor, dx: tl.tensor, djoined: tl.tensor, skip_scale: tl.tensor, x: tl.tensor, other: tl.tensor,
+    gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor, v_rows: tl.tensor,
+    rows_apart: tl.tensor, seed: tl.tensor, mean: tl.tensor, rstd: tl.tensor, da: tl.tensor, dother: tl.tensor,
+    partials: tl.tensor, dv: tl.tensor, dscale: tl.tensor, dshift: tl.tensor, inv_keep: tl.tensor,
+    threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
+    SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """da = (gradient of x through the norm + dx) * skip_scale, dother; dv: da summed over positions, [N, C + C2].
+    """With d the gradient of cat(x, other) through the norm + djoined: da = (d[:, :C] + dx) * skip_scale, dother = d[:, C:].
+
+    dv: da summed over positions, [N, C + C2].
 
     partials [2 or more, N, C + C2]: gradients of gamma and beta by sample.
     """
@@ -284,15 +290,17 @@ def backward_kernel(
     dy += n * HW * CT
     if dx is not None:
         dx += n * HW * C
+    if djoined is not None:
+        djoined += n * HW * CT
     if C2 > 0:
         other += n * HW * C2
         dother += n * HW * C2
     center = tl.load(mean + n * (CT // SIZE) + c // SIZE, mask=ok, other=0.0)
     rs = tl.load(rstd + n * (CT // SIZE) + c // SIZE, mask=ok, other=0.0)
-    w, b, gamma_c, beta_c, one = modulation(gamma, beta, scale, shift, nc, c, ok)
+    w, b, gamma_c, beta_c, one = modulation(gamma, beta, scale, shift, n * rows_apart + c, c, ok)
     add = None
     if v is not None:
-        add = tl.load(v + nc, mask=ok, other=0.0)
+        add = tl.load(v + n * v_rows + c, mask=ok, other=0.0)
     key = None
     if seed is not None:
         key = tl.load(seed)
@@ -330,6 +338,10 @@ def backward_kernel(
                 in_x, in_other, HW, C, C2, ROWS, WIDTH, ACT, "evict_first",
             )  # fmt: skip
         d = rs[None, :] * (du * w[None, :] - c0[None, :] - xh * c1[None, :])
+        if djoined is not None:
+            at = row[:, None] * CT + c[None, :]
+            ok_all = ok[None, :] & inside
+            d += tl.load(djoined + at, mask=ok_all, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if C2 > 0:
             at = row[:, None] * C2 + (c - C)[None, :]
             tl.store(dother + at, d.to(dother.dtype.element_ty), mask=in_other[None, :] & inside, cache_modifier=".cs")

@@ -64,9 +64,14 @@ class Inputs(NamedTuple):
     def inv_keep(self) -> float:
         return 1.0 if self.seed is None else philox.inv_keep(self.p)
 
-    def vectors(self) -> tuple[Tensor | None, ...]:
-        """gamma, beta, v, scale, shift as the kernels read them: contiguous float32."""
-        return tuple(map(tensors.fp32, self[1:6]))
+    def vectors(self) -> tuple[Tensor | int | None, ...]:
+        """gamma, beta, v, scale, shift as the kernels read them, float32 with neighbouring channels; then the distance of the
+        samples' rows in v, and in scale and shift."""
+        v, scale, shift = map(tensors.fp32_rows, self[3:6])
+        if scale is not None and shift is not None and scale.stride(0) != shift.stride(0):
+            scale, shift = scale.contiguous(), shift.contiguous()
+        strides = (0 if t is None else t.stride(0) for t in (v, scale))
+        return *map(tensors.fp32, self[1:3]), v, scale, shift, *strides
 
 
 class Output(NamedTuple):
@@ -191,13 +196,16 @@ def numbers(i: Inputs) -> tuple[int, ...]:
 
 def _launcher_fwd(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
-    return i.x, *i.vectors(), i.seed, *out, n, h * w, c, *numbers(i), i.eps, i.inv_keep
+    *vectors, v_rows, rows = i.vectors()
+    return i.x, *vectors, i.seed, *out, n, h * w, c, *numbers(i), v_rows, rows, i.eps, i.inv_keep
 
 
 def _launcher_bwd(s: Saved, i: Inputs, grads: Grads) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
     results = (*grads, s.mean.new_empty(2, n, c))  # the last: partial sums
-    return s.dy, i.x, *i.vectors(), i.seed, s.mean, s.rstd, *results, n, h * w, c, *numbers(i), i.inv_keep
+    *vectors, v_rows, rows = i.vectors()
+    numbers_ = (n, h * w, c, *numbers(i), v_rows, rows)
+    return s.dy, i.x, *vectors, i.seed, s.mean, s.rstd, *results, *numbers_, i.inv_keep
 
 
 APEX_CHANNELS = frozenset(
@@ -266,11 +274,14 @@ _forward_op, _backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(mean, rstd, *inputs[:7])
     ctx.rest = inputs[7:]
 
 
-def _autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 14
     mean, rstd, *saved = ctx.saved_tensors
     grads = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
     return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, saved[:6], strict=True)), *[None] * 8

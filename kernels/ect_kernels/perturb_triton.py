@@ -13,32 +13,12 @@ import triton.language as tl
 
 from ect_kernels import philox
 from ect_kernels.perturb import Inputs, Output
+from ect_kernels.philox_triton import box_muller
 
 GROUPS, WARPS = 64, 2  # groups of four pixels to a program
 BLOCK = 256  # values to a program of the generic kernel
 MAX_CHANNELS = 8  # above it the code of a lane grows too long
 _STREAM = tl.constexpr(philox.STREAM_EPS)
-
-
-@triton.jit
-def _box_muller(first, second):
-    """Two standard normals from two Philox words, as ect_kernels.philox.normal forms them.
-
-    Sine and cosine of 2 pi u by quadrant and Taylor series (error below 2^-25): the library's, made for any argument, keep an
-    array in local memory.
-    """
-    u = ((first >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-    v = ((second >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-    radius = tl.sqrt_rn(-2.0 * tl.log(u))
-    quadrant = tl.floor(4.0 * v + 0.5)
-    a = (v - 0.25 * quadrant) * 6.283185307179586
-    a2 = a * a
-    sine = a + a * a2 * (-1 / 6 + a2 * (1 / 120 + a2 * (-1 / 5040 + a2 * (1 / 362880))))
-    cosine = 1.0 + a2 * (-1 / 2 + a2 * (1 / 24 + a2 * (-1 / 720 + a2 * (1 / 40320 - a2 * (1 / 3628800)))))
-    q = quadrant.to(tl.int32) & 3
-    odd = (q & 1) == 1
-    x, y = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
-    return radius * tl.where((q == 1) | (q == 2), -x, x), radius * tl.where(q >= 2, -y, y)
 
 
 @triton.jit
@@ -75,7 +55,7 @@ def perturb_fwd_kernel(
         for c in tl.static_range(C):
             block = (n + n0) * (HW // 4 * C) + (c * (HW // 4) + group)
             w0, w1, w2, w3 = tl.philox(key, block.to(tl.uint32), _STREAM, 0, 0)
-            values = values + _box_muller(w0, w1) + _box_muller(w2, w3)
+            values = values + box_muller(w0, w1) + box_muller(w2, w3)
     for i in tl.static_range(C):  # the i-th vector of the 4 C values in memory order
         at = tl.expand_dims(group * (4 * C), 1) + (4 * i + tl.expand_dims(tl.arange(0, 4), 0))
         if eps is None:
@@ -104,7 +84,7 @@ def perturb_generic_fwd_kernel(
         block = (n + n0) * ((HW * C + 3) // 4) + j // 4
         w0, w1, w2, w3 = tl.philox(tl.load(seed), block.to(tl.uint32), _STREAM, 0, 0)
         late = j % 4 >= 2
-        even, odd = _box_muller(tl.where(late, w2, w0), tl.where(late, w3, w1))
+        even, odd = box_muller(tl.where(late, w2, w0), tl.where(late, w3, w1))
         z = tl.where(j % 2 == 1, odd, even)
     else:
         z = tl.load(eps + base + at, mask=mask, other=0.0)

@@ -1,13 +1,17 @@
-"""The dropout mask of ect_kernels.philox in Triton: the same bits, one Philox call for eight elements.
+"""ect_kernels.philox in Triton: the op, and the dropout mask with the same bits, one Philox call for eight elements.
 
-With i the flat NHWC index of an element in the global batch, its counter is (i // 8 mod 2^32, layer, 0, 0), and element
-i mod 8 = k uses the low (k even) or high (k odd) half of word k // 2. The key is the 64-bit seed, loaded from the device.
+Of the mask: with i the flat NHWC index of an element in the global batch, its counter is (i // 8 mod 2^32, layer, 0, 0), and
+element i mod 8 = k uses the low (k even) or high (k odd) half of word k // 2. The key is the 64-bit seed, from the device.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ect_kernels.philox import Inputs, Output
+
+BLOCK, WARPS = 128, 4  # calls of the generator to a program
 
 
 @triton.jit
@@ -35,3 +39,57 @@ def keep1(seed: tl.tensor, index: tl.tensor, layer: tl.tensor, threshold: tl.ten
     k = (index & 7).to(tl.int32)
     word = tl.where(k < 4, tl.where(k < 2, w0, w1), tl.where(k < 6, w2, w3))
     return tl.where(k & 1 == 1, word >> 16, word & 0xFFFF) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def unit(word: tl.tensor) -> tl.tensor:
+    """Uniform in (0, 1] of a Philox word, as ect_kernels.philox.uniform forms it."""
+    return ((word >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+
+
+@triton.jit
+def box_muller(first: tl.tensor, second: tl.tensor) -> tuple[tl.tensor, ...]:
+    """Two standard normals from two Philox words, as ect_kernels.philox.normal forms them.
+
+    Sine and cosine of 2 pi u by quadrant and Taylor series (error below 2^-25): the library's, made for any argument, keep an
+    array in local memory.
+    """
+    u, v = unit(first), unit(second)
+    radius = tl.sqrt_rn(-2.0 * tl.log(u))
+    quadrant = tl.floor(4.0 * v + 0.5)
+    a = (v - 0.25 * quadrant) * 6.283185307179586
+    a2 = a * a
+    sine = a + a * a2 * (-1 / 6 + a2 * (1 / 120 + a2 * (-1 / 5040 + a2 * (1 / 362880))))
+    cosine = 1.0 + a2 * (-1 / 2 + a2 * (1 / 24 + a2 * (-1 / 720 + a2 * (1 / 40320 - a2 * (1 / 3628800)))))
+    q = quadrant.to(tl.int32) & 3
+    odd = (q & 1) == 1
+    x, y = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    return radius * tl.where((q == 1) | (q == 2), -x, x), radius * tl.where(q >= 2, -y, y)
+
+
+@triton.jit(do_not_specialize=["n0", "stream"])
+def philox_fwd_kernel(
+    seed: tl.tensor, out: tl.tensor, total: tl.tensor, per_sample: tl.tensor, calls: tl.tensor, n0: tl.tensor,
+    stream: tl.tensor, GAUSSIAN: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """B calls of `total`, `calls` for each sample."""
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    counter = (n0.to(tl.int64) * calls + i).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), counter, stream.to(tl.uint32), 0, 0)
+    if GAUSSIAN:
+        a, b = box_muller(w0, w1)
+        c, d = box_muller(w2, w3)
+    else:
+        a, b, c, d = unit(w0), unit(w1), unit(w2), unit(w3)
+    values = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (B, 4))
+    at = (i % calls * 4)[:, None] + tl.arange(0, 4)[None, :]
+    mask = (i < total)[:, None] & (at < per_sample)
+    tl.store(out + (i // calls).to(tl.int64)[:, None] * per_sample + at, values, mask=mask)
+
+
+def fwd(i: Inputs, out: Output) -> None:
+    """Fill `out`."""
+    total = i.batch * i.calls
+    if total:
+        numbers = (total, i.per_sample, i.calls, i.n0, i.stream, i.gaussian, BLOCK)
+        philox_fwd_kernel[(triton.cdiv(total, BLOCK),)](i.seed, out.values, *numbers, num_warps=WARPS)

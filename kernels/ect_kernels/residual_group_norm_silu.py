@@ -1,14 +1,15 @@
 """The seam between two U-Net blocks in one pass: end of the residual branch, then the next block's GroupNorm, SiLU and dropout.
 
-    x = (a + bias[c] + skip_bias[c] + skip) * skip_scale              rounded to a's dtype and written
+    x = (a + bias[c] + skip_bias[c] + skip) * skip_scale              rounded to `dtype` and written
     y = dropout(silu(GroupNorm(cat(x, other)) * gamma + beta))        cat on channels; `other` may be absent
 
 With `other` the concatenated tensor of a decoder block is never written. The statistics are those of the rounded x, so that
 backward, which recomputes everything from x, other, mean and rstd, sees the numbers that forward saw. With d the gradient of
-x and other through the norm, one tensor serves a and skip, and its sum over n, h, w serves both biases:
+x and other through the norm, dx that of x elsewhere and djoined that of cat(x, other) elsewhere, one tensor serves a and
+skip, and its sum over n, h, w serves both biases:
 
     dz = gradient of silu's argument,  d = rstd * (gamma * dz - mean_g(gamma * dz) - x_hat * mean_g(gamma * dz * x_hat))
-    da = dskip = skip_scale * (dx + d[:, :C]),  dother = d[:, C:],  dbias = dskip_bias = sum_{n,h,w} da
+    e = d + djoined,  da = dskip = skip_scale * (dx + e[:, :C]),  dother = e[:, C:],  dbias = dskip_bias = sum_{n,h,w} da
     dgamma = sum_{n,h,w} dz * x_hat,  dbeta = sum_{n,h,w} dz
 """
 
@@ -37,7 +38,7 @@ DRAM = {
     "cuda backward": "4s (+3s of other) where a slab fits in shared memory, else 6s (+5s)",
 }
 """Bytes an element by construction, in element sizes s: a, skip, x, y forward, dy, dx, x, da backward; of other, it itself,
-y or dy, and dother."""
+y or dy, and dother. Where djoined is given it is one s more of each."""
 
 
 Norm = norm.Inputs
@@ -52,10 +53,11 @@ class Seam(NamedTuple):
     skip_bias: Maybe
     skip_scale: float
     other: Maybe
+    dtype: torch.dtype
 
 
 class Output(NamedTuple):
-    """x, y in a's dtype; mean, rstd [N, groups] in fp32 (fp64 for fp64)."""
+    """x, y in `dtype`; mean, rstd [N, groups] in fp32 (fp64 for fp64)."""
 
     x: Tensor
     y: Tensor
@@ -64,19 +66,21 @@ class Output(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward takes before the norm's arguments; dx or dy may be None."""
+    """What the backward takes before the norm's arguments; dx, dy and djoined may be None."""
 
     dx: Maybe
+    djoined: Maybe
     dy: Maybe
     mean: Tensor
     rstd: Tensor
     skip_scale: float
     other: Maybe
+    dtype: torch.dtype
 
 
 class Grads(NamedTuple):
-    """da and dother (empty without other) in x's dtype; sums [3, C + C2] in fp32 (fp64 for fp64): dgamma, dbeta, and dbias in
-    the first C places of the third row."""
+    """da in `dtype`, a's; dother (empty without other) in x's; sums [3, C + C2] in fp32 (fp64 for fp64): dgamma, dbeta, and
+    dbias in the first C places of the third row."""
 
     da: Tensor
     dother: Tensor
@@ -84,12 +88,14 @@ class Grads(NamedTuple):
 
 
 def _room_fwd(s: Seam, i: Norm) -> Output:
-    return Output(empty_image(i.x, i.x.shape[1]), *norm.empty_output(i))
+    mean = i.x.new_empty((i.x.shape[0], i.groups), dtype=i.wide)
+    x, y = (empty_image(i.x, channels, s.dtype) for channels in (i.x.shape[1], i.gamma.shape[0]))
+    return Output(x, y, mean, torch.empty_like(mean))
 
 
 def _room_bwd(s: Saved, i: Norm) -> Grads:
     dother = i.x.new_empty(0) if s.other is None else empty_image(i.x, s.other.shape[1])
-    return Grads(empty_image(i.x, i.x.shape[1]), dother, s.mean.new_empty((3, i.gamma.shape[0])))
+    return Grads(empty_image(i.x, i.x.shape[1], s.dtype), dother, s.mean.new_empty((3, i.gamma.shape[0])))
 
 
 def _joined(i: Norm, other: Maybe) -> Norm:
@@ -113,6 +119,7 @@ def reference_bwd(s: Saved, i: Norm) -> Grads:
     assert s.dy is not None  # _prepare_bwd saw to it
     c = i.x.shape[1]
     d, dgamma, dbeta, *_ = norm.reference_bwd(norm.Saved(s.dy, s.mean, s.rstd), _joined(i, s.other))
+    d = d if s.djoined is None else d + s.djoined.to(d.dtype)
     da = s.skip_scale * (d[:, :c] if s.dx is None else d[:, :c] + s.dx.to(d.dtype))
     grads = _room_bwd(s, i)
     grads.da.copy_(da)
@@ -127,33 +134,41 @@ def _prepare_fwd(s: Seam, i: Norm) -> tuple[Seam, Norm]:
 
 
 def _prepare_bwd(s: Saved, i: Norm) -> tuple[Saved, Norm]:
-    dx = None if s.dx is None else nhwc(s.dx.to(i.x.dtype))
-    # Where only x was used: too rare for a mode of the kernels.
-    dy = empty_image(i.x, i.gamma.shape[0]).zero_() if s.dy is None else nhwc(s.dy.to(i.x.dtype))
-    return s._replace(dx=dx, dy=dy, other=nhwc(s.other)), i._replace(x=nhwc(i.x))
+    dx, djoined, dy = (None if d is None else nhwc(d.to(i.x.dtype)) for d in s[:3])
+    if dy is None:  # only x was used: too rare for a mode of the kernels
+        dy = empty_image(i.x, i.gamma.shape[0]).zero_()
+    return s._replace(dx=dx, djoined=djoined, dy=dy, other=nhwc(s.other)), i._replace(x=nhwc(i.x))
 
 
-def _sizes(i: Norm) -> tuple[int, ...]:
+def _sizes(s: Seam | Saved, i: Norm) -> tuple[int, ...]:
     n, c, h, w = i.x.shape
-    return n, h * w, c, i.gamma.shape[0] - c, *norm.numbers(i)
+    return n, h * w, c, i.gamma.shape[0] - c, native.DTYPES[s.dtype], *norm.numbers(i)
 
 
 def _launcher_fwd(s: Seam, i: Norm, out: Output) -> tuple[native.Argument, ...]:
     sources = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.other, *i.vectors()[:2], i.seed)
-    return *sources, *out, *_sizes(i), s.skip_scale, i.eps, i.inv_keep
+    return *sources, *out, *_sizes(s, i), s.skip_scale, i.eps, i.inv_keep
 
 
 def _launcher_bwd(s: Saved, i: Norm, grads: Grads) -> tuple[native.Argument, ...]:
-    sources = (s.dy, s.dx, i.x, s.other, *i.vectors()[:2], i.seed, s.mean, s.rstd)
+    sources = (s.dy, s.dx, s.djoined, i.x, s.other, *i.vectors()[:2], i.seed, s.mean, s.rstd)
     partials = s.mean.new_empty((3, i.x.shape[0], i.gamma.shape[0]))
     results = (grads.da, grads.dother, *grads.sums.zero_().unbind(), partials)
-    return *sources, *results, *_sizes(i), s.skip_scale, i.inv_keep
+    return *sources, *results, *_sizes(s, i), s.skip_scale, i.inv_keep
 
 
 def triton_limits(s: Seam, i: Norm) -> str | None:
     """A slab has whole groups and whole blocks of random bits."""
     size = i.gamma.shape[0] // i.groups
-    return norm.limits(i, 4096 * size // math.lcm(size, 8))
+    return cuda_limits(s, i, 4096 * size // math.lcm(size, 8))
+
+
+def cuda_limits(s: Seam, i: Norm, most: int = 4096) -> str | None:
+    if i.x.dtype != s.dtype and {i.x.dtype, s.dtype} not in (
+        {torch.float32, half} for half in (torch.float16, torch.bfloat16)
+    ):
+        return f"a of {i.x.dtype} with x of {s.dtype}"
+    return norm.limits(i, most)
 
 
 FORWARD = Pass(NAME, "fwd", (Seam, Norm), _room_fwd, _prepare_fwd, _launcher_fwd)
@@ -165,45 +180,52 @@ OP = Op(
         FORWARD,
         BACKWARD,
         triton=triton_limits,
-        cuda=lambda s, i: norm.limits(i, 4096),
+        cuda=cuda_limits,
     ),
 )
 forward_op, backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    bias, skip, skip_bias, skip_scale, other, _, gamma, beta, _, _, _, seed, *rest = inputs
-    x, _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(mean, rstd, other, x, gamma, beta, seed)
-    ctx.given = [None if t is None else t.dtype for t in (bias, skip, skip_bias)]
-    ctx.skip_scale, ctx.rest = skip_scale, rest
+class _Seam(torch.autograd.Function):
+    """(x, y, joined) with a gradient for each; no registered op could return x twice."""
 
+    @staticmethod
+    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        s, i = Seam(*args[: len(Seam._fields)]), Norm(*args[len(Seam._fields) :])
+        x, y, mean, rstd = forward_op(*args, backend)
+        n, channels, h, w = y.shape
+        joined = x.detach() if s.other is None else x.new_empty(1).expand(n, channels, h, w)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, rstd, s.other, x, i.gamma, i.beta, i.seed)
+        ctx.given = [None if t is None else t.dtype for t in (s.bias, s.skip, s.skip_bias)]
+        ctx.skip_scale, ctx.dtype, ctx.rest = s.skip_scale, i.x.dtype, (*i[7:], backend)
+        return x, y, joined
 
-def _autograd(ctx: Any, dx: Maybe, dy: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
-    if dx is None and dy is None:
-        return (None,) * 19
-    mean, rstd, other, x, gamma, beta, seed = ctx.saved_tensors
-    vectors = (gamma, beta, None, None, None, seed)
-    da, dother, sums = backward_op(dx, dy, mean, rstd, ctx.skip_scale, other, x, *vectors, *ctx.rest)
-    dgamma, dbeta, dbias = sums.unbind()
-    bias, skip, skip_bias = ctx.given
-    dbias, dskip_bias = (None if dtype is None else dbias[: x.shape[1]].to(dtype) for dtype in (bias, skip_bias))
-    seam = (dbias, None if skip is None else da, dskip_bias, None, None if other is None else dother)
-    return *seam, da, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *[None] * 11
-
-
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dx: Maybe, dy: Maybe, djoined: Maybe) -> tuple[Maybe, ...]:
+        mean, rstd, other, x, gamma, beta, seed = ctx.saved_tensors
+        vectors = (gamma, beta, None, None, None, seed)
+        saved = (mean, rstd, ctx.skip_scale, other, ctx.dtype, x)
+        da, dother, sums = backward_op(dx, djoined, dy, *saved, *vectors, *ctx.rest)
+        dgamma, dbeta, dbias = sums.unbind()
+        bias, skip, skip_bias = ctx.given
+        dbias, dskip_bias = (None if dtype is None else dbias[: x.shape[1]].to(dtype) for dtype in (bias, skip_bias))
+        seam = (dbias, None if skip is None else da, dskip_bias, None, None if other is None else dother, None)
+        return None, *seam, da, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *[None] * 10
 
 
 def residual_group_norm_silu(
     a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, bias: Maybe = None, skip: Maybe = None,
     skip_bias: Maybe = None, skip_scale: float = 1.0, other: Maybe = None, act: bool = True, p: float = 0.0,
-    seed: Maybe = None, layer: int = 0, n0: int = 0, backend: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(x, y) of this module's formula, channels-last, in a's dtype.
+    seed: Maybe = None, layer: int = 0, n0: int = 0, dtype: torch.dtype | None = None, joined: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(x, y) of this module's formula, channels-last, in `dtype` (None: a's).
 
-    Args: a, skip: [N, C, H, W] of one dtype. other: [N, C2, H, W] of that dtype. gamma, beta: [C + C2] and bias, skip_bias:
+    joined: also return cat(x, other), for a gradient of its own that costs no addition: without other it is x once more, else
+    a stand-in without data.
+
+    Args: a, skip: [N, C, H, W] of one dtype. other: [N, C2, H, W] of x's dtype. gamma, beta: [C + C2] and bias, skip_bias:
     [C] of any float dtype. act: SiLU, or none. p, seed (0-d int64 tensor on the device), layer, n0: as philox.dropout.
     Raises: ValueError for arguments that do not fit together, BackendError for a named backend that cannot run.
     """
@@ -213,14 +235,15 @@ def residual_group_norm_silu(
         NAME, ("gamma", gamma, (c + c2,)), ("beta", beta, (c + c2,)), ("bias", bias, (c,)), ("skip_bias", skip_bias, (c,)),
         ("skip", skip, (n, c, h, w)), ("other", other, (n, c2, h, w)),
     )  # fmt: skip
-    for name, tensor in (("skip", skip), ("other", other)):
-        if tensor is not None and tensor.dtype != a.dtype:
-            raise ValueError(f"{NAME}: {name} is {tensor.dtype} but a is {a.dtype}; cast one of them")
+    dtype = dtype or a.dtype
+    for name, tensor, source, wanted in (("skip", skip, "a", a.dtype), ("other", other, "x", dtype)):
+        if tensor is not None and tensor.dtype != wanted:
+            raise ValueError(f"{NAME}: {name} is {tensor.dtype} but {source} is {wanted}; cast one of them")
     if groups < 1 or (c + c2) % groups:
         raise ValueError(f"{NAME}: {c + c2} channels do not divide into {groups} groups")
     philox.check_dropout(NAME, p, seed)
     seed = seed if philox.dropout_threshold(p) > 0 else None
     i = Norm(a, gamma, beta, None, None, None, seed, groups, eps, act, p, layer, n0)
-    s = Seam(bias, skip, skip_bias, skip_scale, other)
-    x, y, _, _ = forward_op(*s, *i, OP.pick(a.device, (s, i), backend))
-    return x, y
+    s = Seam(bias, skip, skip_bias, skip_scale, other, dtype)
+    outputs: tuple[Tensor, ...] = _Seam.apply(OP.pick(a.device, (s, i), backend), *s, *i)
+    return outputs if joined else outputs[:2]

@@ -20,15 +20,21 @@ def fp32(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.to(torch.float32).contiguous()
 
 
+def fp32_rows(v: Tensor | None) -> Tensor | None:
+    """Rows [N, C] as the kernels read them: float32 with neighbouring channels, of a larger tensor or all the same."""
+    v = None if v is None else v.to(torch.float32)
+    return v if v is None or v.stride(1) == 1 else v.contiguous()
+
+
 def nhwc(x: Some) -> Some:
     """x channels-last: itself, or a copy."""
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
-def empty_image(like: Tensor, channels: int) -> Tensor:
+def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
     """Channels-last [N, channels, H, W], its strides the same for fakes also where H = W = 1 would make them ambiguous."""
     n, _, h, w = like.shape
-    return like.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((n, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def check_shapes(op: str, *named: tuple[str, Tensor | None, tuple[int, ...]]) -> None:

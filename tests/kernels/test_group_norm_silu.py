@@ -125,6 +125,24 @@ CASES = [
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_vectors_may_be_columns_of_a_larger_tensor_or_one_row(device: str, backend: str) -> None:
+    """Same bits, values and gradients, as with vectors of their own; the kernels read them where they lie."""
+    kwargs = inputs(3, 24, 6, 4, 4, FP32, prepare(device, backend), v=True, modulated=True, p=0.2)
+    wide = torch.randn(3, 100, generator=torch.Generator().manual_seed(1)).to(kwargs["x"].device)
+    lying = {"v": wide[:1, 2:26].expand(3, -1), "scale": wide[:, 26:50], "shift": wide[:, 60:84]}
+    results = []
+    for vectors in (lying, {name: vector.contiguous() for name, vector in lying.items()}):
+        leaves = {name: vector.detach().requires_grad_() for name, vector in vectors.items()}
+        y = group_norm_silu(**(kwargs | leaves), backend=backend)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), list(leaves.values()))])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+    *_, v_rows, rows = Inputs(
+        kwargs["x"], kwargs["gamma"], kwargs["beta"], *lying.values(), None, 6, 0, True, 0, 0, 0
+    ).vectors()
+    assert (v_rows, rows) == (0, 100)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_truth(case: Case, device: str, backend: str) -> None:
     target = prepare(device, backend, case.make(torch.device("cpu"))["x"].dtype)

@@ -73,6 +73,7 @@ def inputs(
         kwargs |= {"layer": 5, "n0": 3}
         for name, value in changes.items():
             kwargs[name] = value(kwargs[name]) if callable(value) else value
+        kwargs["dtype"] = kwargs.pop("dtype_of_x", None)
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
     return make
@@ -165,7 +166,7 @@ def test_reference_is_the_formula(tested: Case) -> None:
 @each_target
 def test_statistics_are_of_the_rounded_x(backend: str, device: str) -> None:
     k = inputs(16, 8, 8, 2, 2, dtype=HALF)(need(backend, device))
-    seam = (k["bias"], k["skip"], k["skip_bias"], k["skip_scale"], k["other"])
+    seam = (k["bias"], k["skip"], k["skip_bias"], k["skip_scale"], k["other"], HALF)
     vectors = (k["gamma"], k["beta"], None, None, None, None)
     x, _, mean, rstd = forward_op(*seam, k["a"], *vectors, 8, 1e-6, True, 0.0, 0, 0, backend)
     groups = torch.cat([x, k["other"]], dim=1).double().reshape(2, 8, -1)
@@ -216,6 +217,64 @@ def test_one_output_alone(backend: str, device: str) -> None:
     assert torch.equal(grads(0)[0], kwargs["skip_scale"] * cotangents[0])
 
 
+def into(*changes: Any) -> dict[str, Any]:
+    """Options of a case whose named tensors have the dtype that comes last, and x the one of the other images."""
+    *names, dtype = changes
+    other = torch.float32 if dtype == HALF else HALF
+    return {**dict.fromkeys(names, lambda t: t.to(dtype)), "dtype_of_x": other}
+
+
+JOINED = [
+    case("two sources, straddling group, half", 256, 128, 32, 4, 4, dtype=HALF),
+    case("two sources, nothing aligned", 12, 3, 5, 7, 5),
+    case("two sources, several chunks of rows", 64, 64, 8, 12, 12),
+    case("one source, half", 32, 0, 8, 5, 4, dtype=HALF),
+    case("half a, fp32 x", 32, 0, 8, 5, 4, **into("a", "skip", HALF)),
+    case("half a, fp32 x, two sources, nothing aligned", 12, 3, 5, 7, 5, **into("a", "skip", HALF)),
+    case("fp32 a, half x", 128, 64, 32, 4, 4, dtype=HALF, **into("a", "skip", torch.float32)),
+]
+
+
+@pytest.mark.parametrize(("backend", "device"), [("reference", "cpu"), *TARGETS])
+@pytest.mark.parametrize("tested", JOINED, ids=str)
+def test_gradient_of_the_joined_sources(backend: str, device: str, tested: Case) -> None:
+    """`joined` stands for cat(x, other): with a gradient of its own the inputs get those of the formula."""
+    kwargs = tested.make(need(backend, device))
+    wanted = [name for name in GRADS if kwargs[name] is not None]
+
+    def gradients(function: Callable[..., Any], dtype: torch.dtype | None) -> list[Tensor]:
+        k = {
+            n: v.to(dtype) if dtype and isinstance(v, Tensor) and v.is_floating_point() else v
+            for n, v in kwargs.items()
+        }
+        k |= {name: k[name].detach().requires_grad_() for name in wanted}
+        generator = torch.Generator().manual_seed(2)
+        outputs = function(**k)
+        cotangents = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+        return list(torch.autograd.grad(outputs, [k[name] for name in wanted], cotangents))
+
+    def formula(**k: Any) -> tuple[Tensor, ...]:
+        x, y = plain(**k)
+        return x, y, x.clone() if k["other"] is None else torch.cat([x, k["other"]], dim=1)
+
+    got = gradients(functools.partial(residual_group_norm_silu, joined=True, backend=backend), None)
+    bar = 2e-3 if HALF in (kwargs["a"].dtype, kwargs["dtype"]) else 1e-5
+    for name, a, b in zip(wanted, got, gradients(formula, torch.float64), strict=True):
+        error = float((a.double() - b).norm() / b.norm())
+        print(f"{backend} on {tested}: d{name} {error:.1e}, bar {bar:.0e}")
+        assert error <= bar, name
+
+
+@pytest.mark.parametrize("c2", [0, 8])
+def test_joined_is_the_sources_without_a_copy(c2: int) -> None:
+    x, _, joined = residual_group_norm_silu(**inputs(16, c2, 8, 4, 4)(torch.device("cpu")), joined=True)
+    assert joined.shape == (2, 16 + c2, 4, 4)
+    if c2:
+        assert joined.untyped_storage().nbytes() == x.element_size()
+    else:
+        assert joined.data_ptr() == x.data_ptr()
+
+
 @pytest.mark.parametrize(("backend", "device"), [("reference", "cpu"), *TARGETS])
 def test_layouts(backend: str, device: str) -> None:
     """NCHW inputs and gradients are converted: same bits, channels-last results."""
@@ -252,15 +311,15 @@ def test_saves_only_inputs_of_the_norm() -> None:
 def test_opcheck(absent: tuple[str, ...]) -> None:
     kwargs = inputs(16, 0 if "other" in absent else 8, 8, 4, 4)(torch.device("cpu"))
     k = kwargs | dict.fromkeys(absent)
-    leaves = {name: None if k[name] is None else k[name].requires_grad_() for name in GRADS}
-    seam = (leaves["bias"], leaves["skip"], leaves["skip_bias"], 0.5, leaves["other"])
-    vectors = (leaves["gamma"], leaves["beta"], None, None, None, k["seed"])
+    seam = (k["bias"], k["skip"], k["skip_bias"], 0.5, k["other"], torch.float32)
+    vectors = (k["gamma"], k["beta"], None, None, None, k["seed"])
     rest = (8, 1e-6, True, 0.2, 5, 3, "reference")
-    torch.library.opcheck(forward_op, (*seam, leaves["a"], *vectors, *rest))
-    x, y, mean, rstd = (t.detach() for t in forward_op(*seam, leaves["a"], *vectors, *rest))
-    saved = (mean, rstd, 0.5, leaves["other"], x, *vectors)
-    plain = [t.detach() if isinstance(t, Tensor) else t for t in saved]
-    torch.library.opcheck(backward_op, (x, y, *plain, *rest))
+    torch.library.opcheck(forward_op, (*seam, k["a"], *vectors, *rest))
+    x, y, mean, rstd = forward_op(*seam, k["a"], *vectors, *rest)
+    for djoined in (None, y.clone()):
+        torch.library.opcheck(
+            backward_op, (x, djoined, y, mean, rstd, 0.5, k["other"], torch.float32, x.clone(), *vectors, *rest)
+        )
 
 
 @pytest.mark.parametrize(("backend", "device"), [("reference", "cpu"), *TARGETS])
@@ -278,7 +337,7 @@ def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
         ({"groups": 7}, "24 channels do not divide into 7 groups"),
         ({"gamma": torch.ones(16)}, r"gamma is \(16,\), expected \(24,\)"),
         ({"skip": torch.ones(2, 8, 4, 4)}, r"skip is \(2, 8, 4, 4\), expected \(2, 16, 4, 4\)"),
-        ({"other": torch.ones(2, 8, 4, 4).half()}, "other is torch.float16 but a is torch.float32"),
+        ({"other": torch.ones(2, 8, 4, 4).half()}, "other is torch.float16 but x is torch.float32"),
         ({"seed": None}, "seed"),
         ({"p": 1.0}, "p < 1"),
     ],
