@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-OPS = ("group_norm_silu", "residual_group_norm_silu", "perturb", "consistency_loss", "radam_ema")
+OPS = ("group_norm_silu", "residual_group_norm_silu", "levels", "perturb", "consistency_loss", "radam_ema")
 PER_CALL = {"perturb": 4}  # elements for a call of Philox: normal deviates, not bits of a mask (8)
 
 # Triton cases that training DDPM++ and NCSN++ has no use for: its residual_group_norm_silu drops nothing (one case with dropout

@@ -81,6 +81,9 @@ def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
             shadow = torch.empty(1 << 22, dtype=dtype)
         f64, i64 = new_state("radam", 1e-4, (0.9, 0.99), 1e-8, ema_betas=(0.99, 0.999, 0.9999), loss_scale=1024.0)
         yield "arena", {**arenas, "emas": emas, "shadow": shadow, "state_f64": f64, "state_i64": i64}
+    elif op == "levels":
+        given = {"seed": seed, "stage": torch.tensor(3), "n0": 0, "batch": N}
+        yield "levels", {**given, "P_mean": -1.1, "P_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0}
     elif op == "perturb":
         images = torch.empty(N, 32, 32, 3, dtype=torch.uint8)
         common = {"images": images, "t": sigma, "r": sigma, "sigma_data": 0.5, "seed": seed, "dtype": dtype}

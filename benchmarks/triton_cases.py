@@ -12,6 +12,7 @@ from typing import Any
 from ect_kernels import consistency_loss_triton as consistency
 from ect_kernels import gn_triton as gn
 from ect_kernels import group_norm_silu_triton as norm
+from ect_kernels import levels_triton
 from ect_kernels import perturb_triton as pt
 from ect_kernels import radam_ema_triton as radam
 
@@ -77,6 +78,14 @@ def residual_group_norm_silu() -> list[Case]:
         shape = (c, c2, 32, hw, True, False)
         cases.append(_norm(f"c={c}+{c2} hw={hw} drop={int(drop)}", backward, absent, note, *shape))
     return cases
+
+
+def levels() -> list[Case]:
+    kernel = levels_triton.levels_fwd_kernel
+    types = ["*i64", "*i64", *["*fp32"] * 4, "*u8", "i32", "i32", *["fp32"] * 5, "constexpr"]
+    signature = dict(zip(kernel.arg_names, types, strict=True))
+    constexprs, note = {"B": levels_triton.BLOCK}, "17 B an image"
+    return [("levels", kernel, signature, constexprs, _aligned(signature), levels_triton.WARPS, 3, note)]
 
 
 def perturb() -> list[Case]:

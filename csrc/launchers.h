@@ -21,10 +21,8 @@ int residual_group_norm_silu_bwd(const void* dy, const void* dx, const void* djo
 int perturb_fwd(const uint8_t* images, const float* t, const float* r, const int64_t* seed, const uint8_t* flip,
     const float* eps, void* in_t, void* in_r, float* x_t, float* x_r, int64_t n, int64_t h, int64_t w, int64_t c, int64_t dtype,
     int64_t n0, double sigma_data, void* stream);
-int philox_fwd(const int64_t* seed, float* out, int64_t n, int64_t per_sample, int64_t n0, int64_t stream_of_draws,
-    int64_t gaussian, void* stream);
-int levels_fwd(const float* normal, const int64_t* stage, float* t, float* r, float* label_t, float* label_r, int64_t n,
-    double mean, double std, double q, double k, double b, void* stream);
+int levels_fwd(const int64_t* seed, const int64_t* stage, float* t, float* r, float* label_t, float* label_r, uint8_t* flip,
+    int64_t n, int64_t n0, double mean, double std, double q, double k, double b, void* stream);
 int consistency_loss_fwd(const void* F_t, const void* F_r, const float* x_t, const float* x_r, const float* t, const float* r,
     const float* weight, float* loss, void* dF, int64_t n, int64_t m, int64_t dtype, double c, double sigma_data, void* stream);
 int radam_ema_fwd(void* params, void* grads, void* exp_avg, void* exp_avg_sq, void* ema0, void* ema1, void* ema2,
@@ -35,4 +33,4 @@ int radam_ema_fwd(void* params, void* grads, void* exp_avg, void* exp_avg_sq, vo
 // One name a launcher; bindings.cpp and the tests walk this list.
 #define LAUNCHERS(X) \
   X(group_norm_silu_fwd) X(group_norm_silu_bwd) X(residual_group_norm_silu_fwd) X(residual_group_norm_silu_bwd) \
-  X(perturb_fwd) X(philox_fwd) X(levels_fwd) X(consistency_loss_fwd) X(radam_ema_fwd)
+  X(perturb_fwd) X(levels_fwd) X(consistency_loss_fwd) X(radam_ema_fwd)

@@ -97,11 +97,10 @@ class TrainStep:
     def fused_loss(self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: int) -> Tensor:
         """What objective.train_loss computes, on the ops: one launch from uint8 images to the U-Net's inputs, and one from its
         outputs to loss and gradient. A test holds the two equal."""
-        n, device, sigma_data = len(images), images.device, objective.sigma_data
-        normal, m = philox.normal(self.key, philox.STREAM_T, n0, n, 1, device).view(n), objective.mapping
-        k = m.k if m.kind == "sigmoid" else 0.0
-        t, r, label_t, label_r = levels(normal, self.stage, objective.P_mean, objective.P_std, m.q, k, m.b)
-        in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, self.key, n0=n0, flip=self.flips(n, n0))
+        n, sigma_data, m = len(images), objective.sigma_data, objective.mapping
+        curve = (m.q, m.k if m.kind == "sigmoid" else 0.0, m.b)
+        t, r, label_t, label_r, flip = levels(self.key, self.stage, n0, n, objective.P_mean, objective.P_std, *curve)
+        in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, self.key, n0, flip if self.xflip else None)
         mask, unet = MaskKey(self.key, n0), self.net.model
         # A graph compiled without gradients rounds differently, which is noise on D_t - D_r: the teacher runs the student's.
         with torch.set_grad_enabled(self.compiled):

@@ -44,7 +44,7 @@ def test_uniform_and_normal_statistics() -> None:
 @pytest.mark.parametrize("draw", [philox.uniform, philox.normal])
 def test_draws_follow_the_global_index(draw) -> None:  # type: ignore[no-untyped-def]
     whole = draw(torch.tensor(9), 5, 0, 10, 7, CPU)
-    assert torch.equal(whole[6:], draw(9, 5, 6, 4, 7, CPU))
+    assert torch.equal(whole[6:], draw(9, 5, torch.tensor(6), 4, 7, CPU))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5])

@@ -10,9 +10,7 @@ from rich.table import Table
 
 from ect_kernels import dispatch, native
 
-OPS = (
-    "group_norm_silu", "residual_group_norm_silu", "philox", "levels", "perturb", "consistency_loss", "radam_ema",
-)  # fmt: skip
+OPS = ("group_norm_silu", "residual_group_norm_silu", "levels", "perturb", "consistency_loss", "radam_ema")
 
 
 def built() -> str:

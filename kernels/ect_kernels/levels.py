@@ -1,10 +1,11 @@
-"""levels: from standard normal draws to the noise levels of training pairs and the U-Net's noise labels, in one launch.
+"""levels: the draws of training pairs that are one number an image, in one launch.
 
-    t = exp(P_mean + P_std normal)
+    z = philox.normal(seed, STREAM_T, n0, N, 1),  t = exp(P_mean + P_std z)
     r = max(t (1 - q^-(stage + 1) (1 + k sigmoid(-b t))), 0)                 k = 0: a gap that is a fixed share of t
     label_t = ln(t) / 4,  label_r likewise, with 1 for r where r = 0
+    flip = philox.uniform(seed, STREAM_FLIP, n0, N, 1) < 1/2
 
-All [N], fp32. A row with r = 0 has no teacher (its target is the image itself), so its label only has to be finite.
+A row with r = 0 has no teacher (its target is the image itself), so its label only has to be finite.
 Source: Geng et al., "Consistency models made easy" (ECT, arXiv 2406.14548), section 3.2; labels: Karras et al., 2022 (EDM).
 """
 
@@ -15,16 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ect_kernels import native
+from ect_kernels import native, philox
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass, backends
 
+DRAM = {"forward": "17 B an image: four fp32 numbers and a flag written"}
+
 
 class Inputs(NamedTuple):
-    """Arguments of the op: normal float32 [N], stage int64 0-d."""
+    """Arguments of the op."""
 
-    normal: Tensor
+    seed: Tensor
     stage: Tensor
+    n0: int
+    batch: int
     P_mean: float
     P_std: float
     q: float
@@ -33,45 +38,54 @@ class Inputs(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Each [N]."""
+    """Each [N], float32, but flip, bool: the images to mirror."""
 
     t: Tensor
     r: Tensor
     label_t: Tensor
     label_r: Tensor
+    flip: Tensor
 
 
 def _room(i: Inputs) -> Output:
-    return Output(*(torch.empty_like(i.normal, memory_format=torch.contiguous_format) for _ in range(4)))
+    dtypes = (*[torch.float32] * 4, torch.bool)
+    return Output(*(i.seed.new_empty(i.batch, dtype=dtype) for dtype in dtypes))
 
 
 def reference_fwd(i: Inputs) -> Output:
-    t = (i.P_mean + i.P_std * i.normal).exp()
+    at = (i.n0, i.batch, 1, i.seed.device)
+    t = (i.P_mean + i.P_std * philox.normal(i.seed, philox.STREAM_T, *at).view(-1)).exp()
     decay = (i.q ** -(i.stage.double() + 1)).to(t.dtype)
     r = (t * (1 - decay * (1 + i.k * torch.sigmoid(-i.b * t)))).clamp(min=0)
-    return Output(t, r, t.log() / 4, torch.where(r > 0, r, torch.ones_like(r)).log() / 4)
+    flip = philox.uniform(i.seed, philox.STREAM_FLIP, *at).view(-1) < 0.5
+    return Output(t, r, t.log() / 4, torch.where(r > 0, r, torch.ones_like(r)).log() / 4, flip)
 
 
 def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
-    return i.normal, i.stage, *out, i.normal.numel(), i.P_mean, i.P_std, i.q, i.k, i.b
+    return i.seed, i.stage, *out, i.batch, i.n0, *i[4:]
 
 
 def _limits(i: Inputs) -> str | None:
-    return None if i.normal.dtype == torch.float32 else f"draws of {i.normal.dtype}"
+    return "2^31 samples or more" if i.batch >= 2**31 else None
 
 
-def _prepare(i: Inputs) -> tuple[Inputs]:
-    return (i._replace(normal=i.normal.contiguous()),)
-
-
-FORWARD = Pass("levels", "fwd", (Inputs,), _room, _prepare, _launcher)
+FORWARD = Pass("levels", "fwd", (Inputs,), _room, lambda i: (i,), _launcher)
 OP = Op("levels", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_limits))
-forward_op = FORWARD.register(OP)
+_forward_op = FORWARD.register(OP)
 
 
 def levels(
-    normal: Tensor, stage: Tensor, P_mean: float, P_std: float, q: float, k: float, b: float, backend: str | None = None
-) -> Output:
-    """(t, r, label_t, label_r), formulas above, of draws [N] and a stage (int64, 0-d, >= 0). Nothing here has a gradient."""
-    inputs = Inputs(normal, stage, P_mean, P_std, q, k, b)
-    return Output(*forward_op(*inputs, OP.pick(normal.device, (inputs,), backend)))
+    seed: Tensor, stage: Tensor, n0: int, batch: int, P_mean: float, P_std: float, q: float, k: float, b: float,
+    backend: str | None = None,
+) -> Output:  # fmt: skip
+    """(t, r, label_t, label_r, flip), formulas above, of the global samples n0 ... n0 + batch. Nothing here has a gradient.
+
+    Args: seed, stage: 0-d int64 tensors on one device, stage >= 0. q > 1. Raises ValueError, dispatch.BackendError.
+    """
+    for name, tensor in (("seed", seed), ("stage", stage)):
+        if tensor.dtype != torch.int64 or tensor.numel() != 1:
+            raise ValueError(f"levels: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected a 0-d int64 tensor")
+    if batch < 1 or not q > 1:
+        raise ValueError(f"levels: batch is {batch} and q is {q}, expected batch >= 1 and q > 1")
+    inputs = Inputs(seed, stage, n0, batch, P_mean, P_std, q, k, b)
+    return Output(*_forward_op(*inputs, OP.pick(seed.device, (inputs,), backend)))

@@ -1,36 +1,44 @@
+# mypy: disable-error-code="no-untyped-def"
 """levels in Triton: a lane to a sample."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
+from ect_kernels import philox
 from ect_kernels.levels import Inputs, Output
+from ect_kernels.philox_triton import box_muller
 
 BLOCK, WARPS = 128, 4
+_T, _FLIP = tl.constexpr(philox.STREAM_T), tl.constexpr(philox.STREAM_FLIP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n0"])
 def levels_fwd_kernel(
-    normal: tl.tensor, stage: tl.tensor, t_out: tl.tensor, r_out: tl.tensor, label_t: tl.tensor, label_r: tl.tensor,
-    N: tl.tensor, P_mean: tl.tensor, P_std: tl.tensor, log2_q: tl.tensor, k: tl.tensor, b: tl.tensor, B: tl.constexpr,
-) -> None:  # fmt: skip
+    seed, stage, t_out, r_out, label_t, label_r, flip, N, n0, mean, std, log2_q, k, b, B: tl.constexpr
+):
     """B samples."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     ok = i < N
-    t = tl.exp(P_mean + P_std * tl.load(normal + i, mask=ok, other=0.0))
+    key, counter = tl.load(seed), (n0.to(tl.int64) + i).to(tl.uint32)
+    w0, w1, _, _ = tl.philox(key, counter, _T, 0, 0)
+    z, _ = box_muller(w0, w1)
+    t = tl.exp(mean + std * z)
     decay = tl.exp2(-(tl.load(stage) + 1).to(tl.float32) * log2_q)
     r = tl.maximum(t * (1.0 - decay * (1.0 + k * tl.sigmoid(-b * t))), 0.0)
     tl.store(t_out + i, t, mask=ok)
     tl.store(r_out + i, r, mask=ok)
     tl.store(label_t + i, tl.log(t) * 0.25, mask=ok)
     tl.store(label_r + i, tl.log(tl.where(r > 0, r, 1.0)) * 0.25, mask=ok)
+    f0, _, _, _ = tl.philox(key, counter, _FLIP, 0, 0)
+    tl.store(flip + i, (f0 >> 31 == 0).to(tl.uint8), mask=ok)  # uniform < 1/2: the highest bit is 0
 
 
 def fwd(i: Inputs, out: Output) -> None:
-    """Fill `out`."""
-    n = i.normal.numel()
-    numbers = (n, i.P_mean, i.P_std, math.log2(i.q), i.k, i.b, BLOCK)
-    levels_fwd_kernel[(triton.cdiv(n, BLOCK),)](i.normal, i.stage, *out, *numbers, num_warps=WARPS)
+    results = (*out[:4], out.flip.view(torch.uint8))
+    numbers = (i.batch, i.n0, i.P_mean, i.P_std, math.log2(i.q), i.k, i.b, BLOCK)
+    levels_fwd_kernel[(triton.cdiv(i.batch, BLOCK),)](i.seed, i.stage, *results, *numbers, num_warps=WARPS)

@@ -59,17 +59,14 @@ class Pass:
             left = iter(args)
             return [kind(*islice(left, len(kind._fields))) for kind in self.inputs]
 
-        def plain(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-            return tuple(results) if len(results) > 1 else results[0]
-
-        def function(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        def function(*args: Any) -> tuple[Tensor, ...]:
             unpacked = unpack(args)
             if unpacked[-1][0].numel() == 0:
-                return plain(tuple(t.zero_() for t in self.room(*unpacked)))
-            return plain(getattr(op.backends[args[-1]], self.way)(*self.prepare(*unpacked)))
+                return tuple(t.zero_() for t in self.room(*unpacked))
+            return tuple(getattr(op.backends[args[-1]], self.way)(*self.prepare(*unpacked)))
 
-        def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
-            return plain(self.room(*unpack(args)))
+        def fake(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(self.room(*unpack(args)))
 
         hints = [hint for kind in self.inputs for hint in get_type_hints(kind).items()]
         arguments = ", ".join([*(f"{KINDS[kind]} {name}" for name, kind in hints), "str backend"])

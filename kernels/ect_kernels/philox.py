@@ -1,4 +1,4 @@
-"""Philox4x32-10: random numbers as a pure function of (seed, counter); the op `philox`, and what a dropout mask is.
+"""Philox4x32-10: random numbers as a pure function of (seed, counter), in integer PyTorch.
 
 Counter-based draws make noise and dropout masks independent of batch split, rank and order of evaluation: the value of an
 element follows from the 64-bit seed and the element's global index alone. Source: Salmon et al., "Parallel random numbers:
@@ -8,14 +8,9 @@ as easy as 1, 2, 3" (SC 2011). The functions below read no value on the host, so
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ect_kernels import native
-from ect_kernels.dispatch import Backend, Op
-from ect_kernels.passes import Pass, backends
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
@@ -57,83 +52,27 @@ def philox4x32(
     return x0, x1, x2, x3
 
 
-class Inputs(NamedTuple):
-    """Arguments of the op `philox`: draws for the global samples n0 ... n0 + batch."""
-
-    seed: Tensor
-    stream: int
-    n0: int
-    batch: int
-    per_sample: int
-    gaussian: bool
-
-    @property
-    def calls(self) -> int:
-        """Of the generator for one sample."""
-        return -(-self.per_sample // 4)
-
-
-class Output(NamedTuple):
-    """float32 [batch, per_sample]."""
-
-    values: Tensor
-
-
-def _room(i: Inputs) -> Output:
-    return Output(i.seed.new_empty((i.batch, i.per_sample), dtype=torch.float32))
-
-
-def reference_fwd(i: Inputs) -> Output:
-    counters = (i.n0 * i.calls + torch.arange(i.batch * i.calls, device=i.seed.device)) & _LOW
-    words = torch.stack(philox4x32(i.seed, counters, i.stream), dim=-1)
-    u = ((words >> 8).float() + 0.5) * 2.0**-24
-    if i.gaussian:
-        first, second = u.unflatten(-1, (2, 2)).unbind(-1)
-        radius, angle = (-2.0 * first.log()).sqrt(), (2.0 * math.pi) * second
-        u = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
-    return Output(u.reshape(i.batch, 4 * i.calls)[:, : i.per_sample].contiguous())
-
-
-def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
-    return i.seed, out.values, i.batch, i.per_sample, i.n0, i.stream, i.gaussian
-
-
-def _limits(i: Inputs) -> str | None:
-    return "2^31 calls or more" if i.batch * i.calls >= 2**31 else None
-
-
-FORWARD = Pass("philox", "fwd", (Inputs,), _room, lambda i: (i,), _launcher)
-OP = Op("philox", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_limits))
-_forward_op = FORWARD.register(OP)
-
-
-def _draw(
-    gaussian: bool, seed: Tensor | int, stream: int, n0: int, batch: int, per_sample: int, device: torch.device,
-    backend: str | None,
-) -> Tensor:  # fmt: skip
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    inputs = Inputs(seed, stream, n0, batch, per_sample, gaussian)
-    values: Tensor = _forward_op(*inputs, OP.pick(device, (inputs,), backend))
-    return values
-
-
 def uniform(
-    seed: Tensor | int, stream: int, n0: int, batch: int, per_sample: int, device: torch.device,
-    backend: str | None = None,
-) -> Tensor:  # fmt: skip
-    """float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch; the same bits on every backend.
+    seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device
+) -> Tensor:
+    """float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch.
 
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
     """
-    return _draw(False, seed, stream, n0, batch, per_sample, device, backend)
+    blocks = -(-per_sample // 4)
+    counters = (n0 * blocks + torch.arange(batch * blocks, device=device)) & _LOW
+    words = torch.stack(philox4x32(seed, counters, stream), dim=-1).view(batch, -1)[:, :per_sample]
+    return ((words >> 8).float() + 0.5) * 2.0**-24
 
 
 def normal(
-    seed: Tensor | int, stream: int, n0: int, batch: int, per_sample: int, device: torch.device,
-    backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device
+) -> Tensor:
     """float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
-    return _draw(True, seed, stream, n0, batch, per_sample, device, backend)
+    even = per_sample + per_sample % 2
+    u = uniform(seed, stream, n0, batch, even, device).view(batch, -1, 2)
+    radius, angle = (-2.0 * u[..., 0].log()).sqrt(), (2.0 * math.pi) * u[..., 1]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).view(batch, -1)[:, :per_sample]
 
 
 def dropout_threshold(p: float) -> int:

@@ -1,4 +1,4 @@
-"""ect_kernels.philox in Triton: the op, and the dropout mask with the same bits, one Philox call for eight elements.
+"""The draws of ect_kernels.philox in Triton: the same bits; the dropout mask takes one Philox call for eight elements.
 
 Of the mask: with i the flat NHWC index of an element in the global batch, its counter is (i // 8 mod 2^32, layer, 0, 0), and
 element i mod 8 = k uses the low (k even) or high (k odd) half of word k // 2. The key is the 64-bit seed, from the device.
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from ect_kernels.philox import Inputs, Output
-
-BLOCK, WARPS = 128, 4  # calls of the generator to a program
 
 
 @triton.jit
@@ -65,31 +61,3 @@ def box_muller(first: tl.tensor, second: tl.tensor) -> tuple[tl.tensor, ...]:
     odd = (q & 1) == 1
     x, y = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
     return radius * tl.where((q == 1) | (q == 2), -x, x), radius * tl.where(q >= 2, -y, y)
-
-
-@triton.jit(do_not_specialize=["n0", "stream"])
-def philox_fwd_kernel(
-    seed: tl.tensor, out: tl.tensor, total: tl.tensor, per_sample: tl.tensor, calls: tl.tensor, n0: tl.tensor,
-    stream: tl.tensor, GAUSSIAN: tl.constexpr, B: tl.constexpr,
-) -> None:  # fmt: skip
-    """B calls of `total`, `calls` for each sample."""
-    i = tl.program_id(0) * B + tl.arange(0, B)
-    counter = (n0.to(tl.int64) * calls + i).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), counter, stream.to(tl.uint32), 0, 0)
-    if GAUSSIAN:
-        a, b = box_muller(w0, w1)
-        c, d = box_muller(w2, w3)
-    else:
-        a, b, c, d = unit(w0), unit(w1), unit(w2), unit(w3)
-    values = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (B, 4))
-    at = (i % calls * 4)[:, None] + tl.arange(0, 4)[None, :]
-    mask = (i < total)[:, None] & (at < per_sample)
-    tl.store(out + (i // calls).to(tl.int64)[:, None] * per_sample + at, values, mask=mask)
-
-
-def fwd(i: Inputs, out: Output) -> None:
-    """Fill `out`."""
-    total = i.batch * i.calls
-    if total:
-        numbers = (total, i.per_sample, i.calls, i.n0, i.stream, i.gaussian, BLOCK)
-        philox_fwd_kernel[(triton.cdiv(total, BLOCK),)](i.seed, out.values, *numbers, num_warps=WARPS)
