@@ -53,7 +53,12 @@ SMALL = re.compile(
 
 # (op, form, bar): what may be found (a pattern), and why.
 NARROW = r"((, )?(load images|store in_[tr]) \[[\d, ]+\] bits)+"
+AN_IMAGE = "no tensor here is of the data's size: a few numbers an image, each drawn by a call of its own"
 EXCEPTIONS: dict[tuple[str, str, str], tuple[str, str]] = {
+    ("levels", "triton", "width"): (r"((, )?(load stage|store (t_out|r_out|label_[tr])) \[(64|32)\] bits)+", AN_IMAGE),
+    ("levels", "cuda", "width"): (r"((, )?store (t|r|label_[tr]|flip) \[(32|8)\] bits)+", AN_IMAGE),
+    ("levels", "triton", "philox"): ("1 calls for 1 elements", AN_IMAGE),
+    ("levels", "cuda", "philox"): ("1 calls for 0 elements", AN_IMAGE),
     ("perturb", "triton", "width"): (
         NARROW,
         "a thread's run of four elements is 4 B of uint8, 8 B of half and 16 B of fp32; flipped rows are read byte by byte",
