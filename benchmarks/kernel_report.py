@@ -32,7 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-OPS = ("group_norm_silu", "residual_group_norm_silu", "levels", "perturb", "consistency_loss", "radam_ema")
+OPS = (
+    "group_norm_silu", "residual_group_norm_silu", "skip_product", "levels", "perturb", "consistency_loss", "radam_ema",
+)  # fmt: skip
 PER_CALL = {"perturb": 4}  # elements for a call of Philox: normal deviates, not bits of a mask (8)
 
 # Triton cases that training DDPM++ and NCSN++ has no use for: its residual_group_norm_silu drops nothing (one case with dropout
@@ -233,14 +235,15 @@ def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str,
 
 def compile_all(ops: Sequence[str], archs: list[int], every: bool) -> list[Row]:
     """The rows of Triton, then those of CUDA where nvcc is; compiled by several processes."""
-    native = [(op, arch) for op in ops for arch in archs] if _has("nvcc") else []
+    written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if _has("nvcc") else []
+    native = [(op, arch) for op in written for arch in archs]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         compiling = [pool.submit(cuda_usages, *each) for each in native]  # the longest first
         triton = [
             pool.submit(triton_row, op, number, arch)
             for op in ops for number in triton_cases(op, every) for arch in archs
         ]  # fmt: skip
-        used = {op: launches.record(op) for op in (ops if native else ())}
+        used = {op: launches.record(op) for op in written}
         rows = [future.result() for future in triton]
         for (op, arch), future in zip(native, compiling, strict=True):
             rows += cuda_rows(op, arch, future.result(), used[op])

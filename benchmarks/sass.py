@@ -267,8 +267,8 @@ def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
     if verb is None or not addresses or any(s in opcode for s in (".param", ".local", ".const")):
         return None
     if opcode.startswith("cp.async"):
-        size = re.search(r",\s*(?:0x)?(\d+)", operands)
-        return ("load", 8 * int(size[1]), addresses[-1]) if size and ".bulk" not in opcode else None
+        size = re.search(r",\s*(0x[0-9a-fA-F]+|\d+)", operands)
+        return ("load", 8 * int(size[1], 0), addresses[-1]) if size and ".bulk" not in opcode else None
     if ".shared" in opcode:
         return None
     return verb, _bits(opcode), addresses[0]

@@ -15,6 +15,7 @@ from ect_kernels import group_norm_silu_triton as norm
 from ect_kernels import levels_triton
 from ect_kernels import perturb_triton as pt
 from ect_kernels import radam_ema_triton as radam
+from ect_kernels import skip_product_triton as sp
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], Any], int, int, str]
 NORMS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256, 8), (512, 8)]  # C, H = W
@@ -86,6 +87,31 @@ def levels() -> list[Case]:
     signature = dict(zip(kernel.arg_names, types, strict=True))
     constexprs, note = {"B": levels_triton.BLOCK}, "17 B an image"
     return [("levels", kernel, signature, constexprs, _aligned(signature), levels_triton.WARPS, 3, note)]
+
+
+def skip_product() -> list[Case]:
+    """Widths of DDPM++ and NCSN++ (256, a source of 128 or 256), and of others."""
+    cases: list[Case] = []
+    for name, o, c, c2 in (("256+256", 256, 256, 256), ("256+128", 256, 256, 128), ("generic 24+40", 32, 24, 40)):
+        columns = sp.columns(o)
+        for dtype in ("*fp16", "*bf16"):
+            types = [*[dtype] * 4, "*fp32", "*fp32", dtype, "i32", "fp32", *["constexpr"] * 6]
+            signature = dict(zip(sp.skip_product_fwd_kernel.arg_names, types, strict=True))
+            constexprs = {"CO": o, "C": c, "C2": c2, "BM": sp.ROWS, "BN": columns, "BK": sp.DEPTH}
+            attrs = _aligned(signature, "M")
+            cases.append(
+                (
+                    f"{name} {dtype[1:]}",
+                    sp.skip_product_fwd_kernel,
+                    signature,
+                    constexprs,
+                    attrs,
+                    sp.WARPS,
+                    sp.STAGES,
+                    "4s",
+                )
+            )
+    return cases
 
 
 def perturb() -> list[Case]:

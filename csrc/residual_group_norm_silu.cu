@@ -1,4 +1,4 @@
-// residual_group_norm_silu: x = (a + bias[c] + skip_bias[c] + skip) * skip_scale, written in the tensors' dtype, and
+// residual_group_norm_silu: x = (a + bias[c] + skip_bias[c] + skip) * skip_scale, written unless a is null (x is given), and
 // y = dropout(silu(GN(cat(x, other)) * gamma + beta)) in one pass, channels-last; groups may straddle x and other.
 // DRAM traffic in tensor sizes s: 4s forward (a, skip, x, y) and backward (dy, x, dx, da) where the slab stays in shared memory.
 #include "gn_backward.cuh"
@@ -27,7 +27,7 @@ extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, co
   f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};
   f.act = act != 0; f.eps = float(eps);
   f.other = other; f.y = y; f.mean = mean; f.rstd = rstd;
-  f.a = a; f.skip = skip; f.bias = bias; f.skip_bias = skip_bias; f.x_out = x; f.skip_scale = float(skip_scale);
+  f.a = a; f.skip = skip; f.bias = bias; f.skip_bias = skip_bias; f.x = x; f.x_out = x; f.skip_scale = float(skip_scale);
   const bool aligned = aligned16({a, skip, other, x, y});
   if (!gn::layout(f.p, n, hw, c, c2, groups, gn::dtype_size(dtype), 1, 2, aligned)) return (int)cudaErrorInvalidValue;
   BY_DTYPES(dtype_of_a, dtype, return f.p.vector ? gn::start(residual_group_norm_silu_fwd_kernel<A, T, 8>, f, n, stream)

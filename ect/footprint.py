@@ -33,13 +33,14 @@ CATEGORIES = (
 )  # fmt: skip
 
 # An operation's category: by the function that called for it, else by the longest prefix of its name, else by file.
-_BY_FUNCTION = {"dropout": "dropout", "add_product": "conv 1x1 as gemm", "attention": "conv 1x1 as gemm"}
+_BY_FUNCTION = {"dropout": "dropout", "add_skip": "conv 1x1 as gemm", "attention": "conv 1x1 as gemm"}
 _BY_NAME = {
     "convolution": "conv",
     "mm": "gemm/attention", "addmm": "gemm/attention", "bmm": "gemm/attention", "_scaled_dot_product": "gemm/attention",
     "_softmax": "gemm/attention", "_safe_softmax": "gemm/attention",
     "group_norm_silu": "norm", "residual_group_norm_silu": "norm", "native_group_norm": "norm",
-    "silu": "activation", "cat": "concat", "radam_ema": "optimizer", "perturb": "data/loss", "consistency_loss": "data/loss",
+    "skip_product": "conv 1x1 as gemm", "silu": "activation", "cat": "concat",
+    "radam_ema": "optimizer", "perturb": "data/loss", "consistency_loss": "data/loss",
 }  # fmt: skip
 _BY_FILE = {
     "fused.py": "network", "layers.py": "network", "song_unet.py": "network", "adm_unet.py": "network",

@@ -1,4 +1,4 @@
-// Forward of GroupNorm -> affine -> SiLU -> dropout. RESIDUAL: the first source is computed here, as (a + bias + skip) * scale.
+// Forward of GroupNorm -> affine -> SiLU -> dropout. RESIDUAL: the first source is computed here, as (a + bias + skip) * scale, where a is given.
 #pragma once
 #include "gn.cuh"
 
@@ -23,7 +23,7 @@ template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__
 
   for (int first = 0; first < b.width; first += p.columns * V) {
     const Channels<V> ch(p, b, first);
-    const bool computed = RESIDUAL && !ch.second;
+    const bool computed = RESIDUAL && f.a != nullptr && !ch.second;
     const T* source = ch.second ? other : x;
     const int width = ch.second ? p.c2 : p.c1;
     if (ch.active && p.resident && !computed) {
@@ -132,7 +132,7 @@ template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__
     load<false>(params + p.slab + ch.k, w);
     load<false>(params + 2 * p.slab + ch.k, add);
     Mask<V> mask(f.drop, p, b, ch.c);
-    const bool computed = RESIDUAL && !ch.second;
+    const bool computed = RESIDUAL && f.a != nullptr && !ch.second;
     const T* source = (ch.second ? other : computed ? static_cast<const T*>(f.x_out) : x) + ch.offset;
     T* to = y + ch.whole;
     for (int row = b.row, i = 0; row < p.hw; row += p.rows, i++, source += ch.step, to += ch.step_whole) {

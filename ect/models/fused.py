@@ -2,10 +2,10 @@
 
 Between layers the activation is `Pending`: the sum that a block ends with is not computed by itself, but by the next
 norm, which reads its parts once and writes sum and normalised activation together (residual_group_norm_silu). The
-decoder's concatenations are never made: the norm reads both sources, and a 1x1 skip convolution of a concatenation is
-two matrix products that add to the residual branch. Its gradient is one product, which the norm's backward adds to its
-own, so that autograd never sums images (`joined`). Convolution biases ride along: conv0's with the embedding, the
-others with the sum.
+decoder's concatenations are never made: the norm reads both sources, and so does the 1x1 skip convolution of a
+concatenation, a product that has the block's sum as its epilogue (skip_product). Its gradient is one product, which the
+norm's backward adds to its own, so that autograd never sums images (`joined`). Convolution biases ride along: conv0's
+with the embedding, the others with the sum.
 
 Where the blocks' convolution weights are in half precision, so is everything between the first convolution and the last
 norm; those two, and what is a vector (embedding, biases, norm parameters), stay fp32 (ect.precision).
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from ect_kernels import dispatch
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
+from ect_kernels.skip_product import pixels, skip_product
 from torch import Tensor, nn
 
 from ect.models.layers import GroupNorm, MaskKey, UNetBlock, sum_in_fp32
@@ -35,13 +36,17 @@ def wanted(choice: bool | None, x: Tensor) -> bool:
 
 
 class Pending(NamedTuple):
-    """x = (a + bias + skip_bias + skip) * scale, not yet computed. Biases are [C]; absent parts are None."""
+    """x = (a + bias + skip_bias + skip) * scale, not yet computed. Biases are [C]; absent parts are None.
+
+    summed: it is computed, and is `a`, whose gradient is still that of one term of the sum.
+    """
 
     a: Tensor
     bias: Tensor | None = None
     skip: Tensor | None = None
     skip_bias: Tensor | None = None
     scale: float = 1.0
+    summed: bool = False
 
     def to(self, dtype: torch.dtype) -> Pending:
         """The same sum with its images in another dtype."""
@@ -49,6 +54,7 @@ class Pending(NamedTuple):
 
     def value(self) -> Tensor:
         """x [N, C, H, W], by plain operations."""
+        assert not self.summed, "only a norm gives the gradient that this sum takes"
         x = self.a
         for part in (self.bias, self.skip_bias):
             x = x if part is None else x + part.view(1, -1, 1, 1)
@@ -65,13 +71,8 @@ def norm_silu(
     return residual_group_norm_silu(
         x.a, norm.weight, norm.bias, norm.groups, norm.eps,
         bias=x.bias, skip=x.skip, skip_bias=x.skip_bias, skip_scale=x.scale, other=other, act=act,
-        dtype=dtype, joined=True,
+        dtype=dtype, joined=True, summed=x.summed,
     )  # fmt: skip
-
-
-def pixels(x: Tensor) -> Tensor:
-    """[N H W, C] of an image, without a copy where it is channels-last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def image(rows: Tensor, like: Tensor) -> Tensor:
@@ -80,22 +81,27 @@ def image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
-def add_product(a: Tensor, weight: Tensor, joined: Tensor, x: Tensor, other: Tensor) -> Tensor:
-    """a + a 1x1 convolution of cat(x, other), in a's memory. joined: the stand-in that takes the gradient of cat(x, other)."""
-    total: Tensor = _AddProduct.apply(a.contiguous(memory_format=torch.channels_last), weight, joined, x, other)
-    return total
+def add_skip(layer: UNetBlock, h: Tensor, joined: Tensor, x: Tensor, other: Tensor) -> Pending:
+    """The sum of a block's residual branch h, without its bias, and its skip convolution of cat(x, other), in one launch.
+
+    joined: the stand-in that takes the gradient of cat(x, other)."""
+    assert layer.skip is not None
+    biases, scale = (layer.conv1.bias, layer.skip.bias), layer.style.skip_scale
+    total = _AddSkip.apply(h, layer.skip.weight, joined, x, other, *biases, scale)
+    return Pending(total, biases[0], None, biases[1], scale, summed=True)
 
 
-class _AddProduct(torch.autograd.Function):
-    """add_product, whose backward is one product for both sources."""
+class _AddSkip(torch.autograd.Function):
+    """add_skip, whose backward is one product for both sources. It takes the gradient of the unscaled sum: the norm that reads
+    a Pending gives that, and those of the biases."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, joined: Tensor, x: Tensor, other: Tensor) -> Tensor:
-        for source, part in zip((x, other), weight.flatten(1).split([x.shape[1], other.shape[1]], 1), strict=True):
-            add_product_(pixels(a), pixels(source), part.t())
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, joined: Tensor, x: Tensor, other: Tensor, bias: Tensor | None,
+        skip_bias: Tensor | None, scale: float,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight, x, other)
-        ctx.mark_dirty(a)
-        return a
+        return skip_product(h, weight.flatten(1), x, other, bias, skip_bias, scale)
 
     @staticmethod
     def backward(ctx: Any, da: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,7 +109,8 @@ class _AddProduct(torch.autograd.Function):
         rows, dweight = pixels(da), weight.new_empty(weight.shape)
         for source, part in zip((x, other), dweight.flatten(1).split([x.shape[1], other.shape[1]], 1), strict=True):
             add_product_(part, rows.t(), pixels(source), beta=0)
-        return da, dweight, image(sum_in_fp32(torch.mm, rows, weight.flatten(1)), da), None, None
+        djoined = image(sum_in_fp32(torch.mm, rows, weight.flatten(1)), da)
+        return da, dweight, djoined, None, None, None, None, None
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
@@ -231,8 +238,7 @@ def block(
     elif other is None:
         out = Pending(h, layer.conv1.bias, layer.skip(joined, bias=False), layer.skip.bias, scale)
     else:
-        h = add_product(h, given(layer.skip.weight), joined, x_, other)
-        out = Pending(h, layer.conv1.bias, None, layer.skip.bias, scale)
+        out = add_skip(layer, h, joined, x_, other)
     if layer.num_heads:
         _, h, joined = norm_silu(layer.norm2, out, layer.dtype, act=False)
         assert prepared.qkv is not None

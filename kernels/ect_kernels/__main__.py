@@ -10,7 +10,15 @@ from rich.table import Table
 
 from ect_kernels import dispatch, native
 
-OPS = ("group_norm_silu", "residual_group_norm_silu", "levels", "perturb", "consistency_loss", "radam_ema")
+OPS = (
+    "group_norm_silu",
+    "residual_group_norm_silu",
+    "skip_product",
+    "levels",
+    "perturb",
+    "consistency_loss",
+    "radam_ema",
+)
 
 
 def built() -> str:

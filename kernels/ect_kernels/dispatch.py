@@ -119,7 +119,8 @@ def set_choice(text: str | None) -> None:
 def requested(op: str) -> str | None:
     """The backend asked for by name for this op, or None for auto."""
     for choice in (_choice, parse_choice(os.environ.get("ECT_KERNELS", ""))):
-        name = choice.get(op, choice.get("*"))
+        every = choice.get("*")
+        name = choice.get(op, every if every in OPS[op].backends else None)  # "*" asks only ops that have it
         if name is not None:
             return name
     return None

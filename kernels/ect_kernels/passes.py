@@ -29,7 +29,7 @@ class Pass:
 
     inputs: the NamedTuples it takes; where the first tensor of the last one is empty, all results are zeros. The functions
     below take them. room: the results, not yet filled. prepare: the same inputs, in the layouts and dtypes that backends read.
-    launcher: of these and the results, the arguments of the C launcher <op>_<way>.
+    launcher: of these and the results, the arguments of the C launcher <op>_<way>, where there is one.
     """
 
     op: str
@@ -37,7 +37,7 @@ class Pass:
     inputs: tuple[type[Any], ...]
     room: Callable[..., Any]
     prepare: Callable[..., tuple[Any, ...]]
-    launcher: Callable[..., tuple[native.Argument, ...]]
+    launcher: Callable[..., tuple[native.Argument, ...]] = lambda *args: ()
 
     def compiled(self, backend: str) -> Callable[..., Any]:
         """The pass on backend "triton" (function <way> of module <op>_triton), "cuda" or "emulated"."""
@@ -59,14 +59,17 @@ class Pass:
             left = iter(args)
             return [kind(*islice(left, len(kind._fields))) for kind in self.inputs]
 
-        def function(*args: Any) -> tuple[Tensor, ...]:
+        def plain(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            return tuple(results) if len(results) > 1 else results[0]
+
+        def function(*args: Any) -> Tensor | tuple[Tensor, ...]:
             unpacked = unpack(args)
             if unpacked[-1][0].numel() == 0:
-                return tuple(t.zero_() for t in self.room(*unpacked))
-            return tuple(getattr(op.backends[args[-1]], self.way)(*self.prepare(*unpacked)))
+                return plain(tuple(t.zero_() for t in self.room(*unpacked)))
+            return plain(getattr(op.backends[args[-1]], self.way)(*self.prepare(*unpacked)))
 
-        def fake(*args: Any) -> tuple[Tensor, ...]:
-            return tuple(self.room(*unpack(args)))
+        def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
+            return plain(self.room(*unpack(args)))
 
         hints = [hint for kind in self.inputs for hint in get_type_hints(kind).items()]
         arguments = ", ".join([*(f"{KINDS[kind]} {name}" for name, kind in hints), "str backend"])

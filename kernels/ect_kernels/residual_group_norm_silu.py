@@ -11,6 +11,9 @@ skip, and its sum over n, h, w serves both biases:
     dz = gradient of silu's argument,  d = rstd * (gamma * dz - mean_g(gamma * dz) - x_hat * mean_g(gamma * dz * x_hat))
     e = d + djoined,  da = dskip = skip_scale * (dx + e[:, :C]),  dother = e[:, C:],  dbias = dskip_bias = sum_{n,h,w} da
     dgamma = sum_{n,h,w} dz * x_hat,  dbeta = sum_{n,h,w} dz
+
+Where x is a itself it is not written again. Where a is that sum already (`summed`), forward has nothing to add; backward is
+the same, so da is then the gradient of what a was summed from.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ DRAM = {
     "cuda backward": "4s (+3s of other) where a slab fits in shared memory, else 6s (+5s)",
 }
 """Bytes an element by construction, in element sizes s: a, skip, x, y forward, dy, dx, x, da backward; of other, it itself,
-y or dy, and dother. Where djoined is given it is one s more of each."""
+y or dy, and dother. Where djoined is given it is one s more of each; where x is a itself, forward is 2s less."""
 
 
 Norm = norm.Inputs
@@ -56,8 +59,14 @@ class Seam(NamedTuple):
     dtype: torch.dtype
 
 
+def _nothing_to_sum(s: Seam, i: Norm) -> bool:
+    """Whether x is a itself."""
+    parts = (s.bias, s.skip, s.skip_bias)
+    return all(part is None for part in parts) and s.skip_scale == 1.0 and s.dtype == i.x.dtype
+
+
 class Output(NamedTuple):
-    """x, y in `dtype`; mean, rstd [N, groups] in fp32 (fp64 for fp64)."""
+    """x (empty where it is a itself), y in `dtype`; mean, rstd [N, groups] in fp32 (fp64 for fp64)."""
 
     x: Tensor
     y: Tensor
@@ -89,8 +98,8 @@ class Grads(NamedTuple):
 
 def _room_fwd(s: Seam, i: Norm) -> Output:
     mean = i.x.new_empty((i.x.shape[0], i.groups), dtype=i.wide)
-    x, y = (empty_image(i.x, channels, s.dtype) for channels in (i.x.shape[1], i.gamma.shape[0]))
-    return Output(x, y, mean, torch.empty_like(mean))
+    x = i.x.new_empty(0) if _nothing_to_sum(s, i) else empty_image(i.x, i.x.shape[1], s.dtype)
+    return Output(x, empty_image(i.x, i.gamma.shape[0], s.dtype), mean, torch.empty_like(mean))
 
 
 def _room_bwd(s: Saved, i: Norm) -> Grads:
@@ -104,13 +113,13 @@ def _joined(i: Norm, other: Maybe) -> Norm:
 
 
 def reference_fwd(s: Seam, i: Norm) -> Output:
-    total = i.x.to(i.wide)
+    out, x, total = _room_fwd(s, i), i.x, i.x.to(i.wide)
     for vector in (s.bias, s.skip_bias):
         total = total if vector is None else total + vector.to(total.dtype)[:, None, None]
     total = total if s.skip is None else total + s.skip.to(total.dtype)
-    out = _room_fwd(s, i)
-    out.x.copy_(total * s.skip_scale)
-    y, mean, rstd = norm.reference_fwd(_joined(i._replace(x=out.x), s.other))
+    if not _nothing_to_sum(s, i):
+        x = out.x.copy_(total * s.skip_scale)
+    y, mean, rstd = norm.reference_fwd(_joined(i._replace(x=x), s.other))
     out.y.copy_(y)
     return out._replace(mean=mean, rstd=rstd)
 
@@ -146,8 +155,9 @@ def _sizes(s: Seam | Saved, i: Norm) -> tuple[int, ...]:
 
 
 def _launcher_fwd(s: Seam, i: Norm, out: Output) -> tuple[native.Argument, ...]:
-    sources = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.other, *i.vectors()[:2], i.seed)
-    return *sources, *out, *_sizes(s, i), s.skip_scale, i.eps, i.inv_keep
+    a, x = (None, i.x) if _nothing_to_sum(s, i) else (i.x, out.x)
+    sources = (a, fp32(s.bias), s.skip, fp32(s.skip_bias), s.other, *i.vectors()[:2], i.seed)
+    return *sources, x, *out[1:], *_sizes(s, i), s.skip_scale, i.eps, i.inv_keep
 
 
 def _launcher_bwd(s: Saved, i: Norm, grads: Grads) -> tuple[native.Argument, ...]:
@@ -190,9 +200,11 @@ class _Seam(torch.autograd.Function):
     """(x, y, joined) with a gradient for each; no registered op could return x twice."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, backend: str, summed: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         s, i = Seam(*args[: len(Seam._fields)]), Norm(*args[len(Seam._fields) :])
-        x, y, mean, rstd = forward_op(*args, backend)
+        left = Seam(None, None, None, 1.0, s.other, s.dtype) if summed else s
+        x, y, mean, rstd = forward_op(*left, *i, backend)
+        x = i.x.view_as(i.x) if _nothing_to_sum(left, i) else x
         n, channels, h, w = y.shape
         joined = x.detach() if s.other is None else x.new_empty(1).expand(n, channels, h, w)
         ctx.set_materialize_grads(False)
@@ -211,19 +223,21 @@ class _Seam(torch.autograd.Function):
         bias, skip, skip_bias = ctx.given
         dbias, dskip_bias = (None if dtype is None else dbias[: x.shape[1]].to(dtype) for dtype in (bias, skip_bias))
         seam = (dbias, None if skip is None else da, dskip_bias, None, None if other is None else dother, None)
-        return None, *seam, da, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *[None] * 10
+        return None, None, *seam, da, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *[None] * 10
 
 
 def residual_group_norm_silu(
     a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, bias: Maybe = None, skip: Maybe = None,
     skip_bias: Maybe = None, skip_scale: float = 1.0, other: Maybe = None, act: bool = True, p: float = 0.0,
     seed: Maybe = None, layer: int = 0, n0: int = 0, dtype: torch.dtype | None = None, joined: bool = False,
-    backend: str | None = None,
+    summed: bool = False, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(x, y) of this module's formula, channels-last, in `dtype` (None: a's).
 
     joined: also return cat(x, other), for a gradient of its own that costs no addition: without other it is x once more, else
     a stand-in without data.
+
+    summed: a is the sum already, with biases and scale, which then say only what its gradient is: that of the terms.
 
     Args: a, skip: [N, C, H, W] of one dtype. other: [N, C2, H, W] of x's dtype. gamma, beta: [C + C2] and bias, skip_bias:
     [C] of any float dtype. act: SiLU, or none. p, seed (0-d int64 tensor on the device), layer, n0: as philox.dropout.
@@ -239,11 +253,13 @@ def residual_group_norm_silu(
     for name, tensor, source, wanted in (("skip", skip, "a", a.dtype), ("other", other, "x", dtype)):
         if tensor is not None and tensor.dtype != wanted:
             raise ValueError(f"{NAME}: {name} is {tensor.dtype} but {source} is {wanted}; cast one of them")
+    if summed and skip is not None:
+        raise ValueError(f"{NAME}: skip is given, but `summed` says that a contains it; leave out one of them")
     if groups < 1 or (c + c2) % groups:
         raise ValueError(f"{NAME}: {c + c2} channels do not divide into {groups} groups")
     philox.check_dropout(NAME, p, seed)
     seed = seed if philox.dropout_threshold(p) > 0 else None
     i = Norm(a, gamma, beta, None, None, None, seed, groups, eps, act, p, layer, n0)
     s = Seam(bias, skip, skip_bias, skip_scale, other, dtype)
-    outputs: tuple[Tensor, ...] = _Seam.apply(OP.pick(a.device, (s, i), backend), *s, *i)
+    outputs: tuple[Tensor, ...] = _Seam.apply(OP.pick(a.device, (s, i), backend), summed, *s, *i)
     return outputs if joined else outputs[:2]

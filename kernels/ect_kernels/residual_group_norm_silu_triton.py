@@ -9,8 +9,10 @@ from ect_kernels.tensors import fp32
 
 def fwd(s: Seam, i: Norm, out: Output) -> None:
     """Fill `out`."""
-    seam = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.skip_scale)
-    group_norm_silu_triton.fwd(i._replace(x=out.x), group_norm_silu.Output(*out[1:]), seam, s.other)
+    seam, x = group_norm_silu_triton.SEAM, i.x
+    if out.x.numel():
+        seam, x = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.skip_scale), out.x
+    group_norm_silu_triton.fwd(i._replace(x=x), group_norm_silu.Output(*out[1:]), seam, s.other)
 
 
 def bwd(s: Saved, i: Norm, grads: Grads) -> None:

@@ -92,6 +92,7 @@ def one(value: float, at: tuple[int, ...] = (0, 3, 1, 1)) -> Callable[[Tensor], 
 
 
 HALF, BF16 = torch.float16, torch.bfloat16
+NOTHING: dict[str, Any] = dict(bias=None, skip=None, skip_bias=None, skip_scale=1.0)  # x is a itself
 CASES = [
     case("C 128, groups of 4, half", 128, 0, 32, 4, 4, dtype=HALF),
     case("C 256, groups of 8, no dropout, no skip", 256, 0, 32, 4, 4, n=1, p=0.0, skip=None, skip_scale=1.0),
@@ -112,6 +113,9 @@ CASES = [
     ),
     case("no variance", 16, 8, 8, 4, 4, a=torch.ones_like, other=torch.ones_like, bias=None, skip=None, skip_bias=None),
     case("vectors in half precision", 32, 0, 8, 3, 4, dtype=HALF, gamma=Tensor.half, bias=Tensor.half),
+    case("nothing to sum, half", 64, 32, 8, 4, 4, dtype=HALF, **NOTHING),
+    case("nothing to sum, several chunks of rows", 64, 64, 8, 12, 12, dtype=HALF, **NOTHING),
+    case("nothing to sum, nothing aligned", 12, 3, 5, 7, 5, **NOTHING),
     case("NaN", 32, 0, 8, 4, 4, a=one(float("nan"))),
     case("inf in other", 16, 16, 8, 4, 4, other=one(float("inf"))),
 ]
@@ -263,6 +267,27 @@ def test_gradient_of_the_joined_sources(backend: str, device: str, tested: Case)
         error = float((a.double() - b).norm() / b.norm())
         print(f"{backend} on {tested}: d{name} {error:.1e}, bar {bar:.0e}")
         assert error <= bar, name
+
+
+@each_target
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_a_sum_made_elsewhere(backend: str, device: str, dtype: torch.dtype) -> None:
+    """`summed`: x is a, not written again; the gradients are those of the terms, as if the sum had been made here."""
+    where = need(backend, device)
+    k = inputs(16, 8, 4, 5, 4, dtype=dtype, skip=None)(where)
+    leaves = {name: k[name].clone().requires_grad_() for name in GRADS if k[name] is not None}
+    x, y = residual_group_norm_silu(**{**k, **leaves}, backend=backend)
+    cotangents = [torch.randn(t.shape, generator=torch.Generator().manual_seed(3)).to(t) for t in (x, y)]
+    want = torch.autograd.grad([x, y], list(leaves.values()), cotangents)
+
+    given = {**k, **leaves, "a": x.detach().clone().requires_grad_()}
+    got_x, got_y = residual_group_norm_silu(**given, summed=True, backend=backend)
+    assert got_x.data_ptr() == given["a"].data_ptr() and torch.equal(got_y, y)
+    got = torch.autograd.grad([got_x, got_y], [given[name] for name in leaves], cotangents)
+    for name, a, b in zip(leaves, got, want, strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(ValueError, match="skip is given, but `summed`"):
+        residual_group_norm_silu(**{**k, "skip": k["a"]}, summed=True)
 
 
 @pytest.mark.parametrize("c2", [0, 8])
