@@ -71,7 +71,7 @@ LEFT_OUT = {
 # block starts, so that it comes from DRAM once.
 ORIGINS = {
     ("cuda", "group_norm_silu forward"): ("x",),
-    ("cuda", "residual_group_norm_silu forward"): ("a", "skip", "other"),
+    ("cuda", "residual_group_norm_silu forward"): ("a", "skip", "other", "x"),
 }
 ALIASES = {"group_norm_silu": {"da": "dx"}}  # of parameters of a Triton kernel that two ops share
 

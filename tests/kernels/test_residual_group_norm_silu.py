@@ -269,27 +269,6 @@ def test_gradient_of_the_joined_sources(backend: str, device: str, tested: Case)
         assert error <= bar, name
 
 
-@each_target
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_a_sum_made_elsewhere(backend: str, device: str, dtype: torch.dtype) -> None:
-    """`summed`: x is a, not written again; the gradients are those of the terms, as if the sum had been made here."""
-    where = need(backend, device)
-    k = inputs(16, 8, 4, 5, 4, dtype=dtype, skip=None)(where)
-    leaves = {name: k[name].clone().requires_grad_() for name in GRADS if k[name] is not None}
-    x, y = residual_group_norm_silu(**{**k, **leaves}, backend=backend)
-    cotangents = [torch.randn(t.shape, generator=torch.Generator().manual_seed(3)).to(t) for t in (x, y)]
-    want = torch.autograd.grad([x, y], list(leaves.values()), cotangents)
-
-    given = {**k, **leaves, "a": x.detach().clone().requires_grad_()}
-    got_x, got_y = residual_group_norm_silu(**given, summed=True, backend=backend)
-    assert got_x.data_ptr() == given["a"].data_ptr() and torch.equal(got_y, y)
-    got = torch.autograd.grad([got_x, got_y], [given[name] for name in leaves], cotangents)
-    for name, a, b in zip(leaves, got, want, strict=True):
-        assert torch.equal(a, b), name
-    with pytest.raises(ValueError, match="skip is given, but `summed`"):
-        residual_group_norm_silu(**{**k, "skip": k["a"]}, summed=True)
-
-
 @pytest.mark.parametrize("c2", [0, 8])
 def test_joined_is_the_sources_without_a_copy(c2: int) -> None:
     x, _, joined = residual_group_norm_silu(**inputs(16, c2, 8, 4, 4)(torch.device("cpu")), joined=True)
