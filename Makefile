@@ -34,7 +34,7 @@ readme: .venv/.installed  # train the digits anew, and put their picture, tables
 	$(BIN)/python -m ect.train --run-dir runs/readme
 	$(BIN)/python benchmarks/readme.py runs/readme
 
-bench: .venv/.test-installed  # everything that can be timed or predicted here, into benchmarks/results/README.md
+bench: .venv/.test-installed  # all that can be timed or predicted here; step times and floors go to benchmarks/results/README.md
 	$(BIN)/python benchmarks/ops.py --quick
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/roofline.py

@@ -26,6 +26,7 @@ from ect_kernels import dispatch
 from rich.console import Console
 from rich.table import Table
 
+NO_GPU = "on a CPU: triton is interpreted and emulated compiled with g++; their times are no forecast of a GPU's"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     if not gpu:
         torch.set_num_threads(1)
         _load_emulator(options.op or cases.OPS, console)
-    table = Table("op", "shape", "backend", "pass", "time", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else []))
+    table = Table(caption=None if gpu else NO_GPU)
+    for name in ("op", "shape", "backend", "pass", "ms", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else [])):
+        table.add_column(name, justify="left" if name in ("op", "shape", "backend", "pass") else "right")
     failed = False
     for op in options.op or cases.OPS:
         for bench in cases.benches(op, options.images or (128 if gpu else 1), DTYPES[options.dtype], options.quick):
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 worst = max((f.error / f.bar if f.bar else 0.0 for f in figures), default=0.0)
                 for name, seconds, size in times(bench, backend, device):
-                    row = [name, f"{1e3 * seconds:.3f} ms", f"{size / 1e6:.2f}", f"{worst:.2f}"]
+                    row = [name, f"{1e3 * seconds:.3f}", f"{size / 1e6:.2f}", f"{worst:.2f}"]
                     if gpu:
                         rate = size / seconds
                         row += [f"{rate / 1e9:.0f}", f"{100 * rate / measure.copy_bandwidth(device):.0f} %"]

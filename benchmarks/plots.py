@@ -32,7 +32,8 @@ COLOURS = dict(
 HEAD = """# Results
 
 Written by `make bench`. Every figure is measured unless it says predicted; each table names its machine, and the command
-that prints it. Ratios compare rows of one run, in which the rows took turns.
+that prints it. Ratios compare rows of one run, in which the rows took turns. IQR: first and third quartile. MB: what a row
+holds from step to step, with the most that a step has alive beside it. Launches: kernels on a GPU, operations on a CPU.
 """
 
 
@@ -60,7 +61,7 @@ def waterfall(line: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"ms a step ({line['clock']}), median and interquartile range")
     axes.set_title(f"{line['net']}, batch {line['batch']}: {line['device']}", fontsize=10)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -68,15 +69,16 @@ def waterfall(line: dict[str, Any], path: Path) -> None:
 def course(lines: list[dict[str, Any]], path: Path) -> None:
     """The ratio of each row to the first, line by line."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    labels = [f"{line['commit'][:12]}\n{line['time'][:10]}" for line in lines]
+    labels = ["\n".join((line["commit"].replace("-dirty", "\nchanged"), line["time"][:10])) for line in lines]
     for name in lines[-1]["rows"]:
         values = [line["rows"].get(name, {}).get("ratio") for line in lines]
         if any(values) and name != "plain":
             axes.plot(range(len(lines)), [v or float("nan") for v in values], marker="o", label=name)
     axes.set_xticks(range(len(lines)), labels, fontsize=7)
     axes.set_ylabel("ratio to the first row")
+    axes.set_title(f"{lines[-1]['net']}, batch {lines[-1]['batch']}: {lines[-1]['device']}", fontsize=10)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -44,29 +44,14 @@ class Gpu:
     pattern: str
 
 
+# Where a sheet gives a tensor-core rate with sparsity, half of it stands here. White papers round less than data sheets.
 GPUS = (
-    Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 40GB data sheet (SXM)", r"A100-(SXM4|PCIE)-40GB"),
-    Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 80GB data sheet (SXM)", r"A100-SXM\d?-80GB"),
-    Gpu(
-        "H100",
-        989.4,
-        494.7,
-        66.9,
-        3350,
-        "NVIDIA H100 data sheet (SXM), halves of the figures with sparsity",
-        r"H100 80GB HBM3",
-    ),
-    Gpu("H200", 989.4, 494.7, 66.9, 4800, "NVIDIA H200 data sheet (SXM), halves of the figures with sparsity", r"H200"),
-    Gpu("RTX 4090", 165.2, 82.6, 82.6, 1008, "NVIDIA Ada architecture white paper, appendix A", r"RTX 4090$"),
-    Gpu(
-        "B200",
-        2250,
-        1125,
-        75,
-        8000,
-        "NVIDIA DGX B200 data sheet: an eighth of the system, halved for sparsity",
-        r"B200",
-    ),
+    Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 data sheet, 40GB", r"A100-(SXM4|PCIE)-40GB$"),
+    Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 data sheet, 80GB SXM", r"A100-SXM4-80GB$"),  # PCIe: 1,935 GB/s
+    Gpu("H100", 989.4, 494.7, 66.9, 3350, "NVIDIA H100 white paper, SXM5; GB/s: data sheet", r"H100 80GB HBM3$"),
+    Gpu("H200", 989.4, 494.7, 66.9, 4800, "as H100; GB/s: NVIDIA H200 data sheet, SXM", r"H200$"),  # the NVL is slower
+    Gpu("RTX 4090", 165.2, 82.6, 82.6, 1008, "NVIDIA Ada white paper, appendix A", r"RTX 4090$"),
+    Gpu("B200", 2250, 1125, 75, 8000, "NVIDIA HGX B200 data sheet, an eighth; GB/s: DGX B200", r"NVIDIA B200$"),
 )
 
 
@@ -129,7 +114,9 @@ def table(precision: str) -> Table:
 
 
 def assumptions() -> Table:
-    out = Table("GPU", "fp16 TFLOP/s", "TF32 TFLOP/s", "fp32 TFLOP/s", "GB/s", "source", title="Peak rates, dense")
+    out = Table(title="Peak rates, dense")
+    for name in ("GPU", "fp16 TFLOP/s", "TF32 TFLOP/s", "fp32 TFLOP/s", "GB/s", "source"):
+        out.add_column(name, justify="left" if name in ("GPU", "source") else "right")
     for gpu in GPUS:
         out.add_row(gpu.name, f"{gpu.fp16:g}", f"{gpu.tf32:g}", f"{gpu.fp32:g}", f"{gpu.bandwidth:g}", gpu.sheet)
     return out
@@ -137,7 +124,9 @@ def assumptions() -> Table:
 
 def compared(lines: Iterable[dict[str, Any]]) -> Table:
     """Measured rows of step_time's lines over their floors."""
-    out = Table("device", "net", "row", "measured ms", "floor ms", "measured / floor", "floor is")
+    out = Table()
+    for name in ("device", "net", "row", "measured ms", "floor ms", "measured / floor", "floor is"):
+        out.add_column(name, justify="right" if name[-2:] == "ms" or "/" in name else "left")
     for line in lines:
         for name, row in line["rows"].items():
             if row.get("ms") is None:

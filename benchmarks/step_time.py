@@ -3,16 +3,19 @@
 The rows take turns, in several rounds, so that a machine which slows down slows them all; a figure is the median over rounds,
 its spread the interquartile range. Appends a line a network to benchmarks/results/<device>.jsonl and compares it with the last
 one of the device; --check exits 1 where a row got more than 5 % slower (on a CPU: its ratio to the first row), and then
-records nothing.
+records nothing. A row whose first steps take longer than --limit seconds, compilation included, is left out and says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import signal
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,29 @@ from torch._inductor import config as inductor
 PRODUCTS = "products alone"  # the floor that a CPU run measures
 
 
-def measured(case: waterfall.Case, device: torch.device, names: list[str] | None, rounds: int) -> dict[str, Any]:
+class Overtime(BaseException):  # an Exception would be taken for a failure of torch.compile's, and wrapped
+    """Raised by time_limit."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise Overtime in the block once it has run that long, as soon as Python is back from what it calls. Main thread only."""
+
+    def over(number: int, frame: Any) -> None:
+        raise Overtime
+
+    previous = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def measured(
+    case: waterfall.Case, device: torch.device, names: list[str] | None, rounds: int, limit: float
+) -> dict[str, Any]:
     """One line of results for a case: every row that runs here, and why the others do not."""
     found: dict[str, dict[str, Any]] = {}
     runners: dict[str, Callable[[], Any]] = {}
@@ -43,12 +68,16 @@ def measured(case: waterfall.Case, device: torch.device, names: list[str] | None
             found[row.name] = {"ms": None, "why": f"not on {device.type}"}
         elif names is None or row.name in names or row.name == "plain":
             try:
-                runners[row.name], found[row.name] = prepared(row, case, device, min(rounds, 5))
+                with time_limit(limit):
+                    runners[row.name], found[row.name] = prepared(row, case, device, min(rounds, 5))
+            except Overtime:
+                found[row.name] = {"ms": None, "why": f"over {limit:g} s to start"}
             except torch.OutOfMemoryError:
-                found[row.name] = {"ms": None, "why": "out of memory: try a smaller --batch"}
+                found[row.name] = {"ms": None, "why": "out of memory, try a smaller --batch"}
                 torch.cuda.empty_cache()
     if not runners:
-        raise SystemExit(f"{case.name}, batch {case.cfg.batch}: no row ran; out of memory, try a smaller --batch")
+        why = {row["why"] for row in found.values() if not row["why"].startswith("not on")}
+        raise SystemExit(f"{case.name}, batch {case.cfg.batch}: no row ran ({'; '.join(sorted(why))})")
     floor = _floor(case, device)
     if floor is None:
         eager = next(row for row in waterfall.rows(device) if row.name == "plain")
@@ -119,9 +148,9 @@ def tables(line: dict[str, Any]) -> list[Table]:
     for column in (
         "row",
         "ms/step",
-        "IQR",
+        "ms IQR",
         "ratio",
-        "IQR ",
+        "ratio IQR",
         "/ floor",
         "img/s",
         "sec/kimg",
@@ -154,7 +183,7 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(),
         "net": case.name, "batch": case.cfg.batch, "rounds": options.rounds,
-        **measured(case, device, options.rows, options.rounds),
+        **measured(case, device, options.rows, options.rounds, options.limit),
     }  # fmt: skip
     for table in tables(line):
         console.print(table, highlight=False)
@@ -177,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="default: 64 for digits; 128 for ddpmpp, on a CPU 4")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and the first")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that a row's first steps may take")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--results", type=Path, default=history.RESULTS, help="folder of the recorded lines")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row got more than 5 %% slower")
@@ -188,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in known:
             parser.error(f"--rows: no row {name!r}; known: {', '.join(map(repr, known))}")
     torch.set_num_threads(options.threads)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says at compilation that there is no GPU
     torch.backends.cudnn.benchmark = True
     inductor.cpp.enable_kernel_profile = True  # lets the profiler see the kernels that torch.compile makes for a CPU
     console = Console(width=None if sys.stdout.isatty() else 160)

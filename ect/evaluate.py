@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -37,6 +37,7 @@ from ect.metrics import (
     quality_table,
 )
 from ect.models import EDMPrecond
+from ect.precision import PRECISIONS, products, sampling
 from ect.sampler import SIGMA_MAX
 
 _MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models
@@ -84,6 +85,8 @@ class Options:
     """Folder for metrics.json and torch-fidelity's cache of the reference. Default: runs/evaluation-<model>."""
     device: str = "auto"
     """'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:1'."""
+    precision: Literal["tf32", "fp32"] = "tf32"
+    """Convolutions and matrix products on a GPU: in TF32, as training samples unless it is in fp32; or in true fp32."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -118,13 +121,16 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     evaluator: Evaluator = RatedElsewhere()
     if world.rank == 0:
         evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
-    rows = _rate(options, samples, net, evaluator, samplers, device, console, world)
+    with sampling(PRECISIONS[options.precision]):
+        arithmetic = products(device)
+        rows = _rate(options, samples, net, evaluator, samplers, device, console, world)
     if world.rank > 0:
         return rows
-    _print(console, options, evaluator, rows or [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers])
+    unrated = [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers]
+    _print(console, options, evaluator, rows or unrated, arithmetic)
     if not rows:
         raise UserError(f"{options.model}: no metric can be computed; the lines below the table say what each needs")
-    _write(run_dir / "metrics.json", options, net, info, evaluator, rows)
+    _write(run_dir / "metrics.json", options, net, info, evaluator, rows, arithmetic)
     console.print(Text(f"wrote {run_dir / 'metrics.json'}"))
     return rows
 
@@ -209,10 +215,12 @@ def _rate(
         )
 
 
-def _print(console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow]) -> None:
+def _print(
+    console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow], arithmetic: str
+) -> None:  # fmt: skip
     headers, cells = quality_table(rows, evaluator.columns)
     spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
-    console.print(Text(f"{options.model}: {spread} {rows[0].samples:,} samples"))
+    console.print(Text(f"{options.model}: {spread} {rows[0].samples:,} samples, products in {arithmetic}"))
     table = Table()
     for i, header in enumerate(headers):
         table.add_column(Text(header), justify="left" if i == 0 else "right")
@@ -224,14 +232,16 @@ def _print(console: Console, options: Options, evaluator: Evaluator, rows: list[
 
 
 def _write(
-    path: Path, options: Options, net: EDMPrecond, info: dict[str, Any], evaluator: Evaluator, rows: list[QualityRow]
-) -> None:
+    path: Path, options: Options, net: EDMPrecond, info: dict[str, Any], evaluator: Evaluator, rows: list[QualityRow],
+    arithmetic: str,
+) -> None:  # fmt: skip
     weights = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     report = {
         "format": 1,
         "model": {"path": str(options.model), "weights_sha256": weights.hexdigest(), "info": info},
+        "products": arithmetic,
         "used": evaluator.used,
         "missing": {column.name: column.missing for column in evaluator.columns if column.missing is not None},
         "rows": [row.as_json() for row in rows],

@@ -13,7 +13,7 @@ from ect_kernels import dispatch
 from rich.console import Console
 from torch import Tensor
 
-from ect import report
+from ect import precision, report
 from ect.checkpoint import atomic, load_model
 from ect.config import Config, PretrainConfig
 from ect.data import load
@@ -198,13 +198,14 @@ class Job:
         for path, samplers in models:
             net, _ = load_model(path, device=self.device)
             for sampler in samplers:
-                images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
-                pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
-                if self.evaluator is not None:
-                    rows += quality_rows(
-                        net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device,
-                        world=self.world,
-                    )  # fmt: skip
+                with precision.sampling(precision.resolve(self.cfg.precision, self.device)):
+                    images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
+                    pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
+                    if self.evaluator is not None:
+                        rows += quality_rows(
+                            net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device,
+                            world=self.world,
+                        )  # fmt: skip
                 if self.stop.heard():  # the models are saved; --resume comes back to this report
                     return False
         if self.world.rank == 0:

@@ -212,31 +212,36 @@ class FlatState(Generic[Net]):
         arenas = {"params": self.params, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return arenas | {f"ema{i}": ema for i, ema in enumerate(self.emas)}
 
-    def _counters(self) -> dict[str, Tensor]:
-        counters = {"nonfinite": self.nonfinite, "steps": self.steps}
-        if self.loss_scale is not None:
-            counters |= {"skipped": self.skipped, "loss_scale": self.loss_scale}
-            counters["good_steps"] = self.state_i64[I64.GOOD_STEPS]
-        return counters
+    def _scale_counters(self) -> dict[str, Tensor]:
+        if self.loss_scale is None:
+            return {}
+        return {"skipped": self.skipped, "loss_scale": self.loss_scale, "good_steps": self.state_i64[I64.GOOD_STEPS]}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs: per parameter and named params.*, exp_avg.*, exp_avg_sq.*, ema<i>.*; nonfinite, steps;
         with a loss scale also skipped, loss_scale, good_steps."""
+        everything = self._saved() | self._scale_counters()
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in everything.items()}
+
+    def _saved(self) -> dict[str, Tensor]:
+        """What every saved state has."""
         named = {
             f"{role}.{name}": view
             for role, arena in self._arenas().items()
             for name, view in zip(self._names, self.views(arena), strict=True)
         }
-        everything = named | self._counters()
-        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in everything.items()}
+        return named | {"nonfinite": self.nonfinite, "steps": self.steps}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of state_tensors(). Raises KeyError where a tensor is missing."""
-        for role, arena in self._arenas().items():
-            for name, view in zip(self._names, self.views(arena), strict=True):
-                view.copy_(tensors[f"{role}.{name}"])
-        for name, counter in self._counters().items():
-            if name in tensors or self.loss_scale is None:  # a run saved without a loss scale starts one of its own
-                counter.copy_(tensors[name])
+        """The inverse of state_tensors(); other tensors are left alone. A state saved without a loss scale has none of its
+        counters, and one is started afresh. Raises KeyError, naming them, where tensors are missing; nothing is loaded then."""
+        wanted, scaling = self._saved(), self._scale_counters()
+        if scaling.keys() & tensors.keys():
+            wanted |= scaling
+        if missing := [name for name in wanted if name not in tensors]:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise KeyError(", ".join(missing[:3]) + more)
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
         if self.shadow is not None:
             self.shadow.copy_(self.params)

@@ -7,6 +7,8 @@ norms' parameters and the biases, which are small. Half precision is for the con
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +45,30 @@ def resolve(name: str, device: torch.device) -> Precision:
 
 def apply(precision: Precision) -> None:
     """Tell torch: TF32 products or true fp32 ones, and half-precision sums in fp32."""
-    torch.backends.cudnn.allow_tf32 = precision.tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
+    _allow_tf32(precision.tf32)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+@contextmanager
+def sampling(precision: Precision) -> Iterator[None]:
+    """Inside the block, images are made and rated: in fp32 networks whose products take TF32, save where fp32 was asked for.
+    An image does not need the digits that the training signal needs; what follows has the products of before again."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    _allow_tf32(precision.name != "fp32")
+    try:
+        yield
+    finally:
+        _allow_tf32(*before)
+
+
+def products(device: torch.device) -> str:
+    """What the products of fp32 tensors are computed in on `device` as torch is set now: 'TF32' or 'fp32'."""
+    if device.type != "cuda" or not (torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32):
+        return "fp32"
+    return "TF32" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"  # the first GPUs with TF32
+
+
+def _allow_tf32(convolutions: bool, matrices: bool | None = None) -> None:
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cuda.matmul.allow_tf32 = convolutions if matrices is None else matrices

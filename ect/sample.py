@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ect.errors import UserError
 from ect.grid import save_grid, save_png
 from ect.launch import launch
 from ect.models import ECMPrecond, EDMPrecond
+from ect.precision import PRECISIONS, products, sampling
 from ect.sampler import SIGMA_MAX, draw, generate
 
 _FILES = (".png", ".npz")
@@ -56,6 +57,8 @@ class Options:
     """NAME.png: a grid. NAME.npz: arrays images (uint8 NHWC), seeds, sigmas, class. Otherwise a folder of PNG files."""
     device: str = "auto"
     """'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:1'."""
+    precision: Literal["tf32", "fp32"] = "tf32"
+    """Convolutions and matrix products on a GPU: in TF32, as training samples unless it is in fp32; or in true fp32."""
     threads: int | None = None
     """CPU threads. None: as many as CPUs that this process may use."""
 
@@ -91,12 +94,15 @@ def sample(options: Options, world: World = World()) -> None:
         print(f"{options.checkpoint}: Heun sampler, {how['heun_steps']} steps, {2 * how['heun_steps'] - 1} NFE")
     start = time.perf_counter()
     batches = generate(net, seeds, class_idx=options.class_idx, batch=options.batch, device=device, world=world, **how)
-    if world.rank > 0:
-        deque(batches, maxlen=0)  # makes them
-        return
-    _write(options, seeds, batches, how.get("sigmas", ()), _classes(net, seeds, options.class_idx))
+    with sampling(PRECISIONS[options.precision]):
+        arithmetic = products(device)
+        if world.rank > 0:
+            deque(batches, maxlen=0)  # makes them
+            return
+        _write(options, seeds, batches, how.get("sigmas", ()), _classes(net, seeds, options.class_idx))
     seconds = time.perf_counter() - start
-    print(f"wrote {len(seeds)} images to {options.out} in {seconds:.1f} s ({len(seeds) / seconds:,.1f} img/s)")
+    rate = f"{len(seeds) / seconds:,.1f} img/s, products in {arithmetic}"
+    print(f"wrote {len(seeds)} images to {options.out} in {seconds:.1f} s ({rate})")
 
 
 def _seeds(options: Options) -> list[int]:

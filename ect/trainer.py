@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -177,7 +177,11 @@ class Trainer:
         return self._seconds + time.monotonic() - self._since
 
     def run(self, log: RunLog) -> Path:
-        """Train to total_kimg or to a stop signal; returns the last checkpoint's model file."""
+        """Train to total_kimg or to a stop signal; returns the last checkpoint's model file. No step can follow."""
+        with closing(self.step.stream):
+            return self._run(log)
+
+    def _run(self, log: RunLog) -> Path:
         self.log, cfg, every = log, self.cfg, self.cfg.log
         self._agree()
         if self.path is None:
@@ -239,16 +243,19 @@ class Trainer:
             images = generate(
                 net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, world=self.world, **sampler.options()
             )
-            self.log.grid(f"nfe{sampler.nfe}", torch.cat(list(images)))
+            with precision.sampling(self.precision):
+                made = torch.cat(list(images))
+            self.log.grid(f"nfe{sampler.nfe}", made)
 
     def evaluate(self) -> None:
         """Judge the averaged weights: one row of statistics, a figure for each sampler and metric."""
         assert self.evaluator is not None
         cfg = self.cfg.eval
-        rows = quality_rows(
-            self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device,
-            world=self.world,
-        )  # fmt: skip
+        with precision.sampling(self.precision):
+            rows = quality_rows(
+                self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device,
+                world=self.world,
+            )  # fmt: skip
         figures = {f"nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]}
         if figures:
             self.log.row(self.nimg, figures)
@@ -283,7 +290,13 @@ class Trainer:
         tensors, meta, self.path = checkpoint.Checkpoints.load(source)
         checkpoint.refuse_changed_maths(meta["config"], to_dict(self.cfg))
         checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
-        self.state.load_state_tensors(tensors)
-        self.state.grad_norm = tensors["grad_norm"].to(self.device)
-        self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
+        try:
+            self.state.load_state_tensors(tensors)
+            self.state.grad_norm = tensors["grad_norm"].to(self.device)
+            self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
+        except KeyError as error:
+            raise UserError(
+                f"--resume {source}: its training state is damaged, missing {error.args[0]}; resume from another checkpoint of "
+                "the run, or start a new one from its weights with --init-from"
+            ) from error
         self.nimg, self._seconds = meta["nimg"], meta["seconds"]

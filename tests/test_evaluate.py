@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ect import evaluate
+from ect import evaluate, precision
 from ect.checkpoint import save_model
 from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
@@ -143,6 +143,37 @@ def test_one_and_two_evaluations_of_a_random_net_differ(
         assert f"{two['mean'][name]:.4g} ({two['minimum'][name]:.4g})" in out
     assert report["model"]["info"]["data"] == "digits"
     assert report["missing"] == {}
+    assert report["products"] == "fp32" and "samples, products in fp32\n" in out
+
+
+@pytest.mark.parametrize("name", ["tf32", "fp32"])
+def test_the_products_are_as_asked_and_torch_is_left_as_it_was(
+    name: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = evaluate.quality_rows, []
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    def rows(*args: Any, **kwargs: Any) -> Any:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "quality_rows", rows)
+    options = ["--samples", "4", "--repeats", "1", "--precision", name, "--run-dir", tmp_path / "r"]
+    run(capsys, digits_model, *options)  # type: ignore[arg-type]
+    assert seen == [(name == "tf32",) * 2]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_a_gpu_is_said_to_use_tf32_where_it_has_it_and_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with precision.sampling(precision.PRECISIONS["fp16"]):
+        assert precision.products(gpu) == "TF32" and precision.products(torch.device("cpu")) == "fp32"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert precision.products(gpu) == "fp32"
+    with precision.sampling(precision.PRECISIONS["fp32"]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert precision.products(gpu) == "fp32"
 
 
 def test_digits_figures_are_those_of_the_generated_images(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,3 +78,41 @@ def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path, monkey
     assert available(CPU) == 1000 * 1024
     (tmp_path / "memory.max").write_text("5000\n")
     assert available(CPU) == 4000
+
+
+TRAIN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from ect import memory
+from ect.config import PRESETS
+from ect.data import load
+from ect.log import RunLog
+from ect.trainer import Trainer
+from tests.tiny import NET
+batch, compiled = int(sys.argv[1]), sys.argv[2] == "compiled"
+cfg = replace(PRESETS["digits"], batch=batch, total_kimg=3 * batch / 1000, compile=compiled)
+if compiled:
+    cfg = replace(cfg, net=NET)  # compiles sooner
+torch.set_num_threads(1)
+trainer = Trainer(cfg, Path(), load(cfg.data), torch.device("cpu"))
+with RunLog(Path(), trainer.total_img, quiet=True) as log:
+    trainer.run(log)
+print(memory.plan(cfg, trainer.spec, trainer.dataset, trainer.device).total)
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of a process where Linux has it")
+@pytest.mark.parametrize(
+    ("batch", "mode"), [(64, "eager"), (1024, "eager"), pytest.param(64, "compiled", marks=pytest.mark.slow)]
+)
+def test_a_process_on_a_cpu_takes_what_was_predicted(batch: int, mode: str, tmp_path: Path) -> None:
+    """Not by ru_maxrss, in which a process inherits the peak of the one that started it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TRAIN, str(batch), mode]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    predicted, peak = done.stdout.splitlines()[-2:]
+    assert 0.85 < int(predicted) / (int(peak.split()[1]) * 1024) < 2  # torch without CUDA is smaller by half

@@ -155,6 +155,24 @@ def test_state_survives_a_round_trip() -> None:
         second.load_state_tensors(incomplete)
 
 
+def test_only_a_loss_scales_own_counters_may_be_missing() -> None:
+    plain = FlatState(mlp(), lr=1e-2)
+    scaled = FlatState(mlp(), lr=1e-2, loss_scale=256.0)
+    backward(plain, 0)
+    plain.step()
+    scaled.skipped.fill_(7)
+    scaled.load_state_tensors(plain.state_tensors())
+    assert (int(scaled.steps), int(scaled.skipped), float(scaled.loss_scale)) == (1, 7, 256.0)
+    whole, before = scaled.state_tensors(), scaled.params.clone()
+    for name in ("steps", "nonfinite", "skipped", "loss_scale", "good_steps"):
+        damaged = {key: tensor for key, tensor in whole.items() if key != name}
+        damaged["params.0.weight"] = damaged["params.0.weight"] + 1
+        with pytest.raises(KeyError, match=f"^'{name}'$"):
+            scaled.load_state_tensors(damaged)
+        assert torch.equal(scaled.params, before)
+    plain.load_state_tensors(whole)  # which needs none of them
+
+
 def test_settings_reach_the_device_scalars_when_assigned() -> None:
     nets = [mlp(), mlp()]
     a = FlatState(nets[0], "adam", lr=1e-2, eps=1e-3, ema_betas=[0.9, 0.5], clip=2.0)

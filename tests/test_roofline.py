@@ -105,6 +105,21 @@ def test_devices_are_known_by_torchs_names() -> None:
     assert roofline.known("NVIDIA GeForce RTX 4090 Laptop GPU") is None
 
 
+@pytest.mark.parametrize(
+    "name", ["NVIDIA H200 NVL", "NVIDIA GB200", "NVIDIA A100 80GB PCIe", "NVIDIA GeForce RTX 4090 D"]
+)
+def test_slower_and_faster_namesakes_have_no_sheet(name: str) -> None:
+    assert roofline.known(name) is None
+
+
+@pytest.mark.parametrize("gpu", roofline.GPUS, ids=lambda gpu: gpu.name)
+def test_rates_are_dense(gpu: roofline.Gpu) -> None:
+    """Twice as many half-precision products as TF32 ones, on every one of these; a figure with sparsity breaks the ratio."""
+    assert gpu.fp16 == pytest.approx(2 * gpu.tf32)
+    dense = {"A100-40": 312, "A100-80": 312, "H100": 989.4, "H200": 989.4, "RTX 4090": 165.2, "B200": 2250}
+    assert gpu.fp16 == dense[gpu.name]
+
+
 def test_prints_measured_over_floor_of_a_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {"plain": {"ms": 300.0}, "+graph": {"ms": 150.0}, "+fp16": {"ms": None, "why": "out of memory"}}
     line = {"benchmark": "step_time", "device": "toy", "net": "ddpmpp", "rows": rows}

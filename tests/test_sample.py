@@ -63,7 +63,7 @@ def test_grid_folder_and_npz_hold_the_same_images(
         run(model, "--seeds", "0-2,998-1001", "--batch", 3, "--out", tmp_path / out)
     shown = capsys.readouterr().out
     assert f"{model}: 2 NFE at sigma 80, 0.821" in shown
-    assert f"wrote 7 images to {tmp_path / 'grid.png'} in " in shown and " img/s)" in shown
+    assert f"wrote 7 images to {tmp_path / 'grid.png'} in " in shown and " img/s, products in fp32)" in shown
     with np.load(tmp_path / "deep/er/images.npz", allow_pickle=False) as arrays:
         images, seeds = arrays["images"], arrays["seeds"].tolist()
         assert arrays["sigmas"].tolist() == [80.0, 0.821]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect import schedule
-from ect.checkpoint import read_model
-from ect.config import DataConfig, NetConfig, ObjectiveConfig, OptimConfig, PretrainConfig
-from ect.data import load
+from ect import precision, schedule
+from ect.checkpoint import Checkpoints, read_model
+from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig, PretrainConfig
+from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.job import Job
 from ect.log import RunLog
-from ect.models import DhariwalUNet
+from ect.metrics import Column, Evaluator
+from ect.models import DhariwalUNet, EDMPrecond
 from ect.models.layers import FourierEmbedding
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping
 from ect.report import strips
@@ -124,6 +126,85 @@ def test_a_lost_pointer_does_not_restart_the_run(tmp_path: Path) -> None:
     for source in (folder, folder / "checkpoint-000000.080.safetensors"):
         run(replace(config(), resume=source), folder)
         assert (folder / "stats.jsonl").read_text() == stats
+
+
+def test_a_damaged_training_state_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    run(config(), folder)
+    tensors, meta, path = Checkpoints.load(folder)
+    for name in ("steps", "grad_norm"):
+        left = {key: tensor for key, tensor in tensors.items() if key != name}
+        monkeypatch.setattr(Checkpoints, "load", lambda source, left=left: (left, meta, path))
+        with pytest.raises(UserError, match=rf"--resume .*run: .* missing {name}; resume from another checkpoint"):
+            make(replace(config(), resume=folder), folder)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_streams_thread_ends_with_the_run(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    threads, original, kept = [], ImageStream.seek, []
+
+    def seek(self: ImageStream, nimg: int) -> None:
+        kept.append(self)  # for a thread also ends with the last reference to its executor
+        original(self, nimg)
+        threads.extend(thread for thread in threading.enumerate() if thread.name.startswith("images"))
+        if failing:
+            raise OSError("disk gone")
+
+    monkeypatch.setattr(ImageStream, "seek", seek)
+    before = set(threading.enumerate())
+    if failing:
+        with pytest.raises(OSError, match="disk gone"):
+            run(config(), tmp_path / "run")
+    else:
+        run(config(), tmp_path / "run")
+    assert threads and not {thread for thread in threads if thread not in before and thread.is_alive()}
+
+
+Flags = tuple[bool, bool]
+
+
+@pytest.mark.parametrize(
+    ("name", "trains", "samples"),
+    [("fp32", False, False), ("tf32", True, True), ("fp16", False, True), ("bf16", False, True)],
+)
+def test_images_are_made_and_rated_in_tf32_but_trained_on_as_asked(
+    name: str, trains: bool, samples: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flags() -> Flags:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    seen: dict[str, set[Flags]] = {"step": set(), "sample": set(), "rate": set()}
+
+    class Rater(Evaluator):
+        columns, used = (Column("mean", "lower"),), {}
+
+        def evaluate(self, images: Any) -> dict[str, float]:
+            seen["rate"].add(flags())
+            return {"mean": torch.cat(list(images)).double().mean().item()}
+
+    call, forward = TrainStep.__call__, EDMPrecond.forward
+
+    def step(self: TrainStep, nimg: int, stage: int) -> torch.Tensor:
+        seen["step"].add(flags())
+        return call(self, nimg, stage)
+
+    def sample(self: EDMPrecond, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.training and args[0].device.type != "meta":  # on which memory is predicted
+            seen["sample"].add(flags())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(EDMPrecond, "forward", sample)
+    monkeypatch.setattr("ect.job.make_evaluator", lambda *args, **kwargs: Rater())
+    log = LogConfig(stats_kimg=0.016, sample_kimg=0.032, checkpoint_kimg=0.08, eval_kimg=0.032)
+    try:
+        run(config(precision=name, eval=EvalConfig(samples=4), log=log), tmp_path / "run")
+        assert flags() == (trains, trains)
+    finally:
+        precision.apply(precision.PRECISIONS["fp32"])
+    assert seen == {"step": {(trains, trains)}, "sample": {(samples, samples)}, "rate": {(samples, samples)}}
 
 
 def test_a_moved_data_set_is_the_same_data_set(tmp_path: Path) -> None:
