@@ -24,7 +24,8 @@ _RULES = [
     ("norm", r"group_norm|GroupNorm|RowwiseMoments|ComputeFusedParams|ComputeInternalGradients|ComputeBackwardFused"),
     ("norm", r"Silu|silu|dropout|bernoulli"),
     ("attention", r"scaled_dot_product|ScaledDotProduct|softmax|Softmax|flash|fmha|attention"),
-    ("other", r"perturb|consistency_loss"),
+    ("other", r"perturb|consistency_loss|levels_fwd|ect::levels"),
+    ("conv", r"skip_product|AddSkip"),
     (
         "residual",
         r"(cpp|triton_\w+?)_fused\w*_(add|cat|mul)",

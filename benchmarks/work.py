@@ -22,7 +22,7 @@ from ect_kernels.perturb import perturb
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ect.models import EDMPrecond, MaskKey, build, half_precision_weights
 
@@ -50,6 +50,13 @@ def nbytes(tensors: Iterable[Any]) -> float:
             stored = math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride)
             seen[id(t.untyped_storage()), t.storage_offset(), stored] = stored * t.element_size()
     return sum(seen.values())
+
+
+@register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
+def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) -> int:
+    """Two for each pixel and weight."""
+    n, _, h, w = a
+    return 2 * n * h * w * weight[0] * weight[1]
 
 
 def flop_formula(func: Any) -> Any:

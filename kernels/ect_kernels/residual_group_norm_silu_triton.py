@@ -9,9 +9,9 @@ from ect_kernels.tensors import fp32
 
 def fwd(s: Seam, i: Norm, out: Output) -> None:
     """Fill `out`."""
-    seam, x = group_norm_silu_triton.SEAM, i.x
-    if out.x.numel():
-        seam, x = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.skip_scale), out.x
+    given = out.x.numel() > 0  # there is something to sum
+    seam = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.skip_scale) if given else group_norm_silu_triton.SEAM
+    x = out.x if given else i.x
     group_norm_silu_triton.fwd(i._replace(x=x), group_norm_silu.Output(*out[1:]), seam, s.other)
 
 
