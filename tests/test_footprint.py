@@ -124,12 +124,15 @@ def test_ddpmpp_takes_at_most_700_operations(ddpmpp: Footprint, capsys: pytest.C
     assert ddpmpp.ops <= 700
 
 
-def test_ddpmpp_moves_few_bytes_beside_its_convolutions(ddpmpp: Footprint) -> None:
+def test_ddpmpp_moves_few_bytes_beside_its_convolutions(ddpmpp: Footprint, capsys: pytest.CaptureFixture[str]) -> None:
     traffic = ddpmpp.traffic
     blocks = sum(traffic[name] for name in ("norm", "activation", "dropout", "residual", "concat"))
     convolutions = traffic["conv"] + traffic["conv 1x1 as gemm"]
+    rest = sum(traffic.values()) - convolutions
+    with capsys.disabled():
+        print(f"\nnorm to concat {blocks / 1e9:.2f} GB, all but convolutions {rest / 1e9:.2f} GB")
     assert blocks <= 22e9, ddpmpp.table("op")
-    assert sum(traffic.values()) - convolutions <= 28e9, ddpmpp.table("op")
+    assert rest <= 28e9, ddpmpp.table("op")
 
 
 def test_tables_name_every_byte(ddpmpp: Footprint) -> None:
