@@ -93,26 +93,15 @@ class Conv2d(nn.Module):
             fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
             self.weight = init.weight_([out_channels, in_channels, kernel, kernel], fan_in, fan_out)
             self.bias = init.bias_(out_channels, fan_in, fan_out)
-        self.taps: Tensor | None
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
-        resampled = out_channels if fused else in_channels
         self.register_buffer("resample_filter", taps if up or down else None)
-        self.register_buffer("taps", taps.repeat(resampled, 1, 1, 1) if up or down else None, persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.set_taps())
-        self.set_taps()
-
-    def set_taps(self) -> None:
-        """Bring `taps`, the filter of every channel as resample() takes it, in line with the checkpoints' resample_filter."""
-        if self.resample_filter is not None:
-            assert self.taps is not None
-            self.taps.copy_(self.resample_filter * (4 if self.up else 1))
 
     def forward(self, x: Tensor, bias: bool = True) -> Tensor:
         """x [N, in_channels, H, W] -> [N, out_channels, H', W']; bias=False leaves the bias to the caller."""
-        if self.taps is None:
+        if self.resample_filter is None:
             return self.convolve(x, bias)
-        taps = self.taps.to(x.dtype)
+        taps = self.resample_filter.to(x.dtype)
         pad = (taps.shape[-1] - 1) // 2
         if self.fused and self.down:
             x = self.convolve(x, bias, pad)  # the bias passes the filter unchanged: its taps sum to 1
@@ -130,9 +119,11 @@ class Conv2d(nn.Module):
 
 
 def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Tensor:
-    """Every channel of x [N, C, H, W] filtered by taps [C, 1, k, k], at half the resolution, or at twice it."""
-    convolution = F.conv_transpose2d if up else F.conv2d
-    return sum_in_fp32(lambda x, w: convolution(x, w, None, 2, padding, groups=x.shape[1]), x, taps)
+    """Every channel of x [N, C, H, W] filtered by taps [1, 1, k, k], at half the resolution, or at twice it."""
+    taps = taps.expand(x.shape[1], 1, -1, -1)
+    if up:
+        return sum_in_fp32(lambda x, w: F.conv_transpose2d(x, w * 4, None, 2, padding, groups=x.shape[1]), x, taps)
+    return sum_in_fp32(lambda x, w: F.conv2d(x, w, None, 2, padding, groups=x.shape[1]), x, taps)
 
 
 class GroupNorm(nn.Module):
@@ -281,13 +272,11 @@ def default_mask(module: nn.Module, mask: MaskKey | None, device: torch.device) 
 
 
 def half_precision_weights(net: nn.Module) -> set[str]:
-    """Names of what a half-precision copy of net holds in half: weights and resampling taps of the blocks' convolutions."""
+    """Names of the parameters that a half-precision copy of net holds in half: the weights of the blocks' convolutions."""
     return {
-        f"{block}.{name}.{tensor}"
+        f"{block}.{name}.weight"
         for block, module in net.named_modules()
         if isinstance(module, UNetBlock)
         for name, layer in module.named_children()
-        if isinstance(layer, Conv2d)
-        for tensor in ("weight", "taps")
-        if getattr(layer, tensor) is not None
+        if isinstance(layer, Conv2d) and layer.weight is not None
     }
