@@ -26,12 +26,6 @@ STREAM_AUGMENT_NORMAL = _LOW - 4
 STREAM_LABEL_DROPOUT = _LOW - 5
 
 
-def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * m, for a in [0, 2^32) held in int64 (the wrapped 64-bit product has the right bits)."""
-    product = a * m
-    return (product >> 32) & _LOW, product & _LOW
-
-
 def philox4x32(
     seed: Tensor | int, c0: Tensor, c1: int, c2: int = 0, c3: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,10 +40,10 @@ def philox4x32(
     for i in range(10):
         if i > 0:
             k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-        hi0, lo0 = _multiply(x0, _M0)
-        hi1, lo1 = _multiply(x2, _M1)
-        x0, x1, x2, x3 = hi1 ^ x1 ^ k0, lo1, hi0 ^ x3 ^ k1, lo0
-    return x0, x1, x2, x3
+        product0, product1 = x0 * _M0, x2 * _M1  # the wrapped 64-bit products have the right bits
+        x0, x1 = ((product1 >> 32) ^ x1 ^ k0) & _LOW, product1  # x1 and x3 are cut to 32 bits where they are used
+        x2, x3 = ((product0 >> 32) ^ x3 ^ k1) & _LOW, product0
+    return x0, x1 & _LOW, x2, x3 & _LOW
 
 
 def uniform(
@@ -101,12 +95,13 @@ def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | in
     where that 16-bit value is at least round(65536 p). Kept values are scaled by the exact inverse of the kept fraction.
     """
     n, c, h, w = x.shape
-    per_sample = c * h * w
-    start = n0 * per_sample
+    per_sample, threshold = c * h * w, dropout_threshold(p)
+    start, count = n0 * per_sample, n * per_sample
     # One more block than needed: sample n0 may begin in the middle of a block.
-    counters = (start // 8 + torch.arange(n * per_sample // 8 + 2, device=x.device)) & _LOW
+    counters = (start // 8 + torch.arange(count // 8 + 2, device=x.device)) & _LOW
     words = torch.stack(philox4x32(seed, counters, layer), dim=-1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()
-    index = start % 8 + torch.arange(n * per_sample, device=x.device)
-    keep = (halves[index] >= dropout_threshold(p)).view(n, h, w, c).permute(0, 3, 1, 2)
+    kept = torch.stack([(words & 0xFFFF) >= threshold, words >= threshold << 16], dim=-1).flatten()
+    first = start % 8
+    index = slice(first, first + count) if isinstance(first, int) else first + torch.arange(count, device=x.device)
+    keep = kept[index].view(n, h, w, c).permute(0, 3, 1, 2)
     return torch.where(keep, x * inv_keep(p), torch.zeros((), dtype=x.dtype, device=x.device))
