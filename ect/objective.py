@@ -6,8 +6,7 @@ Everything here takes a denoiser, a callable (x [N, C, H, W], sigma [N]) -> D_x,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,21 +64,6 @@ def pseudo_huber(difference: Tensor, c: float) -> Tensor:
     return s / (root + c)
 
 
-@contextmanager
-def _rng_from(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Run a block from an earlier state of torch's global generators, then put the current state back."""
-    devices = [device] if state[1] is not None else []
-    with torch.random.fork_rng(devices=devices):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
-        yield
-
-
-def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
 @dataclass(frozen=True)
 class ConsistencyObjective:
     """ECT: D(x_t, t) shall equal the stop-gradient D(x_r, r) of the same weights, noise and dropout mask.
@@ -105,21 +89,17 @@ class ConsistencyObjective:
     ) -> Tensor:
         """Per-sample loss [N] of clean images y [N, C, H, W] in [-1, 1], levels t > r >= 0 [N] and unit noise eps like y.
 
-        Rows with r = 0 take y as their target (the teacher's answer there, D at sigma = 1, is discarded). share_rng makes the
-        teacher repeat the student's draws from torch's global generators; a denoiser that holds its dropout key itself
-        does not need it.
+        Rows with r = 0 take y as their target (the teacher's answer there, D at sigma = 1, is discarded). share_rng makes
+        both draw the same from torch's global generators; a denoiser that holds its dropout key itself does not need it.
         """
-        rng = _rng_state(y.device) if share_rng else None
-        D_t = denoiser(y + t.view(-1, 1, 1, 1) * eps, t)
         teacher_r = torch.where(r > 0, r, torch.ones_like(r))
         x_r = y + r.view(-1, 1, 1, 1) * eps
-        with torch.no_grad():
-            if rng is None:
-                D_r = denoiser(x_r, teacher_r)
-            else:
-                with _rng_from(rng, y.device):
-                    D_r = denoiser(x_r, teacher_r)
+        # The teacher goes first: what its pass may keep for a backward is gone before the student's begins.
+        generators = torch.random.fork_rng([y.device] if y.device.type == "cuda" else [], enabled=share_rng)
+        with torch.no_grad(), generators:
+            D_r = denoiser(x_r, teacher_r)
             target = torch.where((r > 0).view(-1, 1, 1, 1), D_r, y.to(D_r.dtype))
+        D_t = denoiser(y + t.view(-1, 1, 1, 1) * eps, t)
         return WEIGHTINGS[self.weighting](t, r, self.sigma_data) * pseudo_huber(D_t - target, self.c)
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int) -> Tensor:

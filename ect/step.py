@@ -84,36 +84,37 @@ class TrainStep:
         if on_ops and self.augment is None and isinstance(self.objective, ConsistencyObjective):
             return self.fused_loss(self.objective, images, labels, n0)
         y, augment_labels = self.prepare(images, n0)
-        n, device = len(y), y.device
-        normal = philox.normal(self.key, philox.STREAM_T, n0, n, 1, device).view(n)
-        eps = philox.normal(self.key, philox.STREAM_EPS, n0, n, y[0].numel(), device).view(y.shape)
+        normal = philox.normal(self.key, philox.STREAM_T, n0, len(y), 1, y.device).view(-1)
+        eps = philox.normal(self.key, philox.STREAM_EPS, n0, len(y), y[0].numel(), y.device).view(y.shape)
         mask = MaskKey(self.key, n0)
 
         def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.net(x, sigma, labels, augment_labels, mask)
+            student = torch.is_grad_enabled()
+            with torch.set_grad_enabled(student or self.compiled):  # as in fused_loss
+                D_x = self.net(x, sigma, labels, augment_labels, mask)
+            return D_x if student else D_x.detach()
 
         return self.objective.train_loss(denoiser, y, normal, eps, self.stage)
 
     def fused_loss(self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: int) -> Tensor:
-        """What objective.train_loss computes, on the ops: one launch from uint8 images to the U-Net's inputs, and one from its
-        outputs to loss and gradient. A test holds the two equal."""
-        n, sigma_data, m = len(images), objective.sigma_data, objective.mapping
-        curve = (m.q, m.k if m.kind == "sigmoid" else 0.0, m.b)
-        t, r, label_t, label_r, flip = levels(self.key, self.stage, n0, n, objective.P_mean, objective.P_std, *curve)
+        """What objective.train_loss computes, on the ops: two launches from uint8 images to the U-Net's inputs, and one from
+        its outputs to loss and gradient. A test holds the two equal."""
+        sigma_data, m = objective.sigma_data, objective.mapping
+        settings = (objective.P_mean, objective.P_std, m.q, m.k if m.kind == "sigmoid" else 0.0, m.b)
+        t, r, label_t, label_r, flip = levels(self.key, self.stage, n0, len(images), *settings)
         in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, self.key, n0, flip if self.xflip else None)
         mask, unet = MaskKey(self.key, n0), self.net.model
         # A graph compiled without gradients rounds differently, which is noise on D_t - D_r: the teacher runs the student's.
         with torch.set_grad_enabled(self.compiled):
             F_r = unet(in_r, label_r, labels, None, mask).detach()
         F_t = unet(in_t, label_t, labels, None, mask)
-        weight = WEIGHTINGS[objective.weighting](t, r, sigma_data)
-        return consistency_loss(F_t, F_r, x_t, x_r, t, r, weight, objective.c, sigma_data)
+        w = WEIGHTINGS[objective.weighting](t, r, sigma_data)
+        return consistency_loss(F_t, F_r, x_t, x_r, t, r, w, objective.c, sigma_data)
 
     def flips(self, n: int, n0: int) -> Tensor | None:
         """Which images to mirror, bool [n]; None: none."""
-        if not self.xflip:
-            return None
-        return philox.uniform(self.key, philox.STREAM_FLIP, n0, n, 1, self.key.device).view(n) < 0.5
+        u = philox.uniform(self.key, philox.STREAM_FLIP, n0, n, 1, self.key.device) if self.xflip else None
+        return None if u is None else u.view(n) < 0.5
 
     def prepare(self, images: Tensor, n0: int) -> tuple[Tensor, Tensor | None]:
         """uint8 [n, H, W, C] -> (float32 [n, C, H, W] in [-1, 1], flipped and augmented; augmentation labels [n, 9])."""

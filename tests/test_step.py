@@ -278,11 +278,12 @@ def test_shares_of_two_ranks_add_up_to_one_batch(options: dict) -> None:
     torch.testing.assert_close(mine.state.params, whole.state.params, rtol=1e-4, atol=1e-5)
 
 
-def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher() -> None:
+@pytest.mark.parametrize("on_ops", [True, False])
+def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_ops: bool) -> None:
     same = Mapping("const", q=math.inf)  # r = t
     eager, compiled = make(net={"dropout": 0.2}), make(net={"dropout": 0.2}, compiled=True)
     for step in (eager, compiled):
-        step.net.model.fused = True
+        step.net.model.fused = on_ops
     for i in range(2):
         assert float(compiled(12 * i, i)) == pytest.approx(float(eager(12 * i, i)), rel=1e-5)
         torch.testing.assert_close(compiled.state.grads, eager.state.grads, rtol=1e-3, atol=1e-4)
