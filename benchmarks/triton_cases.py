@@ -79,7 +79,7 @@ def residual_group_norm_silu() -> list[Case]:
         shape = (c, c2, 32, hw, True, False)
         cases.append(_norm(f"c={c}+{c2} hw={hw} drop={int(drop)}", backward, absent, note, *shape))
         if c2 and not drop and not backward:  # a decoder's: x comes from skip_product
-            absent |= {"a", "bias", "skip", "skip_bias", "skip_scale"}
+            absent |= {"a", "bias", "skip", "skip_bias"}
             cases.append(_norm(f"c={c}+{c2} hw={hw} summed", backward, absent, "2s and 2s of other", *shape))
     return cases
 

@@ -83,8 +83,9 @@ def levels(
     Args: seed, stage: 0-d int64 tensors on one device, stage >= 0. q > 1. Raises ValueError, dispatch.BackendError.
     """
     for name, tensor in (("seed", seed), ("stage", stage)):
-        if tensor.dtype != torch.int64 or tensor.numel() != 1:
-            raise ValueError(f"levels: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected a 0-d int64 tensor")
+        if tensor.dtype != torch.int64 or tensor.numel() != 1 or tensor.device != seed.device:
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"levels: {name} is {found}, expected a 0-d int64 tensor on {seed.device}")
     if batch < 1 or not q > 1:
         raise ValueError(f"levels: batch is {batch} and q is {q}, expected batch >= 1 and q > 1")
     inputs = Inputs(seed, stage, n0, batch, P_mean, P_std, q, k, b)

@@ -10,8 +10,8 @@ from ect_kernels.tensors import fp32
 def fwd(s: Seam, i: Norm, out: Output) -> None:
     """Fill `out`."""
     given = out.x.numel() > 0  # there is something to sum
-    seam = (i.x, fp32(s.bias), s.skip, fp32(s.skip_bias), s.skip_scale) if given else group_norm_silu_triton.SEAM
-    x = out.x if given else i.x
+    a, x = (i.x, out.x) if given else (None, i.x)
+    seam = (a, fp32(s.bias), s.skip, fp32(s.skip_bias), s.skip_scale)
     group_norm_silu_triton.fwd(i._replace(x=x), group_norm_silu.Output(*out[1:]), seam, s.other)
 
 

@@ -4,7 +4,7 @@
 
 One matrix product over both sources, never concatenated, with the sum as its epilogue: summed in fp32 and rounded once. Two
 calls of a library would write the sum to memory, in half precision, before the second product and before the biases; that is
-noise on the training signal. For half precision on GPUs; elsewhere rounding is no matter, and the library is called.
+noise on the training signal. In single precision rounding is no matter: the library is called, whatever --kernels asks for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass
 from ect_kernels.tensors import check_shapes, empty_image, nhwc, wide
 
+HALVES = (torch.float16, torch.bfloat16)
 DRAM = {"forward": "4s where all channel counts are equal: a, x, other, out (the weight stays in L2)"}
 
 
@@ -65,7 +66,7 @@ def _prepare(i: Inputs) -> tuple[Inputs]:
 
 
 def _limits(i: Inputs) -> str | None:
-    return None if i.a.dtype in (torch.float16, torch.bfloat16) else f"dtype {i.a.dtype} (only float16, bfloat16)"
+    return None if i.a.dtype in HALVES else f"dtype {i.a.dtype} (only float16, bfloat16)"
 
 
 FORWARD = Pass("skip_product", "fwd", (Inputs,), _room, _prepare)
@@ -95,5 +96,7 @@ def skip_product(
         if tensor.dtype != a.dtype:
             raise ValueError(f"skip_product: {name} is {tensor.dtype} but a is {a.dtype}; cast one of them")
     inputs = Inputs(a, weight, x, other, bias, skip_bias, scale)
+    if backend is None and a.dtype not in HALVES:
+        backend = "reference"
     out: Tensor = forward_op(*inputs, OP.pick(a.device, (inputs,), backend))
     return out

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from ect_kernels import native
-from ect_kernels.consistency_loss import consistency_loss
+from ect_kernels.consistency_loss import OP, consistency_loss
 from ect_kernels.dispatch import BackendError
 from ect_kernels.perturb import perturb
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from truth import Case, check
 
 from ect.models import EDMPrecond
 from ect.objective import WEIGHTINGS, ConsistencyObjective
-from tests.kernels.conftest import load_emulated
+from tests.kernels.conftest import load_emulated, need
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU = torch.cuda.is_available()
@@ -32,20 +30,10 @@ BACKENDS = [
 ]
 
 
-@cache
-def _emulator() -> None:
-    load_emulated("perturb")
-    load_emulated("consistency_loss")
-
-
 def prepare(device: str, backend: str, dtype: torch.dtype = FP32) -> torch.device:
     if backend == "emulated":
-        _emulator()
-    if backend == "triton" and native.why_no_triton(torch.device(device)) is not None:
-        pytest.skip("triton is not installed")
-    if backend == "triton" and device == "cpu" and dtype == BF16:
-        pytest.skip("the interpreter truncates bfloat16: the emulator's figures count")
-    return torch.device(device)
+        load_emulated("perturb")
+    return need(OP, backend, device, dtype)
 
 
 def inputs(
@@ -119,7 +107,7 @@ def test_with_perturb_equals_the_objective(weighting: str, c: float, device: str
     objective = ConsistencyObjective(c=c, weighting=weighting)
     y = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     want = objective.loss(EDMPrecond(net), y, t, r, eps, share_rng=False)
-    dF_want, *dnet_want = torch.autograd.grad(want.sum(), [net.outputs[0], *net.parameters()])
+    dF_want, *dnet_want = torch.autograd.grad(want.sum(), [net.outputs[-1], *net.parameters()])  # the student's
 
     in_t, in_r, x_t, x_r = perturb(images, t, r, 0.5, None, eps=eps, backend=backend)
     F_t = net(in_t, t.log() / 4)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import types
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from ect_kernels import group_norm_silu as gns
 from ect_kernels import native, philox
 from ect_kernels.dispatch import BackendError
-from ect_kernels.group_norm_silu import Inputs, group_norm_silu
+from ect_kernels.group_norm_silu import OP, Inputs, group_norm_silu
 from torch import Tensor
 from truth import Case, check
 
-from tests.kernels.conftest import load_emulated
+from tests.kernels.conftest import need
 
 GRADS = ("x", "gamma", "beta", "v", "scale", "shift")
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -44,19 +43,8 @@ GPU_BACKENDS = [
 BACKENDS = [*CPU_BACKENDS, *GPU_BACKENDS]
 
 
-@cache
-def _emulator() -> None:
-    load_emulated("group_norm_silu")
-
-
 def prepare(device: str, backend: str, dtype: torch.dtype = FP32) -> torch.device:
-    if backend == "emulated":
-        _emulator()
-    if backend == "triton" and native.why_no_triton(torch.device(device)) is not None:
-        pytest.skip("triton is not installed")
-    if backend == "triton" and device == "cpu" and dtype == BF16:
-        pytest.skip("the interpreter truncates bfloat16: the emulator's figures count")
-    return torch.device(device)
+    return need(OP, backend, device, dtype)
 
 
 def inputs(

@@ -11,7 +11,7 @@ from ect_kernels import philox
 from ect_kernels.levels import OP, _forward_op, levels
 
 from ect.objective import Mapping
-from tests.kernels.conftest import load_emulated
+from tests.kernels import conftest
 
 torch.set_num_threads(1)
 TARGETS = [
@@ -25,21 +25,7 @@ KEYS = [(0, 0), (-(2**40) - 7, 3), (2**62 + 11, 2**34 + 1)]  # seed, n0
 MAPPINGS = [Mapping(), Mapping("const", q=256.0), Mapping(q=1.5, k=2.0, b=0.5)]
 
 
-@functools.lru_cache(None)
-def _load() -> None:
-    load_emulated("levels")
-
-
-def need(backend: str, device: str) -> torch.device:
-    """Skips, with the reason, where the backend cannot run."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if backend == "emulated":
-        _load()
-    reason = OP.why_not(backend, torch.device(device))
-    if reason is not None:
-        pytest.skip(reason)
-    return torch.device(device)
+need = functools.partial(conftest.need, OP)
 
 
 def arguments(device: torch.device, seed: int = 5, stage: int = 1, **changes: Any) -> dict[str, Any]:
@@ -84,6 +70,7 @@ def test_draws_follow_the_global_index(backend: str, device: str) -> None:
         ({"q": float("nan")}, "q is nan"),
         ({"batch": 0}, "batch is 0"),
         ({"stage": torch.tensor(0.0)}, "stage is torch.float32"),
+        ({"stage": torch.zeros((), dtype=torch.int64, device="meta")}, "on meta, expected a 0-d int64 tensor on cpu"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed is torch.int64 \\(2,\\)"),
     ],
 )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from ect_kernels import native, philox
+from ect_kernels import philox
 from ect_kernels.dispatch import BackendError
-from ect_kernels.perturb import MAX_ROW, perturb
+from ect_kernels.perturb import MAX_ROW, OP, perturb
 from torch import Tensor
 from truth import Case, check
 
 from ect.data.resident import to_float
-from tests.kernels.conftest import load_emulated
+from tests.kernels.conftest import need
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU = torch.cuda.is_available()
@@ -31,19 +30,8 @@ BACKENDS = [
 SEED = (1234567 << 32) | 89  # both halves of the key
 
 
-@cache
-def _emulator() -> None:
-    load_emulated("perturb")
-
-
 def prepare(device: str, backend: str, dtype: torch.dtype = FP32) -> torch.device:
-    if backend == "emulated":
-        _emulator()
-    if backend == "triton" and native.why_no_triton(torch.device(device)) is not None:
-        pytest.skip("triton is not installed")
-    if backend == "triton" and device == "cpu" and dtype == BF16:
-        pytest.skip("the interpreter truncates bfloat16: the emulator's figures count")
-    return torch.device(device)
+    return need(OP, backend, device, dtype)
 
 
 def inputs(

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from ect_kernels import philox
 from ect_kernels.dispatch import BackendError
-from ect_kernels.residual_group_norm_silu import NAME, OP, backward_op, forward_op, residual_group_norm_silu
+from ect_kernels.residual_group_norm_silu import OP, backward_op, forward_op, residual_group_norm_silu
 from torch import Tensor
 from truth import Case, check, run
 
-from tests.kernels.conftest import load_emulated
+from tests.kernels import conftest
 
 torch.set_num_threads(1)
 GRADS = ("a", "gamma", "beta", "bias", "skip", "skip_bias", "other")
@@ -31,21 +31,7 @@ TARGETS = [
 each_target = pytest.mark.parametrize(("backend", "device"), TARGETS)
 
 
-@functools.lru_cache(None)
-def _load() -> None:
-    load_emulated(NAME)
-
-
-def need(backend: str, device: str) -> torch.device:
-    """Skips, with the reason, where the backend cannot run."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if backend == "emulated":
-        _load()
-    reason = OP.why_not(backend, torch.device(device))
-    if reason is not None:
-        pytest.skip(reason)
-    return torch.device(device)
+need = functools.partial(conftest.need, OP)
 
 
 def inputs(

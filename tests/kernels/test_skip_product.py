@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from ect_kernels.dispatch import BackendError
 from ect_kernels.skip_product import OP, forward_op, skip_product
 from torch import Tensor
 
-from tests.kernels import conftest  # noqa: F401  (asks for Triton's interpreter)
+from tests.kernels import conftest
 
 torch.set_num_threads(1)
 HALF = torch.float16
@@ -51,23 +52,16 @@ def truth(k: dict[str, Any]) -> Tensor:
     return total * k["scale"]
 
 
-def need(backend: str, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    reason = OP.why_not(backend, torch.device(device))
-    if reason is not None:
-        pytest.skip(reason)
+need = functools.partial(conftest.need, OP)
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_is_the_sum_rounded_once(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
-    need(backend, device)
+    need(backend, device, dtype)
     if backend == "triton" and dtype in (torch.float32, torch.float64):
         pytest.skip("the Triton form takes half precision only")
-    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter has no bfloat16 products")
     for changes in ({}, {"bias": None}, {"bias": None, "skip_bias": None, "scale": 1.0}):
         k = arguments(SHAPES[name], dtype, device, **changes)
         got, want = skip_product(**k, backend=backend), truth(k)
@@ -111,7 +105,7 @@ def test_triton_refuses_single_precision_by_name() -> None:
 
 def test_a_request_to_all_ops_passes_by_an_op_without_that_form() -> None:
     """There is no CUDA form: `*=cuda` leaves this op to the automatic choice, a request by its name is refused."""
-    k = arguments((1, 8, 8, 8, 4, 4), torch.float32)
+    k = arguments((1, 8, 8, 8, 4, 4), HALF)
     try:
         dispatch.set_choice("*=emulated")
         skip_product(**k)
@@ -120,6 +114,28 @@ def test_a_request_to_all_ops_passes_by_an_op_without_that_form() -> None:
             skip_product(**k)
     finally:
         dispatch.set_choice(None)
+
+
+@pytest.mark.parametrize("choice", ["*=triton", "skip_product=triton"])
+def test_single_precision_is_the_librarys_whatever_was_chosen(choice: str) -> None:
+    """A run that trains in half precision samples in single precision, with the same --kernels."""
+    need("triton", "cpu")
+    k = arguments((1, 8, 8, 8, 4, 4), torch.float32)
+    want = skip_product(**k)
+    try:
+        dispatch.set_choice(choice)
+        assert torch.equal(skip_product(**k), want)
+    finally:
+        dispatch.set_choice(None)
+
+
+def test_single_precision_compiles_where_triton_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the choice does not fall back, which would warn, and break the graph."""
+    monkeypatch.setattr(OP, "candidates", lambda device: ["triton", "reference"])
+    k = arguments((1, 8, 8, 8, 4, 4), torch.float32)
+    want = skip_product(**k, backend="reference")
+    compiled = torch.compile(lambda **given: skip_product(**given), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**k), want)
 
 
 def test_opcheck() -> None:
