@@ -66,6 +66,7 @@ OPTIMIZERS = ("radam", "adam")
 BOUND = 1e5  # stands in for an infinite gradient
 SCALE_RANGE = (2.0**-32, 2.0**32)  # of the loss scale
 CHUNK = 16384  # gradients a block of the finite check reads: fixed, so that sums do not depend on the device
+CACHED = 1 << 16  # parameters that the reference takes at a time on a CPU
 COEFFICIENTS = 16  # fp32 scalars the update kernel reads
 MAX_EMAS = 3
 
@@ -87,14 +88,32 @@ def reference(
     params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: list[Tensor], shadow: Tensor | None,
     state_f64: Tensor, state_i64: Tensor,
 ) -> None:  # fmt: skip
-    """The step in flat PyTorch operations; arenas fp32 or fp64."""
+    """The step in flat PyTorch operations, on a CPU in parts that its caches hold; arenas fp32 or fp64."""
+    size = CACHED if params.device.type == "cpu" else max(params.numel(), 1)
+    bad = torch.stack([_clean(part) for part in grads.split(size)]).sum()
+    exact = _coefficients(state_f64, state_i64, bad, grads.norm())
+    coefficients = torch.stack(exact).to(params.dtype).unbind()
+    for p, g, m, v, *averages in zip(
+        *(a.split(size) for a in (params, grads, exp_avg, exp_avg_sq, *emas)), strict=True
+    ):
+        _update(p, g, m, v, averages, coefficients)
+    if shadow is not None:
+        shadow.copy_(params)
+
+
+def _clean(grads: Tensor) -> Tensor:
+    """How many are not finite; they are replaced."""
     # x - x is 0 for finite x, else nan. Eight sums, each exact in fp32 to 2^24, are faster than any count of true values.
     bad = (grads - grads).nan_to_num_(nan=1.0).view(-1, 8).sum(0).long().sum()
     grads.nan_to_num_(nan=0.0, posinf=BOUND, neginf=-BOUND)
-    exact = _coefficients(state_f64, state_i64, bad, grads.norm())
-    shrink, unscale, ceiling, floor, size, keep2, weight1, weight2, *weights = (
-        torch.stack(exact).to(params.dtype).unbind()
-    )
+    return bad
+
+
+def _update(
+    params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: list[Tensor],
+    coefficients: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    shrink, unscale, ceiling, floor, size, keep2, weight1, weight2, *weights = coefficients
     grads.mul_(shrink)
     work = grads * unscale
     exp_avg.lerp_(work, weight1)
@@ -103,8 +122,6 @@ def reference(
     params.addcmul_(torch.div(exp_avg, work, out=work), -size)
     for ema, weight in zip(emas, weights, strict=False):
         ema.lerp_(params, weight)
-    if shadow is not None:
-        shadow.copy_(params)
 
 
 def _coefficients(state_f64: Tensor, state_i64: Tensor, bad: Tensor, norm: Tensor) -> list[Tensor]:

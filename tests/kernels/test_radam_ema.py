@@ -322,3 +322,18 @@ def test_captured_in_a_cuda_graph(where: tuple[str, str]) -> None:
         eager.step(g)
     assert all(torch.equal(replayed.results()[name], tensor) for name, tensor in eager.results().items())
     assert torch.equal(replayed.i64, eager.i64)
+
+
+def test_the_parts_that_a_cpu_takes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for cached in (64, 1 << 20):
+        monkeypatch.setattr("ect_kernels.radam_ema.CACHED", cached)
+        run = Run(("cpu", "reference"), 1000, emas=2, settings={"clip": 0.5})
+        for i in range(8):
+            grads = torch.randn(1000, generator=torch.Generator().manual_seed(i))
+            grads[7 * i] = math.nan
+            run.step(grads)
+        runs.append(run)
+    for name, value in runs[0].results().items():
+        assert torch.equal(value, runs[1].results()[name]), name
+    assert torch.equal(runs[0].i64, runs[1].i64) and torch.equal(runs[0].f64, runs[1].f64)
