@@ -35,23 +35,14 @@ def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -
     warps = options.pop("num_warps")
     constexprs = {**options, **{arg: None for arg in kernel.arg_names if arg in absent}}
     types = dict.fromkeys(("a", "skip", "x", "other", "y", "dy", "dx", "djoined", "da", "dother"), "*fp16")
-    types |= dict.fromkeys(("skip_scale", "eps", "inv_keep"), "fp32") | dict.fromkeys(
-        (*gn.NOT_SPECIALISED, "v_rows", "rows_apart"), "i32"
-    )
+    types |= dict.fromkeys(("skip_scale", "eps", "inv_keep"), "fp32")
+    types |= dict.fromkeys((*gn.NOT_SPECIALISED, "v_rows", "rows_apart"), "i32")
     types["seed"] = "*i64"
     signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "*fp32") for arg in kernel.arg_names}
     passes = 1 if options["ROWS"] >= hw else 2
     note = f"{passes} pass, {note}" + (" (second read from L2)" if passes == 2 else "")
-    return (
-        f"{'bwd' if backward else 'fwd'} {name}",
-        kernel,
-        signature,
-        constexprs,
-        _aligned(signature, "v_rows", "rows_apart"),
-        warps,
-        3,
-        note,
-    )
+    name, attributes = f"{'bwd' if backward else 'fwd'} {name}", _aligned(signature, "v_rows", "rows_apart")
+    return name, kernel, signature, constexprs, attributes, warps, 3, note
 
 
 def group_norm_silu() -> list[Case]:

@@ -108,19 +108,17 @@ class _AddSkip(torch.autograd.Function):
         weight, x, other = ctx.saved_tensors
         rows, dweight = pixels(da), weight.new_empty(weight.shape)
         for source, part in zip((x, other), dweight.flatten(1).split([x.shape[1], other.shape[1]], 1), strict=True):
-            add_product_(part, rows.t(), pixels(source), beta=0)
+            product_(part, rows.t(), pixels(source))
         djoined = image(sum_in_fp32(torch.mm, rows, weight.flatten(1)), da)
         return da, dweight, djoined, None, None, None, None, None
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """total = beta total + a b in place, summed in fp32; also of batches."""
-    if total.dtype in (torch.float32, torch.float64) or total.device.type != "cpu":
-        (total.addmm_ if total.dim() == 2 else total.baddbmm_)(a, b, beta=beta)
+def product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b in its memory, summed in fp32; also of batches."""
+    if out.dtype in (torch.float32, torch.float64) or out.device.type != "cpu":
+        (out.addmm_ if out.dim() == 2 else out.baddbmm_)(a, b, beta=0)
     else:
-        total.copy_(
-            (torch.addmm if total.dim() == 2 else torch.baddbmm)(total.float(), a.float(), b.float(), beta=beta)
-        )
+        out.copy_(a.float() @ b.float())
 
 
 def given(parameter: Tensor | None) -> Tensor:
@@ -168,11 +166,10 @@ class _QKV(torch.autograd.Function):
         c = x.shape[1]
         rows = torch.stack(grads, 2).view(-1, 3, c)
         dx = image(sum_in_fp32(torch.mm, rows.view(-1, 3 * c), ordered), x)
-        dweight = rows.new_empty(
-            ctx.shape
-        )  # written where it belongs; torch.compile copes with no transposed view here
+        # Written in the checkpoints' order; as_strided, because torch.compile copes with no transposed view here.
+        dweight = rows.new_empty(ctx.shape)
         parts = dweight.as_strided((3, c, c), (c, 3 * c, 1))
-        add_product_(parts, rows.permute(1, 2, 0), pixels(x).expand(3, -1, -1), beta=0)
+        product_(parts, rows.permute(1, 2, 0), pixels(x).expand(3, -1, -1))
         dbias = rows.transpose(1, 2).sum(0, dtype=ctx.bias).flatten()
         return dx, dweight, dbias, None, None, None
 
