@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 from truth import Case
 
-OPS = ("group_norm_silu", "residual_group_norm_silu", "perturb", "consistency_loss", "radam_ema")
+OPS = (
+    "group_norm_silu", "residual_group_norm_silu", "skip_product", "levels", "perturb", "consistency_loss", "radam_ema",
+)  # fmt: skip
 LEVELS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256, 8), (512, 8)]  # channels, height
-SEAMS = [
-    (256, 0, 32),
-    (256, 256, 32),
-    (256, 128, 32),
-    (256, 256, 16),
-    (256, 256, 8),
-]  # channels, of the other source, height
+# Channels, of the other source, height.
+SEAMS = [(256, 0, 32), (256, 256, 32), (256, 128, 32), (256, 256, 16), (256, 256, 8)]
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,8 @@ def benches(op: str, n: int, dtype: torch.dtype, quick: bool = False) -> Iterato
     makers = {
         "group_norm_silu": _group_norm_silu,
         "residual_group_norm_silu": _residual_group_norm_silu,
+        "skip_product": _skip_product,
+        "levels": _levels,
         "perturb": _perturb,
         "consistency_loss": _consistency_loss,
         "radam_ema": _radam_ema,
@@ -90,6 +89,27 @@ def _residual_group_norm_silu(
         tensor, other = (n * channels * h * h * dtype.itemsize for channels in (c, more))
         # a, skip -> x, y and dx, dy, x -> da; the second source adds itself, its part of y, and in backward three.
         yield Bench(Case(f"{c}+{more}x{h}x{h}", make, names), function, 4 * tensor + 2 * other, 4 * tensor + 3 * other)
+
+
+def _skip_product(function: Callable[..., Any], n: int, dtype: torch.dtype, shapes: int | None) -> Iterator[Bench]:
+    for c, more, h in SEAMS[1:][:shapes]:
+
+        def make(device: torch.device, c: int = c, more: int = more, h: int = h) -> dict[str, Any]:
+            values = {"a": _draw(n, c, h, h, dtype=dtype), "x": _draw(n, c, h, h, dtype=dtype, seed=1)}
+            values |= {"other": _draw(n, more, h, h, dtype=dtype, seed=2), "bias": _draw(c, seed=3)}
+            values |= {"weight": _draw(c, c + more, dtype=dtype, seed=4) / 16, "skip_bias": _draw(c, seed=5)}
+            return _to(device, values | {"scale": 0.5**0.5})
+
+        # a and both sources in, the sum out; the weight stays on the chip.
+        yield Bench(Case(f"{c}+{more}x{h}x{h}", make), function, n * h * h * (3 * c + more) * dtype.itemsize)
+
+
+def _levels(function: Callable[..., Any], n: int, dtype: torch.dtype, shapes: int | None) -> Iterator[Bench]:
+    def make(device: torch.device) -> dict[str, Any]:
+        values = {"seed": torch.tensor(7), "stage": torch.tensor(3), "n0": 0, "batch": n}
+        return _to(device, {**values, "P_mean": -1.1, "P_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0})
+
+    yield Bench(Case(f"{n} images", make), function, 17 * n)
 
 
 def _perturb(function: Callable[..., Any], n: int, dtype: torch.dtype, shapes: int | None) -> Iterator[Bench]:

@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
                 cells = (op, bench.case.name, backend)
                 try:
                     figures = truth.check(bench.function, backend, bench.case, device)
+                except dispatch.BackendError as error:
+                    table.add_row(*cells, "", "", "", "", str(error))
+                    continue
                 except AssertionError as error:
                     failed = True
                     table.add_row(*cells, "", "", "", f"[red]{error}[/]")
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _load_emulator(ops: Sequence[str], console: Console) -> None:
     try:
-        emulator.load(*ops)
+        emulator.load(*(op for op in ops if (emulator.ROOT / "csrc" / f"{op}.cu").exists()))
     except FileNotFoundError as error:
         console.print(f"no backend 'emulated': {error}", highlight=False)
 
