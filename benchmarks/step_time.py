@@ -111,6 +111,21 @@ def prepared(
     return runner, {"launches": taken.launches, "memory": memory, "share": taken.share}
 
 
+def teacher(case: waterfall.Case, device: torch.device, rounds: int) -> str:
+    """What it costs that the compiled teacher runs the student's graph, which keeps what a backward would need; in a line."""
+    runners = {row.name: waterfall.Runner(row, case, device) for row in waterfall.teacher_rows(device)}
+    for runner in runners.values():
+        runner(), runner()  # compiles
+    plain, shared = measure.interleaved(runners, device, rounds).values()
+    added = [100 * (b / a - 1) for a, b in zip(plain, shared, strict=True)]
+    low, high = quartiles(added)
+    return (
+        f"{case.name}, batch {case.cfg.batch}, compiled: {1e3 * statistics.median(shared):.2f} ms a step with the teacher on "
+        f"the student's graph, {1e3 * statistics.median(plain):.2f} ms under no_grad; {statistics.median(added):+.1f} % "
+        f"(quartiles {low:+.1f}, {high:+.1f}; {measure.clock(device)[0]})"
+    )
+
+
 def figures(seconds: list[float], case: waterfall.Case) -> dict[str, Any]:
     """Median and quartiles of a step in ms, throughput, and the minutes the recipe would take at it (predicted)."""
     step = statistics.median(seconds)
@@ -211,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=history.RESULTS, help="folder of the recorded lines")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row got more than 5 %% slower")
     parser.add_argument("--no-append", dest="append", action="store_false", help="record nothing")
+    parser.add_argument(
+        "--teacher", action="store_true", help="only what it costs that the compiled teacher has gradients"
+    )
     options = parser.parse_args(argv)
     device: torch.device = options.device
     known = [row.name for row in waterfall.rows(device)]
@@ -223,6 +241,10 @@ def main(argv: list[str] | None = None) -> int:
     inductor.cpp.enable_kernel_profile = True  # lets the profiler see the kernels that torch.compile makes for a CPU
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(measure.header(device), highlight=False)
+    if options.teacher:
+        net = (options.net or ["ddpmpp" if device.type == "cuda" else "digits"])[0]
+        console.print(teacher(waterfall.case(net, device, options.batch), device, options.rounds), highlight=False)
+        return 0
     nets = options.net or (["ddpmpp"] if device.type == "cuda" else ["digits", "ddpmpp"])
     results = [run(waterfall.case(net, device, options.batch), device, options, console) for net in nets]
     return 0 if all(results) else 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from baseline import ParameterState, PlainStep
@@ -124,6 +124,23 @@ def _own(**options: Any) -> Callable[[Case, torch.device], Step]:
         return train_step(cfg, flat_state(cfg, case.network(device)), _stream(case, device))
 
     return make
+
+
+def teacher_rows(device: torch.device) -> list[Row]:
+    """The compiled step with its teacher's pass under no_grad, and as the trainer has it, on the student's graph (ect.step says
+    why)."""
+    half: Literal["fp16", "fp32"] = "fp16" if device.type == "cuda" else "fp32"
+
+    def build(on_students: bool) -> Callable[[Case, torch.device], Step]:
+        def make(case: Case, device: torch.device) -> TrainStep:
+            cfg = replace(case.cfg, precision=half, channels_last=True, compile=True, graph=False)
+            step = train_step(cfg, flat_state(cfg, case.network(device)), _stream(case, device))
+            step.compiled = on_students  # the network is compiled either way
+            return step
+
+        return make
+
+    return [Row("under no_grad", half, build(False)), Row("on the student's graph", half, build(True))]
 
 
 def rows(device: torch.device) -> list[Row]:

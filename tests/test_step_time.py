@@ -21,6 +21,7 @@ import step_time
 import torch
 import waterfall
 from products import Products
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +29,7 @@ from ect import precision
 from ect.assembly import train_step
 from ect.config import PRESETS, DataConfig
 from ect.data import load
-from ect.models import half_precision_weights
+from ect.models import EDMPrecond, half_precision_weights
 from ect.objective import ConsistencyObjective
 from ect.optim import FlatState
 from tests.tiny import NET
@@ -352,3 +353,21 @@ def test_lines_are_json_and_slugs_are_file_names() -> None:
     assert json.loads(json.dumps(measure.machine(CPU)))["device"].startswith("cpu")
     assert measure.slug("cpu Intel(R) Xeon(R) Processor") == "cpu-intel-xeon-processor"
     assert measure.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_the_teachers_cost_compares_its_two_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes = set()
+    forward = EDMPrecond.forward
+
+    def spy(net: EDMPrecond, *args: Any, **options: Any) -> Tensor:
+        passes.add((net, torch.is_grad_enabled()))
+        return forward(net, *args, **options)
+
+    monkeypatch.setattr(EDMPrecond, "forward", spy)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: None)  # a minute each
+    assert step_time.main(["--device", "cpu", "--net", "digits", "--batch", "2", "--rounds", "2", "--teacher"]) == 0
+    assert "ms under no_grad;" in capsys.readouterr().out.replace("\n", " ")
+    grad = {net: {g for n, g in passes if n is net} for net, _ in passes}
+    assert sorted(map(len, grad.values())) == [1, 2]  # one network ran under no_grad too
