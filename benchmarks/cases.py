@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 from truth import Case
 
-OPS = (
-    "group_norm_silu", "residual_group_norm_silu", "skip_product", "levels", "perturb", "consistency_loss", "radam_ema",
-)  # fmt: skip
 LEVELS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256, 8), (512, 8)]  # channels, height
 # Channels, of the other source, height.
 SEAMS = [(256, 0, 32), (256, 256, 32), (256, 128, 32), (256, 256, 16), (256, 256, 8)]

@@ -28,13 +28,11 @@ from pathlib import Path
 
 import launches
 import sass
+from ect_kernels.__main__ import OPS
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-OPS = (
-    "group_norm_silu", "residual_group_norm_silu", "skip_product", "levels", "perturb", "consistency_loss", "radam_ema",
-)  # fmt: skip
 PER_CALL = {"perturb": 4}  # elements for a call of Philox: normal deviates, not bits of a mask (8)
 
 # Triton cases that training DDPM++ and NCSN++ has no use for: its residual_group_norm_silu drops nothing (one case with dropout

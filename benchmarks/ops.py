@@ -23,6 +23,7 @@ import emulator
 import measure
 import truth
 from ect_kernels import dispatch
+from ect_kernels.__main__ import OPS
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def times(bench: cases.Bench, backend: str, device: torch.device) -> list[tuple[
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--op", choices=cases.OPS, action="append", help="only this op (may be repeated)")
+    parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--images", type=int, default=0, help="batch size (128 on a GPU, 1 on the CPU)")
     parser.add_argument("--quick", action="store_true", help="two shapes an op")
@@ -61,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     console.print(measure.header(device), highlight=False)
     if not gpu:
         torch.set_num_threads(1)
-        _load_emulator(options.op or cases.OPS, console)
+        _load_emulator(options.op or OPS, console)
     table = Table(caption=None if gpu else NO_GPU)
     for name in ("op", "shape", "backend", "pass", "ms", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else [])):
         table.add_column(name, justify="left" if name in ("op", "shape", "backend", "pass") else "right")
     failed = False
-    for op in options.op or cases.OPS:
+    for op in options.op or OPS:
         for bench in cases.benches(op, options.images or (128 if gpu else 1), DTYPES[options.dtype], options.quick):
             for backend in dispatch.OPS[op].usable(device):
                 cells = (op, bench.case.name, backend)

@@ -45,7 +45,7 @@ def resolve(name: str, device: torch.device) -> Precision:
 
 def apply(precision: Precision) -> None:
     """Tell torch: TF32 products or true fp32 ones, and half-precision sums in fp32."""
-    _allow_tf32(precision.tf32)
+    _allow_tf32(precision.tf32, precision.tf32)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
@@ -55,7 +55,8 @@ def sampling(precision: Precision) -> Iterator[None]:
     """Inside the block, images are made and rated: in fp32 networks whose products take TF32, save where fp32 was asked for.
     An image does not need the digits that the training signal needs; what follows has the products of before again."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    _allow_tf32(precision.name != "fp32")
+    tf32 = precision.name != "fp32"
+    _allow_tf32(tf32, tf32)
     try:
         yield
     finally:
@@ -69,6 +70,6 @@ def products(device: torch.device) -> str:
     return "TF32" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"  # the first GPUs with TF32
 
 
-def _allow_tf32(convolutions: bool, matrices: bool | None = None) -> None:
+def _allow_tf32(convolutions: bool, matrices: bool) -> None:
     torch.backends.cudnn.allow_tf32 = convolutions
-    torch.backends.cuda.matmul.allow_tf32 = convolutions if matrices is None else matrices
+    torch.backends.cuda.matmul.allow_tf32 = matrices

@@ -1,8 +1,8 @@
 """Which implementation of an operation runs: chosen once per op and device, printed as a table, never silently slow.
 
 Order: the `backend` argument of a call, then `set_choice` (the trainer's --kernels), then the environment variable ECT_KERNELS,
-each of the form "group_norm_silu=cuda,*=triton", then `auto`. A named backend that cannot run raises BackendError with the
-reason; only `auto` may fall back, and it warns once for each shape that makes it.
+each of the form "group_norm_silu=cuda,*=triton", where * speaks to every op that has the form, then `auto`. A named backend
+that cannot run raises BackendError with the reason; only `auto` may fall back, and it warns once for each shape that makes it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def requested(op: str) -> str | None:
     """The backend asked for by name for this op, or None for auto."""
     for choice in (_choice, parse_choice(os.environ.get("ECT_KERNELS", ""))):
         every = choice.get("*")
-        name = choice.get(op, every if every in OPS[op].backends else None)  # "*" asks only ops that have it
+        name = choice.get(op, every if every in OPS[op].backends else None)
         if name is not None:
             return name
     return None
