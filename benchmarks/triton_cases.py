@@ -37,7 +37,7 @@ def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -
     types = dict.fromkeys(("a", "skip", "x", "other", "y", "dy", "dx", "djoined", "da", "dother"), "*fp16")
     types |= dict.fromkeys(("skip_scale", "eps", "inv_keep"), "fp32")
     types |= dict.fromkeys((*gn.NOT_SPECIALISED, "v_rows", "rows_apart"), "i32")
-    types["seed"] = "*i64"
+    types |= {"seed": "*i64", "n0": "*i64"}
     signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "*fp32") for arg in kernel.arg_names}
     passes = 1 if options["ROWS"] >= hw else 2
     note = f"{passes} pass, {note}" + (" (second read from L2)" if passes == 2 else "")
@@ -53,7 +53,7 @@ def group_norm_silu() -> list[Case]:
     seam = {"a", "bias", "skip", "skip_bias", "skip_scale", "other", "dx", "djoined", "dother", "scale", "shift"}
     cases = []
     for (c, size, use), backward in itertools.product(uses, (False, True)):
-        absent = seam | (set() if use == "dropout" else {"v", "seed"})
+        absent = seam | (set() if use == "dropout" else {"v", "seed", "n0"})
         shape = (c, 0, 32, size * size, use != "linear", use != "dropout")
         cases.append(_norm(f"{c}x{size}x{size} {use}", backward, absent, "3s" if backward else "2s", *shape))
     return cases
@@ -65,7 +65,7 @@ def residual_group_norm_silu() -> list[Case]:
     cases = []
     for hw, (c, c2), drop, backward in itertools.product((1024, 256, 64), channels, (False, True), (False, True)):
         # A decoder's x has one use beside the norm, in a product with `other`; an encoder's two, the skip and the decoder.
-        absent = {"v", "scale", "shift", "dscale", "dshift", *(() if drop else ("seed",)), "dx" if c2 else "other"}
+        absent = {"v", "scale", "shift", "dscale", "dshift", *(() if drop else ("seed", "n0")), "dx" if c2 else "other"}
         note = "4s and 3s of other: dy, other, dother" if backward else "4s and 2s of other"
         shape = (c, c2, 32, hw, True, False)
         cases.append(_norm(f"c={c}+{c2} hw={hw} drop={int(drop)}", backward, absent, note, *shape))
@@ -77,7 +77,7 @@ def residual_group_norm_silu() -> list[Case]:
 
 def levels() -> list[Case]:
     kernel = levels_triton.levels_fwd_kernel
-    types = ["*i64", "*i64", *["*fp32"] * 4, "*u8", "i32", "i32", *["fp32"] * 5, "constexpr"]
+    types = [*["*i64"] * 3, *["*fp32"] * 4, "*u8", "i32", *["fp32"] * 5, "constexpr"]
     signature = dict(zip(kernel.arg_names, types, strict=True))
     constexprs, note = {"B": levels_triton.BLOCK}, "17 B an image"
     return [("levels", kernel, signature, constexprs, _aligned(signature), levels_triton.WARPS, 3, note)]
@@ -115,10 +115,12 @@ def perturb() -> list[Case]:
         ("C1 (a generic size)", pt.perturb_fwd_kernel, {"C": 1, "B": pt.GROUPS}),
         ("generic", pt.perturb_generic_fwd_kernel, {"B": pt.BLOCK}),
     ):
-        for dtype, absent in itertools.product(("*fp16", "*bf16", "*fp32"), (("eps", "flip"), ("eps",), ("seed",))):
+        for dtype, absent in itertools.product(
+            ("*fp16", "*bf16", "*fp32"), (("eps", "flip"), ("eps",), ("seed", "n0"))
+        ):
             constexprs = {**constant, **dict.fromkeys(absent)}
             types = {"images": "*u8", "flip": "*u8", "seed": "*i64", "in_t": dtype, "in_r": dtype, "sd2": "fp32"}
-            types |= dict.fromkeys(("n0", "W", "HW", "chunks", "C"), "i32")
+            types |= {"n0": "*i64"} | dict.fromkeys(("W", "HW", "chunks", "C"), "i32")
             signature = {a: "constexpr" if a in constexprs else types.get(a, "*fp32") for a in kernel.arg_names}
             attrs = _aligned(signature, *(("W", "HW") if kernel is pt.perturb_fwd_kernel else ()))
             label = f"{name} {dtype[1:]}, no {' or '.join(absent)}"

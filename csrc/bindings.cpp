@@ -26,5 +26,9 @@ PYBIND11_MODULE(_C, m) {
 #define BIND(name) bind(m, #name, name);
   LAUNCHERS(BIND)
   // (compute capability of each cubin, of each PTX or 0), e.g. [(80, 0), (90, 90)]
+  m.def("probe", [] {   // why no kernel can be loaded on the current device, or an empty text
+    const int code = probe();
+    return code ? "CUDA error " + std::to_string(code) + ", " + cudaGetErrorString((cudaError_t)code) : std::string();
+  });
   m.def("archs", [] { return std::vector<std::pair<int, int>>{ECT_ARCHS}; });
 }

@@ -11,10 +11,10 @@ template <class T, int V> __global__ void __launch_bounds__(gn::THREADS, 2) grou
 }
 
 extern "C" int group_norm_silu_fwd(const void* x, const float* gamma, const float* beta, const float* v, const float* scale,
-    const float* shift, const int64_t* seed, void* y, float* mean, float* rstd, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, int64_t v_rows, int64_t rows, double eps, double inv_keep, void* stream) {
+    const float* shift, const int64_t* seed, const int64_t* n0, void* y, float* mean, float* rstd, int64_t n, int64_t hw, int64_t c, int64_t groups,
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_rows, int64_t rows, double eps, double inv_keep, void* stream) {
   gn::Forward f{};
-  f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
+  f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, scale, shift, v, v_rows, rows};
   f.act = act != 0; f.eps = float(eps);
   f.x = x; f.y = y; f.mean = mean; f.rstd = rstd;
@@ -24,11 +24,11 @@ extern "C" int group_norm_silu_fwd(const void* x, const float* gamma, const floa
 }
 
 extern "C" int group_norm_silu_bwd(const void* dy, const void* x, const float* gamma, const float* beta, const float* v,
-    const float* scale, const float* shift, const int64_t* seed, const float* mean, const float* rstd, void* dx, float* dgamma,
+    const float* scale, const float* shift, const int64_t* seed, const int64_t* n0, const float* mean, const float* rstd, void* dx, float* dgamma,
     float* dbeta, float* dv, float* dscale, float* dshift, float* partials, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, int64_t v_rows, int64_t rows, double inv_keep, void* stream) {
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_rows, int64_t rows, double inv_keep, void* stream) {
   gn::Backward f{};
-  f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
+  f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, scale, shift, v, v_rows, rows};
   f.act = act != 0; f.n = n;
   f.dy = dy; f.x = x; f.mean = mean; f.rstd = rstd;

@@ -11,10 +11,9 @@ constexpr int THREADS = 256, VALUES = 1024, MAX_ROW = 8192;   // VALUES: of a bl
 constexpr uint32_t STREAM_EPS = 0xffffffffu;                  // philox.STREAM_EPS
 
 struct Perturb {
-  const uint8_t* images; const float *t, *r; const int64_t* seed; const uint8_t* flip; const float* eps;
+  const uint8_t* images; const float *t, *r; const int64_t* seed; const uint8_t* flip; const float* eps; const int64_t* n0;
   void *in_t, *in_r; float *x_t, *x_r;
   int h, w, c, rows, slabs;   // of an image; rows of a block, blocks of an image
-  int64_t n0;
   float variance;             // sigma_data^2
 };
 
@@ -40,7 +39,7 @@ template <class T, int V> __global__ void __launch_bounds__(THREADS) perturb_fwd
   }
   if (!a.eps) {
     const uint64_t seed = (uint64_t)*a.seed;
-    const uint32_t counter = uint32_t(uint64_t(a.n0 + n) * uint64_t((int64_t(hw) * a.c + 3) / 4));
+    const uint32_t counter = uint32_t(uint64_t((a.n0 ? *a.n0 : 0) + n) * uint64_t((int64_t(hw) * a.c + 3) / 4));
     const int most = (pixels + 6) / 4;   // calls that a channel's pixels can touch
     for (int i = threadIdx.x; i < a.c * most; i += THREADS) {
       const int channel = i / most, start = channel * hw + first, call = start / 4 + i % most;
@@ -98,15 +97,15 @@ template <class T> int start(Perturb a, int64_t n, void* stream_) {
 }  // namespace
 
 // images: uint8 [n, h, w, c]; t, r: [n]; flip: [n] of 0 and 1, or null; eps: [n, h, w, c] or null, then drawn with *seed; in_t,
-// in_r (of `dtype`), x_t, x_r: [n, h, w, c]. n0: global number of the first image.
+// in_r (of `dtype`), x_t, x_r: [n, h, w, c]. *n0: global number of the first image, null for 0.
 extern "C" int perturb_fwd(const uint8_t* images, const float* t, const float* r, const int64_t* seed, const uint8_t* flip,
-                           const float* eps, void* in_t, void* in_r, float* x_t, float* x_r, int64_t n, int64_t h, int64_t w,
-                           int64_t c, int64_t dtype, int64_t n0, double sigma_data, void* stream) {
+                           const float* eps, const int64_t* n0, void* in_t, void* in_r, float* x_t, float* x_r, int64_t n, int64_t h,
+                           int64_t w, int64_t c, int64_t dtype, double sigma_data, void* stream) {
   if (n < 0 || h < 1 || w < 1 || c < 1 || h > INT32_MAX || w > MAX_ROW || c > MAX_ROW || w * c > MAX_ROW ||
       h * w * c >= (1 << 28) || (!eps && !seed))
     return (int)cudaErrorInvalidValue;
   if (n == 0) return (int)cudaSuccess;
-  const Perturb a = {images, t, r, seed, flip, eps, in_t, in_r, x_t, x_r, int(h), int(w), int(c), 0, 0, n0, float(sigma_data * sigma_data)};
+  const Perturb a = {images, t, r, seed, flip, eps, n0, in_t, in_r, x_t, x_r, int(h), int(w), int(c), 0, 0, float(sigma_data * sigma_data)};
   BY_DTYPE(dtype, return start<T>(a, n, stream));
   return (int)cudaErrorInvalidValue;
 }

@@ -19,11 +19,11 @@ template <class A, class T, int V> __global__ void __launch_bounds__(gn::THREADS
 }
 
 extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, const void* skip, const float* skip_bias,
-    const void* other, const float* gamma, const float* beta, const int64_t* seed, void* x, void* y, float* mean, float* rstd,
+    const void* other, const float* gamma, const float* beta, const int64_t* seed, const int64_t* n0, void* x, void* y, float* mean, float* rstd,
     int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype, int64_t groups, int64_t dtype_of_a, int64_t act,
-    int64_t threshold, int64_t layer, int64_t n0, double skip_scale, double eps, double inv_keep, void* stream) {
+    int64_t threshold, int64_t layer, double skip_scale, double eps, double inv_keep, void* stream) {
   gn::Forward f{};
-  f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
+  f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};
   f.act = act != 0; f.eps = float(eps);
   f.other = other; f.y = y; f.mean = mean; f.rstd = rstd;
@@ -36,11 +36,11 @@ extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, co
 }
 
 extern "C" int residual_group_norm_silu_bwd(const void* dy, const void* dx, const void* djoined, const void* x, const void* other,
-    const float* gamma, const float* beta, const int64_t* seed, const float* mean, const float* rstd, void* da, void* dother,
+    const float* gamma, const float* beta, const int64_t* seed, const int64_t* n0, const float* mean, const float* rstd, void* da, void* dother,
     float* dgamma, float* dbeta, float* dbias, float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype_of_a,
-    int64_t groups, int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t n0, double skip_scale, double inv_keep, void* stream) {
+    int64_t groups, int64_t dtype, int64_t act, int64_t threshold, int64_t layer, double skip_scale, double inv_keep, void* stream) {
   gn::Backward f{};
-  f.drop = {threshold ? seed : nullptr, uint32_t(threshold), uint32_t(layer), n0, float(inv_keep)};
+  f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};
   f.act = act != 0; f.n = n;
   f.dy = dy; f.x = x; f.other = other; f.mean = mean; f.rstd = rstd;

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ect_kernels import dispatch
 
 from ect import footprint, precision
 from ect.assembly import flat_state, train_step
@@ -89,20 +88,16 @@ def predict(
         channels_last=gpu if cfg.channels_last is None else cfg.channels_last,
     )  # fmt: skip
     on_ops = gpu or fused.wanted(None, torch.empty(0))
-    dispatch.set_choice("reference")  # the one that takes meta tensors; none of them runs
-    try:
-        with torch.device("meta"):
-            net = build(spec).train()
-        net.model.fused = on_ops  # type: ignore[assignment]
-        state = flat_state(traced, net)
-        stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
-        update = footprint.trace(train_step(traced, state, stream), device.type)
-        with torch.no_grad():
-            images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
-            x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
-            sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
-    finally:
-        dispatch.set_choice(cfg.kernels)
+    with torch.device("meta"):
+        net = build(spec).train()
+    net.model.fused = on_ops  # type: ignore[assignment]
+    state = flat_state(traced, net)
+    stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
+    update = footprint.trace(train_step(traced, state, stream), device.type)
+    with torch.no_grad():
+        images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
+        x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
+        sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
     weights = state.params.untyped_storage().nbytes()
     checkpoint = (4 + len(state.emas)) * weights  # copies of parameters, moments and averages, one more of the average
     graph = gpu if cfg.graph is None else cfg.graph and gpu

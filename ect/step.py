@@ -42,6 +42,7 @@ class TrainStep:
         share = batch // world.size
         self.micro_batch = micro_batch or share
         self.starts = range(world.rank * share, (world.rank + 1) * share, self.micro_batch)
+        several = len(self.starts) > 1 or self.starts[0] > 0
         self.net, self.xflip, self.compiled, self.wants_graph = state.compute, xflip, compiled, graph
         if compiled:
             self.net.model.compile(fullgraph=True, dynamic=False)
@@ -49,6 +50,9 @@ class TrainStep:
         device = state.params.device
         self.augment = AugmentPipe(augment).to(device) if augment > 0 else None
         self.key, self.stage = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        # What the ops read n0 from: on the device, or torch.compile would make a graph for each micro-batch.
+        firsts = torch.arange(self.starts.start, self.starts.stop, self.starts.step, device=device).unbind()
+        self.firsts: list[Tensor | int] = list(firsts) if several else [0]
         self.mean_loss = torch.zeros((), device=device)
 
     def __call__(self, nimg: int, stage: int) -> Tensor:
@@ -69,17 +73,18 @@ class TrainStep:
         if self.state.loss_scale is not None:
             scale = scale * self.state.loss_scale
         self.mean_loss.zero_()
-        for n0 in self.starts:
-            loss = self.loss(n0).sum()
+        for i in range(len(self.starts)):
+            loss = self.loss(i).sum()
             grads = torch.autograd.grad(loss, self.state.inputs, scale, materialize_grads=True)
-            self.state.load_grads(grads, add=n0 != self.starts[0])
+            self.state.load_grads(grads, add=i > 0)
             self.mean_loss += loss.detach() / (self.batch // self.world.size)
         self.world.sum_(self.state.grads)
         self.state.step()
 
-    def loss(self, n0: int) -> Tensor:
-        """Per-sample loss [micro_batch] of the images n0 ... of the batch."""
-        images, labels = self.stream.batch(n0, self.micro_batch)
+    def loss(self, i: int) -> Tensor:
+        """Per-sample loss [micro_batch] of the i-th micro-batch."""
+        images, labels = self.stream.batch(self.starts[i], self.micro_batch)
+        n0 = self.firsts[i]
         on_ops = fused.wanted(self.net.runs_on_ops, self.state.params)
         if on_ops and self.augment is None and isinstance(self.objective, ConsistencyObjective):
             return self.fused_loss(self.objective, images, labels, n0)
@@ -96,7 +101,9 @@ class TrainStep:
 
         return self.objective.train_loss(denoiser, y, normal, eps, self.stage)
 
-    def fused_loss(self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: int) -> Tensor:
+    def fused_loss(
+        self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: Tensor | int
+    ) -> Tensor:
         """What objective.train_loss computes, on the ops: two launches from uint8 images to the U-Net's inputs, and one from
         its outputs to loss and gradient. A test holds the two equal."""
         sigma_data, m = objective.sigma_data, objective.mapping
@@ -111,12 +118,12 @@ class TrainStep:
         w = WEIGHTINGS[objective.weighting](t, r, sigma_data)
         return consistency_loss(F_t, F_r, x_t, x_r, t, r, w, objective.c, sigma_data)
 
-    def flips(self, n: int, n0: int) -> Tensor | None:
+    def flips(self, n: int, n0: Tensor | int) -> Tensor | None:
         """Which images to mirror, bool [n]; None: none."""
         u = philox.uniform(self.key, philox.STREAM_FLIP, n0, n, 1, self.key.device) if self.xflip else None
         return None if u is None else u.view(n) < 0.5
 
-    def prepare(self, images: Tensor, n0: int) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, images: Tensor, n0: Tensor | int) -> tuple[Tensor, Tensor | None]:
         """uint8 [n, H, W, C] -> (float32 [n, C, H, W] in [-1, 1], flipped and augmented; augmentation labels [n, 9])."""
         n, device = len(images), images.device
         y = to_float(images, self.flips(n, n0))

@@ -60,8 +60,8 @@ def test_auto_takes_the_largest_divisor_that_fits() -> None:
 
 
 def test_a_prediction_leaves_the_choice_of_kernels_as_it_was() -> None:
-    cfg = Config(batch=4, net=NET, kernels="perturb=reference")
-    of(cfg, 4, CPU, load(DataConfig()))
+    dispatch.set_choice("perturb=reference")
+    of(Config(batch=4, net=NET), 4, CPU, load(DataConfig()))
     assert dispatch.requested("perturb") == "reference" and dispatch.requested("radam_ema") is None
     dispatch.set_choice(None)
 

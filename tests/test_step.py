@@ -290,3 +290,19 @@ def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_op
     compiled.objective = ConsistencyObjective(mapping=same, weighting="uniform")
     assert float(compiled(24, 0)) == 0.0
     assert (compiled.state.grads == 0).all()
+
+
+@pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])
+def test_all_micro_batches_share_one_compiled_graph(objective: Objective) -> None:
+    """Dynamo specialises on Python numbers: a graph for each micro-batch, until it gives up at the ninth."""
+    step, graphs = make(objective, net={"dropout": 0.1}, micro_batch=1), []
+    step.net.model.fused = True
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    step.net.model.compile(fullgraph=True, dynamic=False, backend=backend)
+    step.compiled = True
+    step(0, 0)
+    assert len(graphs) == 1

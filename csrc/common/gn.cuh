@@ -24,7 +24,7 @@ struct Layout {
   int tile_bytes, red_floats;     // of one tile; of column_sums' workspace
   int bytes;                      // shared memory in all
 };
-struct Drop { const int64_t* seed; uint32_t threshold, layer; int64_t n0; float inv_keep; };   // seed null: no dropout
+struct Drop { const int64_t *seed, *n0; uint32_t threshold, layer; float inv_keep; };   // seed null: no dropout; n0 null: 0
 // scale, shift, v: [n, c] or null, the samples' rows a stride apart (`rows` for scale and shift). The norm's affine map is z = (x_hat * gamma + beta) * (1 + scale) + shift.
 struct Affine {
   const float *gamma, *beta, *scale, *shift, *v; int64_t v_rows, rows;
@@ -153,7 +153,7 @@ template <int V> struct Mask {
   __device__ Mask(const Drop& d, const Layout& p, const Block& b, int c) : threshold(d.threshold), layer(d.layer), on(d.seed != nullptr) {
     if (!on) return;
     seed = (uint64_t)*d.seed;
-    index = (uint64_t(d.n0 + b.n) * p.hw + b.row) * (p.c1 + p.c2) + c;
+    index = (uint64_t((d.n0 ? *d.n0 : 0) + b.n) * p.hw + b.row) * (p.c1 + p.c2) + c;
     step = uint64_t(p.rows) * (p.c1 + p.c2);
   }
   __device__ __forceinline__ void draw(int i) {   // for the thread's i-th row

@@ -21,8 +21,8 @@ class MaskKey(NamedTuple):
 
     seed: Tensor
     """int64, 0-d: changes every step."""
-    n0: int
-    """Global index of the first sample of this micro-batch."""
+    n0: Tensor | int
+    """Global index of the first sample of this micro-batch; a 0-d int64 tensor lets one compiled graph serve them all."""
 
 
 class Init(NamedTuple):

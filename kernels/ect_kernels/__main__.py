@@ -23,11 +23,9 @@ OPS = (
 
 def built() -> str:
     """One line about the CUDA extension."""
-    module = native.extension()
-    if module is None:
+    if native.extension() is None:
         return "CUDA kernels: NOT built (no nvcc at install time; reinstall with nvcc on PATH)"
-    targets = ", ".join(f"sm_{arch}" + (f" and PTX {ptx}" if ptx else "") for arch, ptx in module.archs())
-    return f"CUDA kernels: built for {targets}"
+    return f"CUDA kernels: built for {native.built_for()}"
 
 
 def main() -> None:

@@ -142,5 +142,5 @@ def consistency_loss(
     if not c >= 0:
         raise ValueError(f"consistency_loss: c is {c}, expected 0 or more")
     inputs = Inputs(F_t, F_r, x_t, x_r, t, r, weight, c, sigma_data)
-    loss: Tensor = _forward_op(*inputs, OP.pick(F_t.device, (inputs,), backend))[0]
+    loss: Tensor = _forward_op(*inputs, backend or "")[0]
     return loss

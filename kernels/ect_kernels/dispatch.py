@@ -1,8 +1,9 @@
-"""Which implementation of an operation runs: chosen once per op and device, printed as a table, never silently slow.
+"""Which implementation of an operation runs: chosen when the op runs, printed as a table, never silently slow.
 
 Order: the `backend` argument of a call, then `set_choice` (the trainer's --kernels), then the environment variable ECT_KERNELS,
 each of the form "group_norm_silu=cuda,*=triton", where * speaks to every op that has the form, then `auto`. A named backend
 that cannot run raises BackendError with the reason; only `auto` may fall back, and it warns once for each shape that makes it.
+What failed on a device (ect.self_check finds out) is refused there: `auto` passes it by.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class Op:
         OPS[self.name] = self
 
     def pick(self, device: torch.device, args: tuple[Any, ...], backend: str | None = None) -> str:
-        """The backend for a call with these forward arguments on `device`. Raises BackendError for a named one that cannot."""
+        """The backend for a call with these arguments on `device`; backend: one by name, None or '' where --kernels,
+        ECT_KERNELS or auto decide. Raises BackendError for a named one that cannot run."""
         name = backend or requested(self.name)
-        if name is not None:
+        if name:
             reason = self.why_not(name, device) or self.backends[name].limits(*args)
             if reason is not None:
                 raise BackendError(
@@ -80,6 +82,8 @@ class Op:
         """Why backend `name` cannot run on `device` at all, or None."""
         if name not in self.backends:
             return f"this op has no such backend, but {', '.join(self.backends)}"
+        if (failure := _refused.get((self.name, name, device.type))) is not None:
+            return failure
         if name in ("cuda", "apex") and device.type != "cuda":
             return f"it needs CUDA tensors, these are on {device.type}"
         if name == "cuda":
@@ -95,6 +99,27 @@ class Op:
 
 OPS: dict[str, Op] = {}
 _choice: dict[str, str] = {}
+_refused: dict[tuple[str, str, str], str] = {}  # (op, backend, type of device) -> why
+
+
+def refuse(op: str, backend: str, device: torch.device, reason: str) -> None:
+    """From now on `backend` of `op` cannot run in this process on devices of this type, and `reason` says why. Raises
+    BackendError for the reference, which nothing could stand in for."""
+    if backend == "reference":
+        raise BackendError(
+            f"{op}: the reference failed on {device} ({reason}), and there is no other form to fall back to"
+        )
+    _refused[op, backend, device.type] = reason
+
+
+def refused(device: torch.device) -> dict[tuple[str, str], str]:
+    """{(op, backend): why} of what was refused on devices of this type."""
+    return {(op, backend): why for (op, backend, where), why in _refused.items() if where == device.type}
+
+
+def clear_refused() -> None:
+    """Let everything run again."""
+    _refused.clear()
 
 
 def parse_choice(text: str) -> dict[str, str]:

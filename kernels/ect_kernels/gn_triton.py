@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ect_kernels.philox_triton import keep1, keep8
+from ect_kernels.philox_triton import first_sample, keep1, keep8
 
-NOT_SPECIALISED = ["layer", "n0", "threshold"]
+NOT_SPECIALISED = ["layer", "threshold"]
 
 
 def named(way: str) -> Callable[[Any], str]:
@@ -146,8 +146,8 @@ def modulation(
 def forward_kernel(
     a: tl.tensor, bias: tl.tensor, skip: tl.tensor, skip_bias: tl.tensor, skip_scale: tl.tensor, x: tl.tensor,
     other: tl.tensor, gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor,
-    v_rows: tl.tensor, rows_apart: tl.tensor, seed: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor,
-    eps: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr,
+    v_rows: tl.tensor, rows_apart: tl.tensor, seed: tl.tensor, n0: tl.tensor, y: tl.tensor, mean: tl.tensor,
+    rstd: tl.tensor, eps: tl.tensor, inv_keep: tl.tensor, threshold: tl.tensor, layer: tl.tensor, HW: tl.constexpr,
     C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -214,7 +214,7 @@ def forward_kernel(
     w *= spread(rstd_g, member)
     key = None
     if seed is not None:
-        key = tl.load(seed)
+        key, start = tl.load(seed), first_sample(n0)
 
     if a is not None and CHUNKS > 1:
         tl.debug_barrier()  # x is read again below, perhaps by other threads of the program
@@ -231,7 +231,7 @@ def forward_kernel(
         if ACT:
             z = z * tl.sigmoid(z)
         if key is not None:
-            keep = keep_tile(key, layer, threshold, (n0 + n) * HW, row, first, CT, ROWS, WIDTH)
+            keep = keep_tile(key, layer, threshold, (start + n) * HW, row, first, CT, ROWS, WIDTH)
             z = tl.where(keep, z * inv_keep, 0.0)
         at = row[:, None] * CT + c[None, :]
         tl.store(y + at, z.to(y.dtype.element_ty), mask=ok[None, :] & inside, cache_modifier=".cs")
@@ -267,9 +267,9 @@ def normal_and_gradient(
 def backward_kernel(
     dy: tl.tensor, dx: tl.tensor, djoined: tl.tensor, skip_scale: tl.tensor, x: tl.tensor, other: tl.tensor,
     gamma: tl.tensor, beta: tl.tensor, v: tl.tensor, scale: tl.tensor, shift: tl.tensor, v_rows: tl.tensor,
-    rows_apart: tl.tensor, seed: tl.tensor, mean: tl.tensor, rstd: tl.tensor, da: tl.tensor, dother: tl.tensor,
-    partials: tl.tensor, dv: tl.tensor, dscale: tl.tensor, dshift: tl.tensor, inv_keep: tl.tensor,
-    threshold: tl.tensor, layer: tl.tensor, n0: tl.tensor, HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
+    rows_apart: tl.tensor, seed: tl.tensor, n0: tl.tensor, mean: tl.tensor, rstd: tl.tensor, da: tl.tensor,
+    dother: tl.tensor, partials: tl.tensor, dv: tl.tensor, dscale: tl.tensor, dshift: tl.tensor, inv_keep: tl.tensor,
+    threshold: tl.tensor, layer: tl.tensor, HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
     SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -304,7 +304,7 @@ def backward_kernel(
     key = None
     if seed is not None:
         key = tl.load(seed)
-    position = (n0 + n) * HW
+    position = (first_sample(n0) + n) * HW
 
     xh = tl.zeros((ROWS, WIDTH), tl.float32)
     du = tl.zeros((ROWS, WIDTH), tl.float32)

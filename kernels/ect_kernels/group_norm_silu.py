@@ -34,7 +34,7 @@ DRAM = {
 
 
 class Inputs(NamedTuple):
-    """Arguments of the op: x channels-last, seed None where nothing is dropped."""
+    """Arguments of the op: x channels-last, seed None where nothing is dropped, n0 None where that is 0."""
 
     x: Tensor
     gamma: Tensor
@@ -43,12 +43,12 @@ class Inputs(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     seed: Tensor | None
+    n0: Tensor | None
     groups: int
     eps: float
     act: bool
     p: float
     layer: int
-    n0: int
 
     @property
     def wide(self) -> torch.dtype:
@@ -191,13 +191,13 @@ def limits(i: Inputs, most: int) -> str | None:
 
 def numbers(i: Inputs) -> tuple[int, ...]:
     """What the C launchers take after the sizes."""
-    return i.groups, native.DTYPES[i.x.dtype], int(i.act), i.threshold, i.layer, i.n0
+    return i.groups, native.DTYPES[i.x.dtype], int(i.act), i.threshold, i.layer
 
 
 def _launcher_fwd(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
     *vectors, v_rows, rows = i.vectors()
-    return i.x, *vectors, i.seed, *out, n, h * w, c, *numbers(i), v_rows, rows, i.eps, i.inv_keep
+    return i.x, *vectors, i.seed, i.n0, *out, n, h * w, c, *numbers(i), v_rows, rows, i.eps, i.inv_keep
 
 
 def _launcher_bwd(s: Saved, i: Inputs, grads: Grads) -> tuple[native.Argument, ...]:
@@ -205,7 +205,7 @@ def _launcher_bwd(s: Saved, i: Inputs, grads: Grads) -> tuple[native.Argument, .
     results = (*grads, s.mean.new_empty(2, n, c))  # the last: partial sums
     *vectors, v_rows, rows = i.vectors()
     numbers_ = (n, h * w, c, *numbers(i), v_rows, rows)
-    return s.dy, i.x, *vectors, i.seed, s.mean, s.rstd, *results, *numbers_, i.inv_keep
+    return s.dy, i.x, *vectors, i.seed, i.n0, s.mean, s.rstd, *results, *numbers_, i.inv_keep
 
 
 APEX_CHANNELS = frozenset(
@@ -214,8 +214,9 @@ APEX_CHANNELS = frozenset(
 )  # fmt: skip
 
 
-def apex_limits(i: Inputs) -> str | None:
+def apex_limits(*args: Any) -> str | None:
     """What NVIDIA apex's channels-last GroupNorm does not offer; it is no drop-in, but a baseline where it can run."""
+    i: Inputs = args[-1]
     if i.v is not None or i.scale is not None or i.seed is not None:
         return "v, scale, shift or dropout"
     if i.x.dtype not in native.DTYPES or i.gamma.dtype not in native.DTYPES or i.beta.dtype != i.gamma.dtype:
@@ -263,8 +264,8 @@ OP = Op(
         Backend(reference_fwd, reference_bwd),
         FORWARD,
         BACKWARD,
-        triton=lambda i: limits(i, 1024),
-        cuda=lambda i: limits(i, 4096),
+        triton=lambda *args: limits(args[-1], 1024),
+        cuda=lambda *args: limits(args[-1], 4096),
     )
     | {"apex": Backend(apex_fwd, apex_bwd, apex_limits)},
 )
@@ -275,8 +276,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(mean, rstd, *inputs[:7])
-    ctx.rest = inputs[7:]
+    ctx.save_for_backward(mean, rstd, *inputs[:8])
+    ctx.rest = inputs[8:]
 
 
 def _autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -303,19 +304,21 @@ def group_norm_silu(
     p: float = 0.0,
     seed: Tensor | None = None,
     layer: int = 0,
-    n0: int = 0,
+    n0: Tensor | int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """dropout(silu(GroupNorm(x + v) * (1 + scale) + shift)), channels-last, in x's dtype; see the module's formulas.
 
     Args: x: [N, C, H, W] (made channels-last if it is not). gamma, beta: [C]. v, scale, shift: [N, C], the last two together.
-    act: SiLU. p: probability of dropping, with seed (0-d int64 tensor on x's device), layer and n0 (global number of x[0]) as
-    what the mask is a function of. Gradients: x, gamma, beta, v, scale, shift. Raises ValueError, dispatch.BackendError.
+    act: SiLU. p: probability of dropping, with seed (0-d int64 tensor on x's device), layer and n0 (global number of x[0], also
+    as such a tensor) as what the mask is a function of. Gradients: x, gamma, beta, v, scale, shift. Raises ValueError,
+    dispatch.BackendError.
     """
     _check(x, gamma, beta, groups, v, scale, shift, p, seed)
     seed = seed if philox.dropout_threshold(p) > 0 else None
-    inputs = Inputs(x, gamma, beta, v, scale, shift, seed, groups, eps, act, p, layer, n0)
-    y: Tensor = _forward_op(*inputs, OP.pick(x.device, (inputs,), backend))[0]
+    first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)
+    inputs = Inputs(x, gamma, beta, v, scale, shift, seed, first, groups, eps, act, p, layer)
+    y: Tensor = _forward_op(*inputs, backend or "")[0]
     return y
 
 

@@ -75,16 +75,16 @@ def launch(i: Inputs, other: Tensor | None, backward: bool, more: bool = False) 
 def fwd(i: Inputs, out: Output, seam: tuple[Any, ...] = SEAM, other: Tensor | None = None) -> None:
     """Fill `out`; with a seam, i.x too."""
     grid, keywords = launch(i, other, backward=False)
-    numbers = (i.eps, i.inv_keep, i.threshold, i.layer, i.n0)
-    gn_triton.forward_kernel[grid](*seam, i.x, other, *i.vectors(), i.seed, *out, *numbers, **keywords)
+    numbers = (i.eps, i.inv_keep, i.threshold, i.layer)
+    gn_triton.forward_kernel[grid](*seam, i.x, other, *i.vectors(), i.seed, i.n0, *out, *numbers, **keywords)
 
 
 def bwd(s: Saved, i: Inputs, grads: Grads) -> None:
     """Fill `grads`."""
     grid, keywords = launch(i, None, backward=True)
     partials = s.mean.new_empty(2, *i.x.shape[:2])
-    sources = (s.dy, None, None, None, i.x, None, *i.vectors(), i.seed, s.mean, s.rstd)
+    sources = (s.dy, None, None, None, i.x, None, *i.vectors(), i.seed, i.n0, s.mean, s.rstd)
     results = (grads.x, None, partials, None if i.v is None else grads.v, grads.scale, grads.shift)
-    gn_triton.backward_kernel[grid](*sources, *results, i.inv_keep, i.threshold, i.layer, i.n0, **keywords)
+    gn_triton.backward_kernel[grid](*sources, *results, i.inv_keep, i.threshold, i.layer, **keywords)
     for grad, total in zip((grads.gamma, grads.beta), gn_triton.sum_over_n(partials), strict=True):
         grad.copy_(total)

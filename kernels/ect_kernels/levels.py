@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
     seed: Tensor
     stage: Tensor
-    n0: int
+    n0: Tensor | None
     batch: int
     P_mean: float
     P_std: float
@@ -62,7 +62,7 @@ def reference_fwd(i: Inputs) -> Output:
 
 
 def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
-    return i.seed, i.stage, *out, i.batch, i.n0, *i[4:]
+    return i.seed, i.stage, i.n0, *out, *i[3:]
 
 
 def _limits(i: Inputs) -> str | None:
@@ -75,12 +75,12 @@ _forward_op = FORWARD.register(OP)
 
 
 def levels(
-    seed: Tensor, stage: Tensor, n0: int, batch: int, P_mean: float, P_std: float, q: float, k: float, b: float,
+    seed: Tensor, stage: Tensor, n0: Tensor | int, batch: int, P_mean: float, P_std: float, q: float, k: float, b: float,
     backend: str | None = None,
 ) -> Output:  # fmt: skip
     """(t, r, label_t, label_r, flip), formulas above, of the global samples n0 ... n0 + batch. Nothing here has a gradient.
 
-    Args: seed, stage: 0-d int64 tensors on one device, stage >= 0. q > 1. Raises ValueError, dispatch.BackendError.
+    Args: seed, stage, n0 (also an int): 0-d int64 tensors on one device, stage >= 0. q > 1. Raises ValueError, BackendError.
     """
     for name, tensor in (("seed", seed), ("stage", stage)):
         if tensor.dtype != torch.int64 or tensor.numel() != 1 or tensor.device != seed.device:
@@ -88,5 +88,6 @@ def levels(
             raise ValueError(f"levels: {name} is {found}, expected a 0-d int64 tensor on {seed.device}")
     if batch < 1 or not q > 1:
         raise ValueError(f"levels: batch is {batch} and q is {q}, expected batch >= 1 and q > 1")
-    inputs = Inputs(seed, stage, n0, batch, P_mean, P_std, q, k, b)
-    return Output(*_forward_op(*inputs, OP.pick(seed.device, (inputs,), backend)))
+    first = philox.first_sample("levels", n0, seed.device)
+    inputs = Inputs(seed, stage, first, batch, P_mean, P_std, q, k, b)
+    return Output(*_forward_op(*inputs, backend or ""))

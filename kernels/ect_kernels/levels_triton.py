@@ -11,20 +11,20 @@ import triton.language as tl
 
 from ect_kernels import philox
 from ect_kernels.levels import Inputs, Output
-from ect_kernels.philox_triton import box_muller
+from ect_kernels.philox_triton import box_muller, first_sample
 
 BLOCK, WARPS = 128, 4
 _T, _FLIP = tl.constexpr(philox.STREAM_T), tl.constexpr(philox.STREAM_FLIP)
 
 
-@triton.jit(do_not_specialize=["n0"])
+@triton.jit
 def levels_fwd_kernel(
-    seed, stage, t_out, r_out, label_t, label_r, flip, N, n0, mean, std, log2_q, k, b, B: tl.constexpr
+    seed, stage, n0, t_out, r_out, label_t, label_r, flip, N, mean, std, log2_q, k, b, B: tl.constexpr
 ):
     """B samples."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     ok = i < N
-    key, counter = tl.load(seed), (n0.to(tl.int64) + i).to(tl.uint32)
+    key, counter = tl.load(seed), (first_sample(n0) + i).to(tl.uint32)
     w0, w1, _, _ = tl.philox(key, counter, _T, 0, 0)
     z, _ = box_muller(w0, w1)
     t = tl.exp(mean + std * z)
@@ -40,5 +40,5 @@ def levels_fwd_kernel(
 
 def fwd(i: Inputs, out: Output) -> None:
     results = (*out[:4], out.flip.view(torch.uint8))
-    numbers = (i.batch, i.n0, i.P_mean, i.P_std, math.log2(i.q), i.k, i.b, BLOCK)
-    levels_fwd_kernel[(triton.cdiv(i.batch, BLOCK),)](i.seed, i.stage, *results, *numbers, num_warps=WARPS)
+    numbers = (i.batch, i.P_mean, i.P_std, math.log2(i.q), i.k, i.b, BLOCK)
+    levels_fwd_kernel[(triton.cdiv(i.batch, BLOCK),)](i.seed, i.stage, i.n0, *results, *numbers, num_warps=WARPS)

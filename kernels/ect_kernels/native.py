@@ -10,6 +10,8 @@ import ctypes
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -39,9 +41,40 @@ def why_not_built(device: torch.device) -> str | None:
         return "the CUDA extension was not built (no nvcc at install time); reinstall with nvcc on PATH"
     major, minor = torch.cuda.get_device_capability(device)
     have = 10 * major + minor
-    if not any(arch == have or (arch // 10 == major and arch <= have) or ptx <= have for arch, ptx in module.archs()):
-        return f"it was built for {module.archs()}, not for sm_{have}; reinstall with ECT_CUDA_ARCHS={have}"
-    return None
+    if not any(_serves(arch, ptx, major, minor) for arch, ptx in module.archs()):
+        return f"it was built for {built_for()}, not for sm_{have}; reinstall with ECT_CUDA_ARCHS={have}"
+    return _probe(_index(device))
+
+
+def _serves(arch: int, ptx: int, major: int, minor: int) -> bool:
+    """Whether a cubin of `arch` or the PTX beside it (0: none) runs on a GPU of this compute capability."""
+    return (arch // 10 == major and arch % 10 <= minor) or 0 < ptx <= 10 * major + minor
+
+
+def built_for() -> str:
+    """The GPUs that the extension has code for, as text."""
+    module = extension()
+    targets = [] if module is None else module.archs()
+    return ", ".join(f"sm_{arch}" + (f" and PTX {ptx}" if ptx else "") for arch, ptx in targets)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@lru_cache(None)
+def _probe(index: int) -> str | None:
+    """Why no kernel of the extension can be loaded on GPU `index`, or None: it brings its own CUDA runtime, which may be newer
+    than the driver, and the code for a GPU may be missing."""
+    module = extension()
+    assert module is not None
+    with torch.cuda.device(index):
+        error = module.probe()
+    if not error:
+        return None
+    return (
+        f"its kernels cannot be loaded ({error}); update the NVIDIA driver, or reinstall with nvcc of its CUDA version"
+    )
 
 
 @lru_cache(None)
@@ -67,6 +100,29 @@ def why_no_apex() -> str | None:
     return None
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one inside the block: kernels and streams are the current device's, not the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def one_device(op: str, names: Iterable[str], args: Iterable[Any]) -> torch.device:
+    """The device of an op's tensors. Raises ValueError, naming the first that is elsewhere: a kernel would take its address all
+    the same."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in zip(names, args, strict=False):
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(tensor, Tensor):
+                continue
+            if first is None:
+                first = name, tensor.device
+            elif tensor.device != first[1]:
+                raise ValueError(
+                    f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1]}; move one of them"
+                )
+    assert first is not None
+    return first[1]
+
+
 _emulated: list[ctypes.CDLL] = []
 
 
@@ -82,15 +138,18 @@ def why_not_emulated() -> str | None:
 
 
 def launch(backend: str, name: str, *args: Argument) -> None:
-    """Run launcher `name` on the current stream. Raises RuntimeError with CUDA's (or the emulator's) message.
+    """Run launcher `name` on the current stream of the tensors' device. Raises RuntimeError with CUDA's (or the emulator's)
+    message, ValueError where the tensors are on several devices.
 
     Tensors must outlive the call, which their use on the same stream ensures.
     """
+    device = one_device(name, map(str, range(len(args))), args)
     values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args]
     if backend == "cuda":
         module = extension()
         assert module is not None
-        getattr(module, name)(*values, torch.cuda.current_stream().cuda_stream)
+        with current(device):
+            getattr(module, name)(*values, torch.cuda.current_stream(device).cuda_stream)
         return
     assert backend == "emulated"
     library = next((lib for lib in _emulated if hasattr(lib, name)), None)

@@ -27,9 +27,10 @@ KINDS: dict[Any, str] = {
 class Pass:
     """One direction of `op`: way "fwd" or "bwd".
 
-    inputs: the NamedTuples it takes; where the first tensor of the last one is empty, all results are zeros. The functions
-    below take them. room: the results, not yet filled. prepare: the same inputs, in the layouts and dtypes that backends read.
-    launcher: of these and the results, the arguments of the C launcher <op>_<way>, where there is one.
+    inputs: the NamedTuples it takes, the op's own arguments in the last one; where the first tensor of that is empty, all
+    results are zeros. The functions below take them, and so do the backends' limits. room: the results, not yet filled.
+    prepare: the same inputs, in the layouts and dtypes that backends read. launcher: of these and the results, the arguments of
+    the C launcher <op>_<way>, where there is one.
     """
 
     op: str
@@ -45,7 +46,9 @@ class Pass:
         def run(*args: Any) -> Any:
             results = self.room(*args)
             if backend == "triton":  # imported here because triton may be absent
-                getattr(importlib.import_module(f"ect_kernels.{self.op}_triton"), self.way)(*args, results)
+                function = getattr(importlib.import_module(f"ect_kernels.{self.op}_triton"), self.way)
+                with native.current(results[0].device):
+                    function(*args, results)
             else:
                 native.launch(backend, f"{self.op}_{self.way}", *self.launcher(*args, results))
             return results
@@ -53,7 +56,8 @@ class Pass:
         return run
 
     def register(self, op: Op) -> torch.library.CustomOpDef:
-        """ect::<op> or ect::<op>_bwd."""
+        """ect::<op> or ect::<op>_bwd. The last argument names a backend, or is empty for an automatic choice, which is made
+        when the op runs: a compiled graph holds the op, not the choice."""
 
         def unpack(args: tuple[Any, ...]) -> list[Any]:
             left = iter(args)
@@ -63,15 +67,19 @@ class Pass:
             return tuple(results) if len(results) > 1 else results[0]
 
         def function(*args: Any) -> Tensor | tuple[Tensor, ...]:
+            device = native.one_device(self.op, names, args)
             unpacked = unpack(args)
+            backend = op.pick(device, tuple(unpacked), args[-1])
             if unpacked[-1][0].numel() == 0:
                 return plain(tuple(t.zero_() for t in self.room(*unpacked)))
-            return plain(getattr(op.backends[args[-1]], self.way)(*self.prepare(*unpacked)))
+            return plain(getattr(op.backends[backend], self.way)(*self.prepare(*unpacked)))
 
         def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
+            native.one_device(self.op, names, args)
             return plain(self.room(*unpack(args)))
 
         hints = [hint for kind in self.inputs for hint in get_type_hints(kind).items()]
+        names = [name for name, _ in hints]
         arguments = ", ".join([*(f"{KINDS[kind]} {name}" for name, kind in hints), "str backend"])
         results = ", ".join("Tensor" for _ in get_type_hints(self.room)["return"]._fields)
         name = f"ect::{self.op}" + ("" if self.way == "fwd" else "_bwd")

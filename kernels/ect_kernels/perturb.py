@@ -26,7 +26,7 @@ MAX_ROW = 8192  # values in a row of an image: what the CUDA kernel keeps in sha
 
 
 class Inputs(NamedTuple):
-    """Arguments of the op."""
+    """Arguments of the op: seed and n0 None where eps is given, n0 None where it is 0."""
 
     images: Tensor
     t: Tensor
@@ -34,8 +34,8 @@ class Inputs(NamedTuple):
     seed: Tensor | None
     flip: Tensor | None
     eps: Tensor | None
+    n0: Tensor | None
     sigma_data: float
-    n0: int
     dtype: torch.dtype
 
     @property
@@ -98,7 +98,7 @@ def _prepare(i: Inputs) -> tuple[Inputs]:
 
 def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
     n, c, h, w = i.shape
-    return *i[:6], *out, n, h, w, c, native.DTYPES[i.dtype], i.n0, i.sigma_data
+    return *i[:7], *out, n, h, w, c, native.DTYPES[i.dtype], i.sigma_data
 
 
 FORWARD = Pass("perturb", "fwd", (Inputs,), _output, _prepare, _launcher)
@@ -107,14 +107,15 @@ _forward_op = FORWARD.register(OP)
 
 
 def perturb(
-    images: Tensor, t: Tensor, r: Tensor, sigma_data: float, seed: Tensor | None, n0: int = 0, flip: Tensor | None = None,
-    eps: Tensor | None = None, dtype: torch.dtype = torch.float32, backend: str | None = None,
+    images: Tensor, t: Tensor, r: Tensor, sigma_data: float, seed: Tensor | None, n0: Tensor | int = 0,
+    flip: Tensor | None = None, eps: Tensor | None = None, dtype: torch.dtype = torch.float32, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(in_t, in_r, x_t, x_r), channels-last [N, C, H, W]; formulas above. Nothing here has a gradient.
 
     Args: images: uint8 [N, H, W, C]. t, r: float32 [N], t > 0, r >= 0. sigma_data: standard deviation of the data. seed: 0-d
-    int64 tensor on the images' device; n0: global number of images[0]. flip: bool [N] or None. eps: [N, C, H, W], or None to
-    draw it (seed is not read otherwise). dtype: of in_t and in_r. Raises ValueError, dispatch.BackendError.
+    int64 tensor on the images' device; n0: global number of images[0], also as such a tensor. flip: bool [N] or None. eps:
+    [N, C, H, W], or None to draw it (seed is not read otherwise). dtype: of in_t and in_r. Raises ValueError,
+    dispatch.BackendError.
     """
     if images.dim() != 4 or images.dtype != torch.uint8:
         raise ValueError(f"perturb: images are {images.dtype} {tuple(images.shape)}, expected uint8 [N, H, W, C]")
@@ -126,6 +127,7 @@ def perturb(
         raise ValueError(f"perturb: flip is {flip.dtype}, expected bool")
     if eps is None and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"perturb: drawing eps needs a seed, a 0-d int64 tensor; found {seed}")
-    inputs = Inputs(images, t, r, seed if eps is None else None, flip, eps, sigma_data, n0, dtype)
-    in_t, in_r, x_t, x_r = _forward_op(*inputs, OP.pick(images.device, (inputs,), backend))
+    key = (seed, philox.first_sample("perturb", n0, images.device)) if eps is None else (None, None)
+    inputs = Inputs(images, t, r, key[0], flip, eps, key[1], sigma_data, dtype)
+    in_t, in_r, x_t, x_r = _forward_op(*inputs, backend or "")
     return in_t, in_r, x_t, x_r

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ect_kernels import philox
 from ect_kernels.perturb import Inputs, Output
-from ect_kernels.philox_triton import box_muller
+from ect_kernels.philox_triton import box_muller, first_sample
 
 GROUPS, WARPS = 64, 2  # groups of four pixels to a program
 BLOCK = 256  # values to a program of the generic kernel
@@ -39,9 +39,9 @@ def _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, 
     tl.store(in_r + base + at, (noisy_r * c_in_r).to(in_r.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n0"])
+@triton.jit
 def perturb_fwd_kernel(
-    images, t, r, seed, flip, eps, in_t, in_r, x_t, x_r, n0, sd2, W, HW, chunks, C: tl.constexpr, B: tl.constexpr
+    images, t, r, seed, flip, eps, n0, in_t, in_r, x_t, x_r, sd2, W, HW, chunks, C: tl.constexpr, B: tl.constexpr
 ):
     """HW a multiple of 4."""
     pid = tl.program_id(0)
@@ -51,9 +51,9 @@ def perturb_fwd_kernel(
     base = n * HW * C
     values = ()  # of channel 0, pixels 0 to 3, then of channel 1 ...
     if eps is None:
-        key = tl.load(seed)
+        key, first = tl.load(seed), first_sample(n0)
         for c in tl.static_range(C):
-            block = (n + n0) * (HW // 4 * C) + (c * (HW // 4) + group)
+            block = (n + first) * (HW // 4 * C) + (c * (HW // 4) + group)
             w0, w1, w2, w3 = tl.philox(key, block.to(tl.uint32), _STREAM, 0, 0)
             values = values + box_muller(w0, w1) + box_muller(w2, w3)
     for i in tl.static_range(C):  # the i-th vector of the 4 C values in memory order
@@ -69,9 +69,9 @@ def perturb_fwd_kernel(
         _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, W, C)
 
 
-@triton.jit(do_not_specialize=["n0"])
+@triton.jit
 def perturb_generic_fwd_kernel(
-    images, t, r, seed, flip, eps, in_t, in_r, x_t, x_r, n0, sd2, W, HW, chunks, C, B: tl.constexpr
+    images, t, r, seed, flip, eps, n0, in_t, in_r, x_t, x_r, sd2, W, HW, chunks, C, B: tl.constexpr
 ):
     """Any size."""
     pid = tl.program_id(0)
@@ -81,7 +81,7 @@ def perturb_generic_fwd_kernel(
     base = n * HW * C
     if eps is None:
         j = at % C * HW + at // C
-        block = (n + n0) * ((HW * C + 3) // 4) + j // 4
+        block = (n + first_sample(n0)) * ((HW * C + 3) // 4) + j // 4
         w0, w1, w2, w3 = tl.philox(tl.load(seed), block.to(tl.uint32), _STREAM, 0, 0)
         late = j % 4 >= 2
         even, odd = box_muller(tl.where(late, w2, w0), tl.where(late, w3, w1))
@@ -97,5 +97,5 @@ def fwd(i: Inputs, out: Output) -> None:
     grouped = h * w % 4 == 0 and c <= MAX_CHANNELS
     chunks = triton.cdiv(h * w // 4, GROUPS) if grouped else triton.cdiv(h * w * c, BLOCK)
     kernel, size = (perturb_fwd_kernel, GROUPS) if grouped else (perturb_generic_fwd_kernel, BLOCK)
-    tensors = (i.images, i.t, i.r, i.seed, flip, i.eps, *out)
-    kernel[(n * chunks,)](*tensors, i.n0, float(i.sigma_data) ** 2, w, h * w, chunks, c, size, num_warps=WARPS)
+    tensors = (i.images, i.t, i.r, i.seed, flip, i.eps, i.n0, *out)
+    kernel[(n * chunks,)](*tensors, float(i.sigma_data) ** 2, w, h * w, chunks, c, size, num_warps=WARPS)

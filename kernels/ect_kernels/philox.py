@@ -47,20 +47,20 @@ def philox4x32(
 
 
 def uniform(
-    seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device
+    seed: Tensor | int, stream: int, n0: Tensor | int | None, batch: int, per_sample: int, device: torch.device
 ) -> Tensor:
     """float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch.
 
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
     """
     blocks = -(-per_sample // 4)
-    counters = (n0 * blocks + torch.arange(batch * blocks, device=device)) & _LOW
+    counters = ((0 if n0 is None else n0) * blocks + torch.arange(batch * blocks, device=device)) & _LOW
     words = torch.stack(philox4x32(seed, counters, stream), dim=-1).view(batch, -1)[:, :per_sample]
     return ((words >> 8).float() + 0.5) * 2.0**-24
 
 
 def normal(
-    seed: Tensor | int, stream: int, n0: Tensor | int, batch: int, per_sample: int, device: torch.device
+    seed: Tensor | int, stream: int, n0: Tensor | int | None, batch: int, per_sample: int, device: torch.device
 ) -> Tensor:
     """float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
     even = per_sample + per_sample % 2
@@ -79,6 +79,16 @@ def inv_keep(p: float) -> float:
     return 65536.0 / (65536 - dropout_threshold(p))
 
 
+def first_sample(op: str, n0: Tensor | int, device: torch.device) -> Tensor | None:
+    """A global sample number as the ops take it: a 0-d int64 tensor on the device, so that one compiled graph serves all
+    micro-batches, or None for 0. Raises ValueError for a tensor of another kind."""
+    if isinstance(n0, int):
+        return torch.full((), n0, dtype=torch.int64, device=device) if n0 else None
+    if n0.dtype != torch.int64 or n0.numel() != 1:
+        raise ValueError(f"{op}: n0 is {n0.dtype} {tuple(n0.shape)}, expected an int or a 0-d int64 tensor")
+    return n0
+
+
 def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
     """Raises ValueError where p is no probability that can be drawn, or has no seed to be drawn from."""
     if dropout_threshold(p) not in range(65536):
@@ -87,7 +97,7 @@ def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
         raise ValueError(f"{op}: p is {p} and needs a seed, a 0-d int64 tensor; found {seed}")
 
 
-def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | int | None = 0) -> Tensor:
     """Inverted dropout of x [N, C, H, W] (logical NCHW, any strides) with a mask that is a function of the global index.
 
     With i the flat NHWC index of the element in the global batch (x[0] is global sample n0): the counter is
@@ -96,12 +106,12 @@ def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | in
     """
     n, c, h, w = x.shape
     per_sample, threshold = c * h * w, dropout_threshold(p)
-    start, count = n0 * per_sample, n * per_sample
+    start, count = (0 if n0 is None else n0) * per_sample, n * per_sample
     # One more block than needed: sample n0 may begin in the middle of a block.
     counters = (start // 8 + torch.arange(count // 8 + 2, device=x.device)) & _LOW
     words = torch.stack(philox4x32(seed, counters, layer), dim=-1)
     kept = torch.stack([(words & 0xFFFF) >= threshold, words >= threshold << 16], dim=-1).flatten()
-    first = start % 8
+    first = 0 if per_sample % 8 == 0 else start % 8
     index = slice(first, first + count) if isinstance(first, int) else first + torch.arange(count, device=x.device)
     keep = kept[index].view(n, h, w, c).permute(0, 3, 1, 2)
     return torch.where(keep, x * inv_keep(p), torch.zeros((), dtype=x.dtype, device=x.device))

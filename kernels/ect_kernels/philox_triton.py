@@ -11,6 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
+def first_sample(n0: tl.tensor) -> tl.tensor:
+    """The global sample number that a pointer holds, int64; None for 0."""
+    first = tl.full((), 0, tl.int64)
+    if n0 is not None:
+        first = tl.load(n0)
+    return first
+
+
+@triton.jit
 def keep8(
     seed: tl.tensor, block: tl.tensor, layer: tl.tensor, threshold: tl.tensor, rows: tl.constexpr, columns: tl.constexpr
 ) -> tl.tensor:

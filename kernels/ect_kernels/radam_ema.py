@@ -62,6 +62,7 @@ DRAM = {
     "grads written (4 B more where the clip bites)",
 }
 
+ARGUMENTS = ("params", "grads", "exp_avg", "exp_avg_sq", "emas", "shadow", "state_f64", "state_i64")
 OPTIMIZERS = ("radam", "adam")
 BOUND = 1e5  # stands in for an infinite gradient
 SCALE_RANGE = (2.0**-32, 2.0**32)  # of the loss scale
@@ -181,10 +182,11 @@ def _native(
     )  # fmt: skip
 
 
-def _triton(*args: Any) -> None:
+def _triton(params: Tensor, *more: Any) -> None:
     from ect_kernels.radam_ema_triton import step
 
-    step(*args)
+    with native.current(params.device):
+        step(params, *more)
 
 
 def _limits(params: Tensor, *_: Tensor | list[Tensor] | None) -> str | None:
@@ -200,7 +202,12 @@ OP = Op("radam_ema", {
 
 
 def _run(*args: Any) -> None:
-    OP.backends[args[-1]].fwd(*args[:-1])
+    device = native.one_device("radam_ema", ARGUMENTS, args)
+    OP.backends[OP.pick(device, args[:-1], args[-1])].fwd(*args[:-1])
+
+
+def _fake(*args: Any) -> None:
+    native.one_device("radam_ema", ARGUMENTS, args)
 
 
 # Not torch.library.custom_op: its first call imports the compiler, seconds that a CPU run without it would pay for nothing.
@@ -211,7 +218,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("radam_ema", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("ect::radam_ema", lambda *args: None, lib=_library)
+torch.library.register_fake("ect::radam_ema", _fake, lib=_library)
 
 
 def radam_ema(
@@ -239,5 +246,4 @@ def radam_ema(
         raise ValueError(f"{len(emas)} EMAs; at most {MAX_EMAS}")
     if state_f64.shape != (len(F64),) or state_i64.shape != (len(I64),):
         raise ValueError("state_f64 or state_i64 was not made by new_state()")
-    name = OP.pick(params.device, (params,), backend)
-    torch.ops.ect.radam_ema(params, grads, exp_avg, exp_avg_sq, emas, shadow, state_f64, state_i64, name)
+    torch.ops.ect.radam_ema(params, grads, exp_avg, exp_avg_sq, emas, shadow, state_f64, state_i64, backend or "")

@@ -128,12 +128,12 @@ def _lerp(a, b, w):
 
 
 @triton.jit
-def radam_ema_update_kernel(params, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2, shadow, c, n8, BLOCK: tl.constexpr):
+def radam_ema_update_kernel(weights, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2, shadow, c, n8, BLOCK: tl.constexpr):
     base = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     mask = i // 8 < n8 - base // 8
     if tl.load(c + _C_GO) > 0:
-        p = tl.load(params + base + i, mask=mask)
+        p = tl.load(weights + base + i, mask=mask)
         g = tl.load(grads + base + i, mask=mask)
         m = tl.load(exp_avg + base + i, mask=mask)
         v = tl.load(exp_avg_sq + base + i, mask=mask)
@@ -146,7 +146,7 @@ def radam_ema_update_kernel(params, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2
         v = tl.load(c + _C_BETA2) * v + tl.load(c + _C_WEIGHT2) * g * g
         denominator = tl.where(slope == 0, 1.0, tl.sqrt_rn(v) * slope + tl.load(c + _C_FLOOR))
         p = p - tl.load(c + _C_SIZE) * tl.div_rn(m, denominator)
-        tl.store(params + base + i, p, mask=mask)
+        tl.store(weights + base + i, p, mask=mask)
         tl.store(exp_avg + base + i, m, mask=mask)
         tl.store(exp_avg_sq + base + i, v, mask=mask)
         if ema0 is not None:

@@ -156,24 +156,24 @@ def _sizes(s: Seam | Saved, i: Norm) -> tuple[int, ...]:
 
 def _launcher_fwd(s: Seam, i: Norm, out: Output) -> tuple[native.Argument, ...]:
     a, x = (None, i.x) if _nothing_to_sum(s, i) else (i.x, out.x)
-    sources = (a, fp32(s.bias), s.skip, fp32(s.skip_bias), s.other, *i.vectors()[:2], i.seed)
+    sources = (a, fp32(s.bias), s.skip, fp32(s.skip_bias), s.other, *i.vectors()[:2], i.seed, i.n0)
     return *sources, x, *out[1:], *_sizes(s, i), s.skip_scale, i.eps, i.inv_keep
 
 
 def _launcher_bwd(s: Saved, i: Norm, grads: Grads) -> tuple[native.Argument, ...]:
-    sources = (s.dy, s.dx, s.djoined, i.x, s.other, *i.vectors()[:2], i.seed, s.mean, s.rstd)
+    sources = (s.dy, s.dx, s.djoined, i.x, s.other, *i.vectors()[:2], i.seed, i.n0, s.mean, s.rstd)
     partials = s.mean.new_empty((3, i.x.shape[0], i.gamma.shape[0]))
     results = (grads.da, grads.dother, *grads.sums.zero_().unbind(), partials)
     return *sources, *results, *_sizes(s, i), s.skip_scale, i.inv_keep
 
 
-def triton_limits(s: Seam, i: Norm) -> str | None:
+def triton_limits(s: Seam | Saved, i: Norm) -> str | None:
     """A slab has whole groups and whole blocks of random bits."""
     size = i.gamma.shape[0] // i.groups
     return cuda_limits(s, i, 4096 * size // math.lcm(size, 8))
 
 
-def cuda_limits(s: Seam, i: Norm, most: int = 4096) -> str | None:
+def cuda_limits(s: Seam | Saved, i: Norm, most: int = 4096) -> str | None:
     if i.x.dtype != s.dtype and {i.x.dtype, s.dtype} not in (
         {torch.float32, half} for half in (torch.float16, torch.bfloat16)
     ):
@@ -208,15 +208,15 @@ class _Seam(torch.autograd.Function):
         n, channels, h, w = y.shape
         joined = x.detach() if s.other is None else x.new_empty(1).expand(n, channels, h, w)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, rstd, s.other, x, i.gamma, i.beta, i.seed)
+        ctx.save_for_backward(mean, rstd, s.other, x, i.gamma, i.beta, i.seed, i.n0)
         ctx.given = [None if t is None else t.dtype for t in (s.bias, s.skip, s.skip_bias)]
-        ctx.skip_scale, ctx.dtype, ctx.rest = s.skip_scale, i.x.dtype, (*i[7:], backend)
+        ctx.skip_scale, ctx.dtype, ctx.rest = s.skip_scale, i.x.dtype, (*i[8:], backend)
         return x, y, joined
 
     @staticmethod
     def backward(ctx: Any, dx: Maybe, dy: Maybe, djoined: Maybe) -> tuple[Maybe, ...]:
-        mean, rstd, other, x, gamma, beta, seed = ctx.saved_tensors
-        vectors = (gamma, beta, None, None, None, seed)
+        mean, rstd, other, x, gamma, beta, seed, n0 = ctx.saved_tensors
+        vectors = (gamma, beta, None, None, None, seed, n0)
         saved = (mean, rstd, ctx.skip_scale, other, ctx.dtype, x)
         da, dother, sums = backward_op(dx, djoined, dy, *saved, *vectors, *ctx.rest)
         dgamma, dbeta, dbias = sums.unbind()
@@ -229,7 +229,7 @@ class _Seam(torch.autograd.Function):
 def residual_group_norm_silu(
     a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, bias: Maybe = None, skip: Maybe = None,
     skip_bias: Maybe = None, skip_scale: float = 1.0, other: Maybe = None, act: bool = True, p: float = 0.0,
-    seed: Maybe = None, layer: int = 0, n0: int = 0, dtype: torch.dtype | None = None, joined: bool = False,
+    seed: Maybe = None, layer: int = 0, n0: Tensor | int = 0, dtype: torch.dtype | None = None, joined: bool = False,
     summed: bool = False, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(x, y) of this module's formula, channels-last, in `dtype` (None: a's).
@@ -259,7 +259,8 @@ def residual_group_norm_silu(
         raise ValueError(f"{NAME}: {c + c2} channels do not divide into {groups} groups")
     philox.check_dropout(NAME, p, seed)
     seed = seed if philox.dropout_threshold(p) > 0 else None
-    i = Norm(a, gamma, beta, None, None, None, seed, groups, eps, act, p, layer, n0)
+    first = None if seed is None else philox.first_sample(NAME, n0, a.device)
+    i = Norm(a, gamma, beta, None, None, None, seed, first, groups, eps, act, p, layer)
     s = Seam(bias, skip, skip_bias, skip_scale, other, dtype)
-    outputs: tuple[Tensor, ...] = _Seam.apply(OP.pick(a.device, (s, i), backend), summed, *s, *i)
+    outputs: tuple[Tensor, ...] = _Seam.apply(backend or "", summed, *s, *i)
     return outputs if joined else outputs[:2]

@@ -98,5 +98,5 @@ def skip_product(
     inputs = Inputs(a, weight, x, other, bias, skip_bias, scale)
     if backend is None and a.dtype not in HALVES:
         backend = "reference"
-    out: Tensor = forward_op(*inputs, OP.pick(a.device, (inputs,), backend))
+    out: Tensor = forward_op(*inputs, backend or "")
     return out

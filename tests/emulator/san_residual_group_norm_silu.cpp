@@ -11,18 +11,18 @@ static int run(const Shape& s, bool all, int64_t of_a) {
   const Array dother(m2, size, s.shift, 0), gamma(c, 4, 0, 6), beta(c, 4, 0, 7), bias(s.c, 4, 0, 8), skip_bias(s.c, 4, 0, 9);
   const Array mean(ng, 4, 0, 0), rstd(ng, 4, 0, 0), dgamma(c, 4, 0, 0), dbeta(c, 4, 0, 0), dbias(s.c, 4, 0, 0);
   const Array partials(3 * s.n * c, 4, 0, 0);
-  const std::unique_ptr<int64_t> seed(new int64_t(-12345));
-  const int64_t* key = all ? seed.get() : nullptr;
+  const std::unique_ptr<int64_t> seed(new int64_t(-12345)), first(new int64_t(1));
+  const int64_t *key = all ? seed.get() : nullptr, *n0 = all ? first.get() : nullptr;
   const int64_t threshold = all ? 13107 : 0;
   const void* second = s.c2 ? other.as<void>() : nullptr;
   void* dsecond = s.c2 ? dother.as<void>() : nullptr;
   auto given = [&](const Array& t) { return all ? t.as<float>() : nullptr; };
-  int bad = residual_group_norm_silu_fwd(a.as<void>(), given(bias), given(skip), given(skip_bias), second, gamma, beta, key,
+  int bad = residual_group_norm_silu_fwd(a.as<void>(), given(bias), given(skip), given(skip_bias), second, gamma, beta, key, n0,
                                          x.as<void>(), y.as<void>(), mean, rstd, s.n, s.hw, s.c, s.c2, s.dtype, s.groups, of_a, all,
-                                         threshold, 3, 1, 0.7, 1e-6, 1.25, nullptr);
-  bad |= residual_group_norm_silu_bwd(dy.as<void>(), given(dx), given(djoined), x.as<void>(), second, gamma, beta, key, mean, rstd,
+                                         threshold, 3, 0.7, 1e-6, 1.25, nullptr);
+  bad |= residual_group_norm_silu_bwd(dy.as<void>(), given(dx), given(djoined), x.as<void>(), second, gamma, beta, key, n0, mean, rstd,
                                       da.as<void>(), dsecond, dgamma, dbeta, given(dbias), partials, s.n, s.hw, s.c, s.c2, of_a,
-                                      s.groups, s.dtype, all, threshold, 3, 1, 0.7, 1.25, nullptr);
+                                      s.groups, s.dtype, all, threshold, 3, 0.7, 1.25, nullptr);
   bad += unwritten("x", x, m, s.dtype) + unwritten("y", y, m + m2, s.dtype) + unwritten("da", da, m, of_a);
   bad += unwritten("dother", dother, m2, s.dtype) + unwritten("mean", mean, ng, 0) + unwritten("rstd", rstd, ng, 0);
   bad += unwritten("dgamma", dgamma, c, 0) + unwritten("dbeta", dbeta, c, 0);

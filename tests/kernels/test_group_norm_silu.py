@@ -229,7 +229,8 @@ def test_empty_batch(device: str, backend: str) -> None:
 def test_opcheck(shape: tuple[int, int, int, int, int], options: dict[str, Any]) -> None:
     kwargs = inputs(*shape, dtype=HALF, **options)
     leaves = {k: kwargs[k].detach().requires_grad_() if k in kwargs else None for k in GRADS}
-    rest = (kwargs.get("seed"), kwargs["groups"], 1e-6, kwargs["act"], kwargs.get("p", 0.0), 3, 1, "reference")
+    drop = (kwargs.get("seed"), torch.tensor(1) if "seed" in kwargs else None)
+    rest = (*drop, kwargs["groups"], 1e-6, kwargs["act"], kwargs.get("p", 0.0), 3, "reference")
     torch.library.opcheck(torch.ops.ect.group_norm_silu.default, (*leaves.values(), *rest))
     y, mean, rstd = torch.ops.ect.group_norm_silu(*leaves.values(), *rest)
     plain = [None if t is None else t.detach() for t in leaves.values()]
@@ -285,8 +286,8 @@ def test_limits() -> None:
 
 def apex_inputs(c: int = 128, groups: int = 32, **options: Any) -> Inputs:
     kwargs = inputs(2, c, groups, 4, 4, HALF, **options)
-    fields = {"p": 0.0, "layer": 0, "n0": 0, **dict.fromkeys(("v", "scale", "shift", "seed"))}
-    return Inputs(**{**fields, **kwargs})
+    fields = {"p": 0.0, "layer": 0, **dict.fromkeys(("v", "scale", "shift", "seed"))}
+    return Inputs(**{**fields, **kwargs, "n0": None})
 
 
 @pytest.mark.parametrize(

@@ -82,5 +82,5 @@ def test_bad_arguments_are_refused(backend: str, device: str, changes: dict[str,
 
 
 def test_opcheck() -> None:
-    scalars = torch.tensor(5), torch.tensor(1)
-    torch.library.opcheck(_forward_op, (*scalars, 3, 5, -1.1, 2.0, 2.0, 8.0, 1.0, "reference"))
+    scalars = torch.tensor(5), torch.tensor(1), torch.tensor(3)
+    torch.library.opcheck(_forward_op, (*scalars, 5, -1.1, 2.0, 2.0, 8.0, 1.0, "reference"))

@@ -197,8 +197,8 @@ def test_layouts_and_empty_batch(device: str, backend: str) -> None:
 @pytest.mark.parametrize("size", [(2, 4, 6, 3), (1, 8, 8, 1), (0, 4, 6, 3)], ids=str)
 def test_opcheck(size: tuple[int, int, int, int], options: dict[str, bool]) -> None:
     k = inputs(*size, HALF, **options)
-    seed = None if "eps" in k else k["seed"]
-    args = (k["images"], k["t"], k["r"], seed, k.get("flip"), k.get("eps"), 0.5, 3, HALF, "reference")
+    seed, n0 = (None, None) if "eps" in k else (k["seed"], torch.tensor(3))
+    args = (k["images"], k["t"], k["r"], seed, k.get("flip"), k.get("eps"), n0, 0.5, HALF, "reference")
     torch.library.opcheck(torch.ops.ect.perturb.default, args)
 
 

@@ -302,8 +302,8 @@ def test_opcheck(absent: tuple[str, ...]) -> None:
     kwargs = inputs(16, 0 if "other" in absent else 8, 8, 4, 4)(torch.device("cpu"))
     k = kwargs | dict.fromkeys(absent)
     seam = (k["bias"], k["skip"], k["skip_bias"], 0.5, k["other"], torch.float32)
-    vectors = (k["gamma"], k["beta"], None, None, None, k["seed"])
-    rest = (8, 1e-6, True, 0.2, 5, 3, "reference")
+    vectors = (k["gamma"], k["beta"], None, None, None, k["seed"], torch.tensor(3))
+    rest = (8, 1e-6, True, 0.2, 5, "reference")
     torch.library.opcheck(forward_op, (*seam, k["a"], *vectors, *rest))
     x, y, mean, rstd = forward_op(*seam, k["a"], *vectors, *rest)
     for djoined in (None, y.clone()):
