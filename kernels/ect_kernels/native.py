@@ -106,8 +106,8 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def one_device(op: str, names: Iterable[str], args: Iterable[Any]) -> torch.device:
-    """The device of an op's tensors. Raises ValueError, naming the first that is elsewhere: a kernel would take its address all
-    the same."""
+    """The device of an op's tensors, the CPU where it has none. Raises ValueError, naming the first that is elsewhere: a kernel
+    would take its address all the same."""
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, args, strict=False):
         for tensor in value if isinstance(value, list | tuple) else [value]:
@@ -119,8 +119,7 @@ def one_device(op: str, names: Iterable[str], args: Iterable[Any]) -> torch.devi
                 raise ValueError(
                     f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1]}; move one of them"
                 )
-    assert first is not None
-    return first[1]
+    return first[1] if first is not None else torch.device("cpu")
 
 
 _emulated: list[ctypes.CDLL] = []

@@ -1,4 +1,7 @@
-"""radam_ema in Triton: check, scalars, update as in csrc/radam_ema.cu, where the three launches are explained."""
+"""radam_ema in Triton: check, scalars, update as in csrc/radam_ema.cu, where the three launches are explained.
+
+`weights` are the params: Triton's launch code has a variable of that name.
+"""
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

@@ -304,14 +304,14 @@ def test_apex_plumbing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in that has apex's two functions: its saved sums come back to it, whatever they mean."""
 
     def fprop(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, act: str, passes: int) -> Any:
-        i = Inputs(x, weight, bias, None, None, None, None, groups, eps, act == "silu", 0.0, 0, 0)
+        i = Inputs(x, weight, bias, *[None] * 5, groups, eps, act == "silu", 0.0, 0)
         out = gns.reference_fwd(i)
         return out.y, torch.cat([out.rstd.flatten(), out.mean.flatten()])
 
     def bprop(
         dy: Tensor, sums: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, act: str, passes: int
     ) -> Any:  # fmt: skip
-        i = Inputs(x, weight, bias, None, None, None, None, groups, eps, act == "silu", 0.0, 0, 0)
+        i = Inputs(x, weight, bias, *[None] * 5, groups, eps, act == "silu", 0.0, 0)
         rstd, mean = sums.view(2, -1, groups)
         return gns.reference_bwd(gns.Saved(dy, mean, rstd), i)[:3]
 

@@ -157,8 +157,8 @@ def test_reference_is_the_formula(tested: Case) -> None:
 def test_statistics_are_of_the_rounded_x(backend: str, device: str) -> None:
     k = inputs(16, 8, 8, 2, 2, dtype=HALF)(need(backend, device))
     seam = (k["bias"], k["skip"], k["skip_bias"], k["skip_scale"], k["other"], HALF)
-    vectors = (k["gamma"], k["beta"], None, None, None, None)
-    x, _, mean, rstd = forward_op(*seam, k["a"], *vectors, 8, 1e-6, True, 0.0, 0, 0, backend)
+    vectors = (k["gamma"], k["beta"], *[None] * 5)
+    x, _, mean, rstd = forward_op(*seam, k["a"], *vectors, 8, 1e-6, True, 0.0, 0, backend)
     groups = torch.cat([x, k["other"]], dim=1).double().reshape(2, 8, -1)
     torch.testing.assert_close(mean.double(), groups.mean(2), rtol=0, atol=1e-6)
     torch.testing.assert_close(rstd.double(), groups.var(2, correction=0).add(1e-6).rsqrt(), rtol=1e-6, atol=0)
@@ -288,13 +288,13 @@ def test_empty_batch(backend: str, device: str) -> None:
 
 
 def test_saves_only_inputs_of_the_norm() -> None:
-    """For backward: x (an output), other, gamma, beta, mean, rstd, seed. No mask, no activation of the op's own."""
+    """For backward: x (an output), other, gamma, beta, mean, rstd, seed, n0. No mask, no activation of the op's own."""
     kwargs = inputs(16, 8, 8, 4, 4)(torch.device("cpu"))
     kwargs |= {name: kwargs[name].requires_grad_() for name in GRADS}
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         residual_group_norm_silu(**kwargs)
-    assert sorted(saved) == sorted([(2, 16, 4, 4), (2, 8, 4, 4), (24,), (24,), (2, 8), (2, 8), ()])
+    assert sorted(saved) == sorted([(2, 16, 4, 4), (2, 8, 4, 4), (24,), (24,), (2, 8), (2, 8), (), ()])
 
 
 @pytest.mark.parametrize("absent", [(), ("bias", "skip_bias"), ("skip", "other")])
