@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-OLDEST = 80  # of the GPUs: the kernels copy to shared memory by cp.async
+from ect_kernels.build_record import OLDEST
+
 DEFAULT = "80;90"  # with PTX of the newest these run on every GPU from the oldest on
 PATIENCE = 10.0  # seconds for nvidia-smi, which hangs where the driver does
 

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+OLDEST = 80  # compute capability of the oldest GPUs: the kernels copy to shared memory by cp.async
 NOTE = "_not_built.txt"
 SOURCES = Path(__file__).parents[2] / "csrc"  # of a checkout; an installed package has none
 _REMEDY = "pip install -e . builds it where nvcc is found"

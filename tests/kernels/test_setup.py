@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import setuptools
-from ect_kernels import build_record
+import torch
+from ect_kernels import build_record, native
+from ect_kernels.__main__ import built
 
 ROOT = Path(__file__).parents[2]
 LIST_80_90 = 'if [ "$1" = --list-gpu-code ]; then printf "sm_75\\nsm_80\\nsm_90\\n"; exit; fi\n'
@@ -304,3 +306,48 @@ def test_a_reason_outlives_the_install_and_goes_with_success(tmp_path: Path) -> 
     assert build_record.why_not_built(tmp_path) == "no nvcc"
     build_record.write(tmp_path, None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Put a module in the extension's place, or what its import raises."""
+
+    def put(found: object = None, error: ImportError | None = None) -> None:
+        def load(name: str) -> object:
+            if error is not None:
+                raise error
+            return found
+
+        monkeypatch.setattr(native.importlib, "import_module", load)
+        native._load.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    native._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "reason"),
+    [
+        (None, ModuleNotFoundError("no _C"), "was not built: because of this"),
+        (
+            None,
+            ImportError("GLIBCXX_3.4.32 not found\nmore"),
+            "cannot be loaded: GLIBCXX_3.4.32 not found; pip install",
+        ),
+        (
+            SimpleNamespace(sources="another"),
+            None,
+            "is out of date: it was built from other sources than csrc/ holds now",
+        ),
+        (SimpleNamespace(), None, "is out of date"),  # built before anybody noted the sources
+    ],
+)
+def test_an_extension_that_cannot_be_used_says_why(
+    module: Callable[..., None], found: object, error: ImportError | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_record, "why_not_built", lambda: "because of this")
+    module(found, error)
+    assert native.extension() is None
+    for text in (native.why_not_built(torch.device("cuda")), built()):
+        assert text is not None and f"the CUDA extension {reason}" in text
