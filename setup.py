@@ -1,94 +1,214 @@
 """Builds csrc/ into ect_kernels._C where nvcc is found; everything else about the package is in pyproject.toml.
 
 csrc knows nothing of torch: nvcc compiles each .cu file to an object (ninja, in parallel), the C++ compiler compiles the one
-pybind11 file, and cudart is linked statically. Without nvcc the install succeeds and says loudly what is missing.
-ECT_CUDA_ARCHS="80;90" chooses targets; default: the GPU present, else 80;90 and PTX. ECT_SKIP_CUDA=1 leaves the extension out.
+pybind11 file, and cudart is linked statically. Whatever stands in the way of that, the install succeeds without the extension,
+says loudly why, and leaves the reason where `python -m ect_kernels` finds it.
+ECT_CUDA_ARCHS="80;90" chooses the GPUs (csrc/targets.py); default: the GPUs present, else 80;90 and PTX. CXX names the C++
+compiler, nvcc's too. ECT_CUDA_REQUIRED=1 fails the install where there is no extension; ECT_SKIP_CUDA=1 leaves it out.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+USUAL = Path("/usr/local/cuda")
+sys.path[:0] = [str(CSRC), str(ROOT / "kernels")]
+
+import targets  # noqa: E402
+from ect_kernels import build_record  # noqa: E402
+
+ERRORS, WIDTH = 4, 200  # lines of a failed compilation that are repeated, and characters of each
+Paths = Sequence[Path]
 
 
-def cuda_home() -> Path | None:
-    """The toolkit: CUDA_HOME, else where nvcc on PATH lies, else /usr/local/cuda."""
-    nvcc = shutil.which("nvcc")
-    for home in (os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"):
-        if home and (Path(home) / "bin/nvcc").is_file() and (Path(home) / "include/cuda_runtime_api.h").is_file():
-            return Path(home)
-    return None
+class CannotBuild(Exception):
+    """Why there is no extension, with the remedy, in one line."""
 
 
-def targets() -> list[tuple[int, int]]:
-    """(compute capability of the cubin, of the PTX beside it or 0)."""
-    text = os.environ.get("ECT_CUDA_ARCHS", "")
-    if not text and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False)
-        if found.returncode == 0:
-            text = ";".join(
-                sorted({line.strip().replace(".", "") for line in found.stdout.splitlines() if line.strip()})
-            )
-    archs = sorted(int(part.replace(".", "")) for part in (text or "80;90").replace(",", ";").split(";") if part)
-    return [(arch, arch if arch == archs[-1] else 0) for arch in archs]
+class Toolkit:
+    """A CUDA toolkit and the C++ compiler beside it. Raises CannotBuild where a part is missing."""
+
+    def __init__(self) -> None:
+        self.home = cuda_home()
+        self.nvcc = self.home / "bin/nvcc"
+        self.include = _folders(self.home, "include", "cuda_runtime_api.h")
+        if not self.include:
+            raise CannotBuild(f"{self.nvcc} has no cuda_runtime_api.h beside it; install the whole CUDA toolkit")
+        self.libraries = _folders(self.home, "lib", "libcudart_static.a")
+        if not self.libraries:
+            raise CannotBuild(f"{self.nvcc} has no libcudart_static.a beside it; install the whole CUDA toolkit")
+        name = os.environ.get("CXX") or "c++"
+        if shutil.which(name) is None:
+            raise CannotBuild(f"there is no C++ compiler {name!r}; install g++, or name one by CXX")
+        self.cxx = Path(shutil.which(name) or name)
+
+    def known(self) -> list[int]:
+        """The architectures that nvcc can compile for."""
+        try:
+            said = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CannotBuild(f"{self.nvcc} does not work ({error}); install a newer CUDA toolkit") from error
+        return [int(word[3:]) for word in said.split() if word[:3] == "sm_" and word[3:].isdigit()]
+
+
+def cuda_home() -> Path:
+    """The toolkit: CUDA_HOME, else of where nvcc on PATH lies and /usr/local/cuda the first with headers, else with nvcc."""
+    named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    places = [Path(named)] if named else [*([Path(nvcc).resolve().parents[1]] if nvcc else []), USUAL]
+    homes = [home.absolute() for home in places if (home / "bin/nvcc").is_file()]
+    if not homes and named:
+        raise CannotBuild(f"CUDA_HOME={named} has no bin/nvcc; unset it, or name the folder of a CUDA toolkit")
+    if not homes:
+        raise CannotBuild(f"no nvcc on PATH or in {USUAL}; install the CUDA toolkit, or name its folder by CUDA_HOME")
+    return next((home for home in homes if _folders(home, "include", "cuda_runtime_api.h")), homes[0])
+
+
+def _folders(home: Path, kind: str, file: str) -> Paths:
+    """Where a toolkit keeps its headers or libraries, as NVIDIA, conda and Debian install it: the one with `file`, if any."""
+    patterns = (f"{kind}64", kind, f"targets/*/{kind}", f"{kind}/*-linux-gnu")
+    return [path for pattern in patterns for path in sorted(home.glob(pattern)) if (path / file).is_file()][:1]
 
 
 class BuildCuda(build_ext):
-    """Compiles with nvcc and g++ through ninja."""
+    """Compiles with nvcc and the C++ compiler through ninja."""
 
     def build_extension(self, ext: Extension) -> None:
-        home = cuda_home()
-        if home is None or os.environ.get("ECT_SKIP_CUDA") == "1":
-            why = "ECT_SKIP_CUDA=1" if home is not None else "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda"
-            print(
-                f"\n*** ect: the CUDA kernels were NOT built ({why}); Triton or PyTorch will be used. ***\n",
-                file=sys.stderr,
-            )
-            return
-        import pybind11
-
-        build = Path(self.build_temp).resolve() / "cuda"
-        build.mkdir(parents=True, exist_ok=True)
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        out.unlink(missing_ok=True)  # nothing of an earlier build must pass for this one's
+        try:
+            if os.environ.get("ECT_SKIP_CUDA") == "1":
+                raise CannotBuild("ECT_SKIP_CUDA=1 left them out")
+            built = self._build(out)
+        except CannotBuild as reason:
+            build_record.write(out.parent, str(reason))
+            if os.environ.get("ECT_CUDA_REQUIRED") == "1":
+                raise SystemExit(
+                    f"ect: the CUDA kernels cannot be built, and ECT_CUDA_REQUIRED=1: {reason}"
+                ) from reason
+            _say(f"the CUDA kernels were NOT built: {reason}", "Triton or PyTorch will be used.")
+            return
+        build_record.write(out.parent, None)
+        names = ", ".join(f"sm_{t.arch}{' with PTX' if t.ptx else ''}" for t in built)
+        print(f"ect: built the CUDA kernels for {names}", file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        """After an editable or in-place build: the extension, or the reason, replaces what an earlier build left there."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("ect_kernels"))
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
+            (package / built.name).unlink(missing_ok=True)
+            build_record.write(package, None if built.exists() else build_record.why_not_built(built.parent))
+        super().copy_extensions_to_source()
+
+    def _build(self, out: Path) -> list[targets.Target]:
+        toolkit = Toolkit()
+        asked, notes = targets.wanted(os.environ.get("ECT_CUDA_ARCHS", ""))
+        chosen, more = targets.buildable(asked, toolkit.known())
+        notes += more
+        if not chosen:
+            raise CannotBuild("; ".join(notes))
+        if notes:
+            _say(*notes)
+        folder = Path(self.build_temp).resolve() / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(toolkit, chosen))
+        _run_ninja(folder)
         out.parent.mkdir(parents=True, exist_ok=True)
-        gencode = " ".join(
-            f"-gencode arch=compute_{a},code=sm_{a}" + (f" -gencode arch=compute_{p},code=compute_{p}" if p else "")
-            for a, p in targets()
-        )
-        archs = ",".join(f"{{{a},{p}}}" for a, p in targets())
-        python_include = sysconfig.get_paths()["include"]
-        lines = [
+        shutil.copyfile(folder / "_C.so", out)  # whole or not at all
+        return chosen
+
+
+def ninja_file(toolkit: Toolkit, chosen: Sequence[targets.Target]) -> str:
+    """The rules: an object a .cu file, one of the bindings, and _C.so of them all."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotBuild(
+            "pybind11 is not installed; leave out --no-build-isolation, or pip install pybind11"
+        ) from error
+    gencode = [
+        f"-gencode=arch=compute_{arch},code={kind}_{arch}"
+        for target in chosen
+        for arch, kind in ((target.arch, "sm"), (target.ptx, "compute"))
+        if arch
+    ]
+    includes = [*toolkit.include, pybind11.get_include(), sysconfig.get_paths()["include"], CSRC]
+    archs = ",".join(f"{{{t.arch},{t.ptx}}}" for t in chosen)
+    facts = [f"-DECT_ARCHS={archs}", f'-DECT_SOURCES="{build_record.digest(CSRC)}"']
+    nvcc = [toolkit.nvcc, "-c", "-O3", "-std=c++17", "-Xcompiler", "-fPIC", *gencode, f"-I{CSRC}/common"]
+    if "CXX" in os.environ:
+        nvcc += ["-ccbin", toolkit.cxx]
+    cxx = [
+        toolkit.cxx,
+        "-c",
+        "-O2",
+        "-std=c++17",
+        "-fPIC",
+        "-fvisibility=hidden",
+        *facts,
+        *(f"-I{i}" for i in includes),
+    ]
+    link = [toolkit.cxx, "-shared", *(f"-L{path}" for path in toolkit.libraries)]
+    headers = " ".join(map(_escaped, sorted((CSRC / "common").iterdir())))
+    kernels = {f"{source.stem}.o": source for source in sorted(CSRC.glob("*.cu"))}
+    return "\n".join(
+        [
             "ninja_required_version = 1.3",
-            "rule nvcc",
-            f"  command = {home}/bin/nvcc -c $in -o $out -O3 -std=c++17 -Xcompiler -fPIC {gencode} -I{CSRC}/common",
-            "rule cxx",
-            f"  command = c++ -c $in -o $out -O2 -std=c++17 -fPIC -fvisibility=hidden '-DECT_ARCHS={archs}' "
-            f"-I{home}/include -I{pybind11.get_include()} -I{python_include} -I{CSRC}",
-            "rule link",
-            f"  command = c++ -shared $in -o $out -L{home}/lib64 -lcudart_static -lpthread -ldl -lrt",
-            f"build bindings.o: cxx {CSRC}/bindings.cpp | {CSRC}/launchers.h",
+            f"rule nvcc\n  command = {_command(nvcc)} $in -o $out",
+            f"rule cxx\n  command = {_command(cxx)} $in -o $out",
+            f"rule link\n  command = {_command(link)} $in -o $out -lcudart_static -lpthread -ldl -lrt",
+            f"build bindings.o: cxx {_escaped(CSRC / 'bindings.cpp')} | {_escaped(CSRC / 'launchers.h')}",
+            *(f"build {name}: nvcc {_escaped(source)} | {headers}" for name, source in kernels.items()),
+            f"build _C.so: link bindings.o {' '.join(kernels)}",
+            "",
         ]
-        headers = " ".join(str(path) for path in sorted((CSRC / "common").iterdir()))
-        objects = ["bindings.o"]
-        for source in sorted(CSRC.glob("*.cu")):
-            objects.append(f"{source.stem}.o")
-            lines.append(f"build {source.stem}.o: nvcc {source} | {headers}")
-        lines += [f"build {out}: link {' '.join(objects)}", ""]
-        (build / "build.ninja").write_text("\n".join(lines))
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
-        print(f"ect: built the CUDA kernels for {targets()}", file=sys.stderr)
+    )
 
 
-extension = Extension("ect_kernels._C", sources=[], optional=sys.platform != "linux")
+def _command(words: Sequence[object]) -> str:
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def _escaped(path: Path) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _run_ninja(folder: Path) -> None:
+    module = importlib.util.find_spec("ninja") is not None
+    if not module and shutil.which("ninja") is None:
+        raise CannotBuild("ninja is not installed; leave out --no-build-isolation, or pip install ninja")
+    command = [*([sys.executable, "-m", "ninja"] if module else ["ninja"]), "-C", str(folder)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+    )
+    print(done.stdout, file=sys.stderr)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        telling = [line for line in lines if "error" in line.lower() or "cannot find" in line] or lines[-ERRORS:]
+        first = " | ".join(line[:WIDTH] for line in telling[:ERRORS])
+        raise CannotBuild(
+            f"the compilation failed: {first}; if nvcc does not take this C++ compiler, name another by CXX"
+        )
+
+
+def _say(*lines: str) -> None:
+    """Loudly, among the many lines of an install."""
+    print("", *(f"*** ect: {line} ***" for line in lines), "", sep="\n", file=sys.stderr)
+
+
+extension = Extension("ect_kernels._C", sources=[], optional=True)
 setup(ext_modules=[extension] if sys.platform == "linux" else [], cmdclass={"build_ext": BuildCuda})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import platform
@@ -16,7 +17,18 @@ from typing import Any
 
 import torch
 
+from ect.device import resolve
+from ect.errors import UserError
+
 FLUSH = 512 << 20  # bytes written before every run: several times any L2
+
+
+def device_option(name: str) -> torch.device:
+    """--device of a benchmark, as the trainer reads it."""
+    try:
+        return resolve(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def header(device: torch.device) -> str:

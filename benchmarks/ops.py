@@ -51,7 +51,7 @@ def times(bench: cases.Bench, backend: str, device: torch.device) -> list[tuple[
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--device", default="auto", type=measure.device_option)
     parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--images", type=int, default=0, help="batch size (128 on a GPU, 1 on the CPU)")

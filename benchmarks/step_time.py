@@ -216,7 +216,7 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--device", default="auto", type=measure.device_option)
     parser.add_argument("--net", choices=("digits", "ddpmpp"), action="append", help="default: ddpmpp, on a CPU both")
     parser.add_argument("--batch", type=int, help="default: 64 for digits; 128 for ddpmpp, on a CPU 4")
     parser.add_argument("--rounds", type=int, default=7)

@@ -31,4 +31,5 @@ PYBIND11_MODULE(_C, m) {
     return code ? "CUDA error " + std::to_string(code) + ", " + cudaGetErrorString((cudaError_t)code) : std::string();
   });
   m.def("archs", [] { return std::vector<std::pair<int, int>>{ECT_ARCHS}; });
+  m.attr("sources") = ECT_SOURCES;  // a digest of csrc/: another one's launchers may take other arguments
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
+from ect import driver
 from ect.distributed import World
 from ect.errors import UserError
 
@@ -15,22 +17,42 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a Linux container
 
 def resolve(name: str, world: World = World()) -> torch.device:
     """'auto' (CUDA where there is one, else the CPU), or a torch device by name; of several processes on a machine each gets a
-    GPU of its own. Raises UserError if it cannot be used."""
+    GPU of its own. A GPU becomes the process's current one, where every stream and kernel goes that names none.
+
+    Raises UserError if the device cannot be used; 'auto' takes the CPU then, and warns if there is a GPU.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" or world.size == 1:
-            return torch.device(name)
+        name = "cuda" if driver.available() else "cpu"
+        if (why := driver.why_unusable()) is not None:
+            name = "cpu"
+            if world.local_rank == 0:
+                warnings.warn(f"--device auto: using the CPU: {why}", stacklevel=2)
     if world.size > 1 and name.startswith("cuda"):
         name = _own_gpu(name, world)
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            _check_gpu(device)
         torch.zeros(1, device=device, dtype=torch.float64)  # the samplers compute in float64, which MPS lacks
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device auto or cpu") from error
-    if device.type == "cuda" and world.size > 1:
-        torch.cuda.set_device(device)  # NCCL's, and of every kernel
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
+
+
+def _check_gpu(device: torch.device) -> None:
+    """Raise UserError where torch cannot use this GPU, or there is none of that number."""
+    if driver.hidden():
+        raise UserError(f"--device {device}: CUDA_VISIBLE_DEVICES hides every GPU; unset it, or try --device cpu")
+    count = torch.cuda.device_count()
+    if count and device.index is not None and device.index >= count:
+        raise UserError(
+            f"--device {device}: this machine has {count} GPU(s), from cuda:0 to cuda:{count - 1}; choose one"
+        )
+    if (why := driver.why_unusable(device.index)) is not None:
+        raise UserError(f"--device {device}: {why}")
 
 
 def _own_gpu(name: str, world: World) -> str:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ect import driver
 from ect.errors import UserError
 from ect.launch import rank_and_size
 
@@ -129,7 +130,7 @@ def start() -> World:
             "torchrun: this build of torch has no torch.distributed; train with one process, or install another"
         )
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
-    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    gpus = driver.available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT
     )

@@ -1,13 +1,45 @@
-"""Every test runs on one thread: on a busy machine OpenMP spins."""
+"""What holds for every test: one thread, since on a busy machine OpenMP spins; a fresh seed; exact and repeatable products."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from ect import precision
+
 torch.set_num_threads(1)
+FLAGS = [
+    *((torch.backends.cudnn, name) for name in ("allow_tf32", "deterministic", "benchmark")),
+    *(
+        (torch.backends.cuda.matmul, name)
+        for name in (
+            "allow_tf32",
+            "allow_fp16_reduced_precision_reduction",
+            "allow_bf16_reduced_precision_reduction",
+        )
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
 def _fresh_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """fp32 products in fp32, and on a GPU the same algorithm each time, whatever a test before this one asked for: tolerances
+    and equal bits are of the code under test, not of cuDNN's choices."""
+    before = [getattr(where, name) for where, name in FLAGS]
+    precision.apply(precision.PRECISIONS["fp32"])
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    yield
+    for (where, name), value in zip(FLAGS, before, strict=True):
+        setattr(where, name, value)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -256,6 +256,7 @@ def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
         device.resolve("cuda:1", World(1, 2, 1, 2))
     assert device.resolve("cpu", World(1, 2, 1, 2)) == torch.device("cpu")
     asked: list[Any] = []
+    monkeypatch.setattr(device.driver, "why_unusable", lambda index: None)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, dtype: asked.append(device))
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
     assert device.resolve("cuda", World(3, 4, 1, 2)) == torch.device("cuda:1")

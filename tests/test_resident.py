@@ -172,8 +172,7 @@ def test_buffers_are_filled_only_once_copied_from(monkeypatch: pytest.MonkeyPatc
     assert [event for event, slot in log if slot == 1] == events[:-1]  # its second batch was not asked for
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu(twin="tests/test_resident.py::test_a_batch_is_made_of_what_stays_in_place")
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_captured_graph_sees_every_seek(resident: bool) -> None:
     stream, graph = ImageStream(DATA, 7, "cuda", 64, resident), torch.cuda.CUDAGraph()

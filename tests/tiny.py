@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ect.config import PRESETS, Config, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, PretrainConfig
-from ect.job import Job
+
+if TYPE_CHECKING:
+    from ect.job import Job
 
 NET = NetConfig(model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.1)
 STEPS, BATCH = 10, 8
@@ -32,6 +34,8 @@ def config(**changes: Any) -> Config:
 
 def run(cfg: Config, folder: Path) -> Job:
     """Run a job in `folder` (or where cfg.resume says), quietly."""
+    from ect.job import Job  # not earlier: it needs tyro, which a bare machine may lack
+
     job = Job(cfg if cfg.resume else replace(cfg, run_dir=folder), Console(quiet=True))
     assert job.run()
     return job

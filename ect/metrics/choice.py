@@ -8,6 +8,7 @@ import torch
 
 from ect.config import EvalConfig
 from ect.data import Dataset
+from ect.device import resolve
 from ect.errors import UserError
 from ect.metrics.evaluator import Evaluator
 from ect.metrics.features import DigitsEvaluator
@@ -33,7 +34,7 @@ def make_evaluator(
     """
     options = options or FidelityOptions(weights=eval_cfg.weights)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve("auto")
     digits = dataset is not None and dataset.name == "digits" and dataset.images.shape[1:] == (8, 8, 1)
     least = 2 if digits else MIN_IMAGES
     if eval_cfg.samples < least:

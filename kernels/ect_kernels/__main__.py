@@ -23,8 +23,8 @@ OPS = (
 
 def built() -> str:
     """One line about the CUDA extension."""
-    if native.extension() is None:
-        return "CUDA kernels: NOT built (no nvcc at install time; reinstall with nvcc on PATH)"
+    if (reason := native.why_no_extension()) is not None:
+        return f"CUDA kernels: NOT available: {reason}"
     return f"CUDA kernels: built for {native.built_for()}"
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ect_kernels import build_record
+
 Argument = Tensor | int | float | bool | None
 
 
@@ -26,23 +28,42 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @lru_cache(None)
-def extension() -> Any | None:
-    """The compiled module ect_kernels._C, or None where it was not built."""
+def _load() -> tuple[Any | None, str]:
+    """The compiled module ect_kernels._C and '', or None and why there is none to use."""
     try:
-        return importlib.import_module("ect_kernels._C")
-    except ImportError:
-        return None
+        module = importlib.import_module("ect_kernels._C")
+    except ModuleNotFoundError:
+        return None, f"the CUDA extension was not built: {build_record.why_not_built()}"
+    except ImportError as error:
+        return (
+            None,
+            f"the CUDA extension cannot be loaded: {str(error).splitlines()[0]}; pip install -e . builds it anew",
+        )
+    stale = build_record.why_stale(module)
+    return (module, "") if stale is None else (None, f"the CUDA extension is out of date: {stale}")
+
+
+def extension() -> Any | None:
+    """The compiled module ect_kernels._C, or None where there is none to use."""
+    return _load()[0]
+
+
+def why_no_extension() -> str | None:
+    """Why there is no CUDA extension to use on any GPU, or None."""
+    return _load()[1] or None
 
 
 def why_not_built(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on `device`, or None."""
     module = extension()
     if module is None:
-        return "the CUDA extension was not built (no nvcc at install time); reinstall with nvcc on PATH"
+        return why_no_extension()
     major, minor = torch.cuda.get_device_capability(device)
     have = 10 * major + minor
     if not any(_serves(arch, ptx, major, minor) for arch, ptx in module.archs()):
-        return f"it was built for {built_for()}, not for sm_{have}; reinstall with ECT_CUDA_ARCHS={have}"
+        oldest = build_record.OLDEST
+        remedy = f"reinstall with ECT_CUDA_ARCHS={have}" if have >= oldest else f"it needs sm_{oldest} or newer"
+        return f"it was built for {built_for()}, not for sm_{have}; {remedy}"
     return _probe(_index(device))
 
 

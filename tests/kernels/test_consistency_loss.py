@@ -19,14 +19,13 @@ from tests.kernels.conftest import load_emulated, need
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU = torch.cuda.is_available()
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 BACKENDS = [
     pytest.param("cpu", "reference"),
     pytest.param(
         "cpu", "triton", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
     ),
     pytest.param("cpu", "emulated"),
-    *(pytest.param("cuda", name, marks=ON_GPU) for name in ("triton", "cuda")),
+    *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("triton", "cuda")),
 ]
 
 

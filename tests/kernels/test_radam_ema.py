@@ -16,14 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.conftest import load_emulated
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 HERE = [
     pytest.param(("cpu", "reference"), id="reference"),
     pytest.param(("cpu", "triton"), id="triton", marks=INTERPRETED),
     pytest.param(("cpu", "emulated"), id="emulated"),
 ]
-THERE = [pytest.param(("cuda", name), id=f"gpu-{name}", marks=GPU) for name in ("reference", "triton", "cuda")]
+THERE = [
+    pytest.param(("cuda", name), id=f"gpu-{name}", marks=pytest.mark.gpu) for name in ("reference", "triton", "cuda")
+]
 BETAS, EPS, LR = (0.9, 0.99), 1e-8, 1e-2
 EMA_BETAS = (0.9, 0.5, 0.0)
 
@@ -301,6 +302,7 @@ def test_arenas_that_do_not_fit_are_named(change: dict[str, Any], message: str) 
         radam_ema(run.params, run.grads, run.exp_avg, run.exp_avg_sq, run.averages, run.shadow, run.f64, run.i64)
 
 
+@pytest.mark.gpu(twin="tests/test_capture.py::test_an_update_can_be_captured")
 @pytest.mark.parametrize("where", THERE)
 def test_captured_in_a_cuda_graph(where: tuple[str, str]) -> None:
     n, grads = 40008, [g.cuda() for g in gradients(40008, 12)] if torch.cuda.is_available() else []
