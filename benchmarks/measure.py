@@ -124,6 +124,12 @@ def once(function: Callable[[], Any], device: torch.device) -> float:
     return _clock(function, device, 1)
 
 
+def reason(error: BaseException) -> str:
+    """An exception's type and first line."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def lost(device: torch.device) -> str | None:
     """Why the device takes no more work of this process, None where it does: after an illegal access every call fails."""
     try:

@@ -56,7 +56,7 @@ def reason(error: BaseException, limit: float) -> str:
         return f"over {limit:g} s to start"
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory, try a smaller --batch"
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+    return measure.reason(error)
 
 
 class Measurement:
