@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo test test-gpu sanitize check format readme kernel-report bench clean
+.PHONY: demo test test-gpu gpu sanitize check format readme kernel-report bench clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -13,6 +13,9 @@ test: .venv/.test-installed
 
 test-gpu: .venv/.test-installed  # the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+gpu:  # the first hour on a GPU machine without a network, twice ten minutes (PART=1, PART=2: one of them)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_hour.py $(if $(PART),--part $(PART))
 
 sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py

@@ -108,8 +108,10 @@ def measured(bench: cases.Bench, backend: str, device: torch.device) -> tuple[li
 
 
 def _load_emulator(ops: Sequence[str], console: Console) -> None:
+    written = [op for op in ops if (emulator.ROOT / "csrc" / f"{op}.cu").exists()]
     try:
-        emulator.load(*(op for op in ops if (emulator.ROOT / "csrc" / f"{op}.cu").exists()))
+        if written:  # no name would be all of them
+            emulator.load(*written)
     except FileNotFoundError as error:
         console.print(f"no backend 'emulated': {error}", highlight=False)
 

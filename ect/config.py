@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+try:
+    from tyro.conf import DisallowNone
+except ImportError:  # where the kernels and their benchmarks run, and nobody parses a command line
+    DisallowNone = None  # type: ignore[assignment]
 
-Switch = Annotated[bool | None, tyro.conf.DisallowNone]
+Switch = Annotated[bool | None, DisallowNone]
 """`--name` or `--no-name`; None where neither is given: as the device and the run suggest."""
 
 
