@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo test test-gpu sanitize check format readme kernel-report bench clean
+.PHONY: demo test test-gpu gpu sanitize check format readme kernel-report bench clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -14,6 +14,9 @@ test: .venv/.test-installed
 # The tests that need a CUDA device, by what is installed, with no network: $(PYTHON) where there is no .venv.
 test-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
+
+gpu:  # the first hour on a GPU machine without a network, twice ten minutes (PART=1, PART=2: one of them)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_hour.py $(if $(PART),--part $(PART))
 
 sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py

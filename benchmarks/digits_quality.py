@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import tyro
+from measure import reason
 from rich.console import Console
 from rich.table import Table
 
@@ -156,14 +157,20 @@ def main() -> int:
     else:
         lines = []
         for seed in options.seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                result = one_seed(seed, Path(folder))
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    result = one_seed(seed, Path(folder))
+            except Exception as error:  # the others may do better
+                print(f"seed {seed} failed: {reason(error)}", flush=True)
+                continue
             line = {"seed": seed, "device": "cpu", "torch": torch.__version__, "result": result}
             lines.append(line)
             with options.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"seed {seed} done", flush=True)
-    good = show(lines, options.markdown)
+        if not lines:
+            return 1
+    good = show(lines, options.markdown) and len(lines) == len(options.seeds)
     return 0 if good or not options.check else 1
 
 

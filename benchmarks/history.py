@@ -1,8 +1,12 @@
-"""Lines of benchmarks/results/<device>.jsonl, one a run and network, and how a new one compares with the last."""
+"""Lines of benchmarks/results/<device>.jsonl, one a run and network, and how a new one compares with the last.
+
+While a run goes on, its line so far stands in a file of its own (`partial`), which `read` reads too.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,19 @@ def append(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def partial(path: Path, line: dict[str, Any]) -> Path:
+    """Where a run's line stands until the run is over."""
+    return path.with_name(f"{path.stem}-{line['net']}-{line['batch']}.partial")
+
+
+def keep(path: Path, line: dict[str, Any]) -> None:
+    """Write the line so far, in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f"{path.name}.tmp")
+    temp.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    os.replace(temp, path)
 
 
 def last(path: Path, line: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,72 @@ def _megahertz() -> str:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, least: float = 0.2
 ) -> dict[str, list[float]]:
-    """Seconds of a call, a value for each round: every round times all functions one after another, so that a machine which
-    slows down slows them all. least: seconds that a value averages over. The functions have run before."""
-    calls = {name: max(1, math.ceil(least / _clock(function, device, 1))) for name, function in functions.items()}
+    """Seconds of a call, a value for each round."""
+
+    def failed(name: str, error: Exception) -> None:
+        raise error
+
+    return list(turns(functions, device, rounds, failed, least))[-1]
+
+
+def turns(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int,
+    failed: Callable[[str, Exception], None], least: float = 0.2,
+) -> Iterator[dict[str, list[float]]]:  # fmt: skip
+    """After each round the seconds of a call so far, a value a round. Every round times all functions one after another, so
+    that a machine which slows down slows them all.
+
+    The functions have run before. failed: is told of one that raises; it has no further turn and no figure, and the others
+    go on, unless the device was lost with it: then no round follows. least: seconds that a value averages over.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    calls: dict[str, int] = {}
+
+    def took(name: str, calls: int) -> float | None:
+        try:
+            return _clock(functions[name], device, calls)
+        except Exception as error:
+            del times[name]
+            failed(name, error)
+            return None
+
+    for name in functions:
+        seconds = took(name, 1)
+        if seconds is not None:
+            calls[name] = max(1, math.ceil(least / max(seconds, 1e-6)))
+        elif lost(device) is not None:
+            return
     for turn in range(rounds):
-        names = list(functions)[turn % len(functions) :] + list(functions)[: turn % len(functions)]
+        names = list(times)[turn % max(len(times), 1) :] + list(times)[: turn % max(len(times), 1)]
         for name in names:
-            times[name].append(_clock(functions[name], device, calls[name]))
-    return times
+            seconds = took(name, calls[name])
+            if seconds is not None:
+                times[name].append(seconds)
+            elif lost(device) is not None:
+                return
+        if not times:
+            return
+        yield {name: list(values) for name, values in times.items()}
+
+
+def once(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    return _clock(function, device, 1)
+
+
+def reason(error: BaseException) -> str:
+    """An exception's type and first line."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def lost(device: torch.device) -> str | None:
+    """Why the device takes no more work of this process, None where it does: after an illegal access every call fails."""
+    try:
+        _synchronize(device)
+    except RuntimeError as error:
+        return next(iter(str(error).splitlines()), "")
+    return None
 
 
 def _clock(function: Callable[[], Any], device: torch.device, calls: int) -> float:

@@ -1,6 +1,7 @@
 """Time, bytes and error of every op, backend and shape: python benchmarks/ops.py [--device cpu] [--op NAME] [--dtype fp16].
 
-A backend is timed only after it passed truth.check on the same numbers. On a GPU the last columns give the bytes
+A backend is timed only after it passed truth.check on the same numbers. One that fails has its reason for a row, and costs no
+other: each op's table is printed as soon as it is complete, and the exit status is 1. On a GPU the last columns give the bytes
 the op cannot do without per second of its time, also as a share of a large copy's, each run starting with a cold L2.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,18 +27,20 @@ from ect_kernels import dispatch
 from ect_kernels.__main__ import OPS
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 NO_GPU = "on a CPU: triton is interpreted and emulated compiled with g++; their times are no forecast of a GPU's"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def times(bench: cases.Bench, backend: str, device: torch.device) -> list[tuple[str, float, int]]:
+def times(bench: cases.Bench, backend: str, device: torch.device) -> Iterator[tuple[str, float, int]]:
     """(pass, seconds, bytes) of forward and, where there is one, backward."""
     kwargs, function = bench.case.make(device), bench.timed or bench.function
     with torch.no_grad():
-        rows = [("fwd", measure.seconds(lambda: function(**kwargs, backend=backend), device), bench.forward)]
+        seconds = measure.seconds(lambda: function(**kwargs, backend=backend), device)
+    yield "fwd", seconds, bench.forward
     if not bench.backward:
-        return rows
+        return
     inputs: dict[str, Tensor] = {name: kwargs[name].requires_grad_() for name in bench.case.grads}
     outputs = function(**kwargs, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -46,7 +49,7 @@ def times(bench: cases.Bench, backend: str, device: torch.device) -> list[tuple[
     def backward() -> Any:
         return torch.autograd.grad(outputs, list(inputs.values()), ones, retain_graph=True)
 
-    return [*rows, ("bwd", measure.seconds(backward, device), bench.backward)]
+    yield "bwd", measure.seconds(backward, device), bench.backward
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,37 +66,52 @@ def main(argv: list[str] | None = None) -> int:
     if not gpu:
         torch.set_num_threads(1)
         _load_emulator(options.op or OPS, console)
-    table = Table(caption=None if gpu else NO_GPU)
-    for name in ("op", "shape", "backend", "pass", "ms", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else [])):
-        table.add_column(name, justify="left" if name in ("op", "shape", "backend", "pass") else "right")
     failed = False
     for op in options.op or OPS:
+        table = Table(caption=None if gpu else NO_GPU)
+        for name in ("op", "shape", "backend", "pass", "ms", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else [])):
+            table.add_column(name, justify="left" if name in ("op", "shape", "backend", "pass") else "right")
         for bench in cases.benches(op, options.images or (128 if gpu else 1), DTYPES[options.dtype], options.quick):
             for backend in dispatch.OPS[op].usable(device):
-                cells = (op, bench.case.name, backend)
-                try:
-                    figures = truth.check(bench.function, backend, bench.case, device)
-                except dispatch.BackendError as error:
-                    table.add_row(*cells, "", "", "", "", str(error))
-                    continue
-                except AssertionError as error:
-                    failed = True
-                    table.add_row(*cells, "", "", "", f"[red]{error}[/]")
-                    continue
-                worst = max((f.error / f.bar if f.bar else 0.0 for f in figures), default=0.0)
-                for name, seconds, size in times(bench, backend, device):
-                    row = [name, f"{1e3 * seconds:.3f}", f"{size / 1e6:.2f}", f"{worst:.2f}"]
-                    if gpu:
-                        rate = size / seconds
-                        row += [f"{rate / 1e9:.0f}", f"{100 * rate / measure.copy_bandwidth(device):.0f} %"]
-                    table.add_row(*cells, *row)
-    console.print(table, highlight=False)
+                if (lost := measure.lost(device)) is not None:
+                    console.print(table, f"the device was lost: {lost}", highlight=False, markup=False)
+                    return 1
+                rows, why, wrong = measured(bench, backend, device)
+                failed |= wrong
+                for row in rows:
+                    table.add_row(op, bench.case.name, backend, *row)
+                if why:
+                    table.add_row(op, bench.case.name, backend, "", "", "", Text(why, style="red" if wrong else ""))
+        console.print(table, highlight=False)
     return 1 if failed else 0
 
 
-def _load_emulator(ops: Sequence[str], console: Console) -> None:
+def measured(bench: cases.Bench, backend: str, device: torch.device) -> tuple[list[list[str]], str, bool]:
+    """(cells from "pass" on, a row for each pass; why there are none, or not all; whether that is a fault of the backend)."""
+    rows: list[list[str]] = []
     try:
-        emulator.load(*(op for op in ops if (emulator.ROOT / "csrc" / f"{op}.cu").exists()))
+        figures = truth.check(bench.function, backend, bench.case, device)
+        worst = max((f.error / f.bar if f.bar else 0.0 for f in figures), default=0.0)
+        for name, seconds, size in times(bench, backend, device):
+            row = [name, f"{1e3 * seconds:.3f}", f"{size / 1e6:.2f}", f"{worst:.2f}"]
+            if device.type == "cuda":
+                rate = size / seconds
+                row += [f"{rate / 1e9:.0f}", f"{100 * rate / measure.copy_bandwidth(device):.0f} %"]
+            rows.append(row)
+    except dispatch.BackendError as error:
+        return rows, str(error), False  # does not take this shape
+    except AssertionError as error:
+        return rows, str(error), True
+    except Exception as error:
+        return rows, measure.reason(error), True
+    return rows, "", False
+
+
+def _load_emulator(ops: Sequence[str], console: Console) -> None:
+    written = [op for op in ops if (emulator.ROOT / "csrc" / f"{op}.cu").exists()]
+    try:
+        if written:  # no name would be all of them
+            emulator.load(*written)
     except FileNotFoundError as error:
         console.print(f"no backend 'emulated': {error}", highlight=False)
 

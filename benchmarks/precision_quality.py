@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from digits_quality import rate, short, train
+from measure import reason
 from rich.console import Console
 from rich.table import Table
 
@@ -169,7 +170,11 @@ def main(args: Sequence[str] | None = None) -> int:
         for precision in options.precisions:
             if options.report or (seed, precision) in lines:
                 continue
-            line = lines[seed, precision] = tune(seed, precision, options)
+            try:
+                line = lines[seed, precision] = tune(seed, precision, options)
+            except Exception as error:  # the others may do better
+                print(f"seed {seed}, {precision} failed: {reason(error)}", flush=True)
+                continue
             options.results.parent.mkdir(parents=True, exist_ok=True)
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

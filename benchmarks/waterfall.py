@@ -68,12 +68,13 @@ def case(net: str, device: torch.device, batch: int | None = None) -> Case:
 @dataclass(frozen=True)
 class Row:
     """name: as printed. precision: of the step, and which products torch may take in TF32. build: makes the step of a case on
-    a device. not_on: device types it makes no sense on."""
+    a device. not_on: device types it makes no sense on. captured: into a CUDA graph."""
 
     name: str
     precision: str
     build: Callable[[Case, torch.device], Step]
     not_on: tuple[str, ...] = ()
+    captured: bool = False
 
 
 class Runner:
@@ -146,7 +147,8 @@ def teacher_rows(device: torch.device) -> list[Row]:
 def rows(device: torch.device) -> list[Row]:
     """All rows in order; those that make no sense on `device` say so in not_on. The CPU stays in fp32 and on the plain forward
     pass: its half precision is emulated, and the ops' CPU form is their reference, written to be read."""
-    half = "fp16" if device.type == "cuda" else "fp32"
+    gpu = device.type == "cuda"
+    half = "fp16" if gpu else "fp32"
     options: dict[str, Any] = {"precision": half, "channels_last": True}
     return [
         Row("plain", "fp32", _plain()),
@@ -155,7 +157,12 @@ def rows(device: torch.device) -> list[Row]:
         Row("+fp16", "tf32", _plain(channels_last=True, half=True), ("cpu",)),
         Row("+fused ops", "fp16", _fused, ("cpu",)),
         Row("+flat optimizer", half, _own(**options, compile=False, graph=False)),
-        Row("+compile", half, _own(**options, compile=True, graph=False)),
-        Row("+graph", half, _own(**options, compile=True, graph=True), ("cpu",)),
-        Row("trainer's default", half, _own(), ("cuda",)),  # on a GPU that is the row before
+        Row("+graph", half, _own(**options, compile=False, graph=True), ("cpu",), captured=True),
+        Row("+compile", half, _own(**options, compile=True, graph=gpu), captured=gpu),
+        Row("trainer's default", half, _own(), ("cuda",)),  # on a GPU, in a short run, that is "+graph"
     ]
+
+
+def compile_rows(device: torch.device) -> tuple[str, str]:
+    """The rows without and with torch.compile, alike in all else."""
+    return "+graph" if device.type == "cuda" else "+flat optimizer", "+compile"

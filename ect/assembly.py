@@ -16,6 +16,10 @@ from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Obj
 from ect.optim import FlatState
 from ect.step import TrainStep
 
+COMPILE_PAYS_STEPS = 25_000
+"""Steps from which a run on a GPU compiles its network, where the configuration leaves it open. An estimate, not measured: a
+few minutes of compiling against a few per cent of a step of tens of milliseconds. benchmarks/step_time.py measures it."""
+
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
     """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
@@ -59,7 +63,7 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
         net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
         ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
         loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
-        channels_last=_or_gpu(cfg.channels_last, device),
+        channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip
     if arithmetic.half is not None:
         state.compute.model.fused = True  # type: ignore[assignment]  # half precision is for the ops, which sum in fp32
@@ -74,9 +78,22 @@ def train_step(cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, w
     return TrainStep(
         build_objective(cfg.objective, state.compute.sigma_data), state, stream, seed=cfg.seed, batch=cfg.batch,
         micro_batch=cfg.batch_per_device, xflip=cfg.data.xflip, augment=cfg.data.augment,
-        compiled=_or_gpu(cfg.compile, device), graph=_or_gpu(cfg.graph, device) and device.type == "cuda", world=world,
+        compiled=compiles(cfg, device), graph=captures(cfg, device), world=world,
     )  # fmt: skip
 
 
-def _or_gpu(choice: bool | None, device: torch.device) -> bool:
-    return device.type == "cuda" if choice is None else choice
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """Whether a run on `device` puts its network through torch.compile: as configured, else where it is likely to pay."""
+    if cfg.compile is not None:
+        return cfg.compile
+    return device.type == "cuda" and cfg.total_kimg * 1000 / cfg.batch >= COMPILE_PAYS_STEPS
+
+
+def captures(cfg: Config, device: torch.device) -> bool:
+    """Whether a run on `device` captures its update into a CUDA graph: on a GPU, unless configured otherwise."""
+    return device.type == "cuda" and cfg.graph is not False
+
+
+def keeps_channels_last(cfg: Config, device: torch.device) -> bool:
+    """Whether a run on `device` keeps the weights of convolutions channels last: as configured, else on a GPU."""
+    return device.type == "cuda" if cfg.channels_last is None else cfg.channels_last

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+try:
+    from tyro.conf import DisallowNone
+except ImportError:  # where the kernels and their benchmarks run, and nobody parses a command line
+    DisallowNone = None  # type: ignore[assignment]
+
+Switch = Annotated[bool | None, DisallowNone]
+"""`--name` or `--no-name`; None where neither is given: as the device and the run suggest."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +153,12 @@ class Config:
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
     """Arithmetic of training. fp16 and bf16: half precision inside the residual blocks, fp32 at both ends, fp32 weights. fp16
     scales the loss; bf16 needs no scale, but puts up to 8 times fp16's noise on the signal. auto: fp16 on a GPU, else fp32."""
-    graph: bool | None = None
+    graph: Switch = None
     """Capture the whole update into one CUDA graph. None: on a GPU."""
-    compile: bool | None = None
-    """Run the network through torch.compile. None: on a GPU."""
-    channels_last: bool | None = None
+    compile: Switch = None
+    """Run the network through torch.compile. None: on a GPU, in runs of at least 25,000 steps: an estimate, not measured, of
+    where the minutes of compiling pay (python benchmarks/step_time.py says where they do on a device)."""
+    channels_last: Switch = None
     """Keep the weights of convolutions in the memory order [out, k, k, in]. None: on a GPU."""
     kernels: str = ""
     """Backends of the fused ops, e.g. 'group_norm_silu=cuda,*=triton' (python -m ect_kernels lists them). Empty: automatic."""

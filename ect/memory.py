@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ect import footprint, precision
-from ect.assembly import flat_state, train_step
+from ect.assembly import captures, compiles, flat_state, keeps_channels_last, train_step
 from ect.config import Config
 from ect.data import Dataset, ImageStream
 from ect.data.resident import RESIDENT_SHARE
@@ -85,7 +85,7 @@ def predict(
     traced = replace(
         cfg, batch=passes * batch_per_device, batch_per_device=batch_per_device, compile=False, graph=False,
         precision=precision.resolve(cfg.precision, device).name,  # type: ignore[arg-type]
-        channels_last=gpu if cfg.channels_last is None else cfg.channels_last,
+        channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip
     on_ops = gpu or fused.wanted(None, torch.empty(0))
     with torch.device("meta"):
@@ -100,12 +100,13 @@ def predict(
         sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
     weights = state.params.untyped_storage().nbytes()
     checkpoint = (4 + len(state.emas)) * weights  # copies of parameters, moments and averages, one more of the average
-    graph = gpu if cfg.graph is None else cfg.graph and gpu
     transient = update.peak_bytes - update.state_bytes
-    process = PROCESS + (COMPILER if cfg.compile else 0)
+    process = PROCESS + (COMPILER if compiles(cfg, device) else 0)
     allowance = CUDA_CONTEXT + WORKSPACES + round(FRAGMENTATION * transient) if gpu else process
     between = max(sampling.peak_bytes - sampling.state_bytes, checkpoint)
-    return Prediction(batch_per_device, update.state_bytes + weights, transient, between, allowance, graph)
+    return Prediction(
+        batch_per_device, update.state_bytes + weights, transient, between, allowance, captures(cfg, device)
+    )
 
 
 def fit(

@@ -10,7 +10,7 @@ import math
 import shlex
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> Config:
     first.add_argument("--preset")
     first.add_argument("--resume", type=Path)
     known, _ = first.parse_known_args(list(argv))
-    default = load(run_folder(known.resume)) if known.resume else preset(known.preset or "digits")
+    default = base(known.preset or "digits", known.resume)
     known_presets = ", ".join(PRESETS)
     about = (
         f"Train or tune: a preset, and any field of it. With no argument: the digits demo.\nPresets: {known_presets}"
@@ -41,6 +41,11 @@ def parse(argv: Sequence[str]) -> Config:
     cfg = tyro.cli(Config, args=list(argv), default=default, prog="python -m ect.train", description=about)
     check(cfg)
     return cfg
+
+
+def base(name: str, resume: Path | None) -> Config:
+    """What a command line overrides: the configuration of the run it resumes, else the preset `name`."""
+    return load(run_folder(resume)) if resume else preset(name)
 
 
 def preset(name: str) -> Config:
@@ -96,25 +101,43 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def describe(cfg: Config) -> str:
-    """The resolved configuration, an option a line, ready to be pasted after `python -m ect.train`; unset ones are comments."""
-    lines = []
+    """The resolved configuration, an option a line: what `python -m ect.train` takes. Unset options are comments. The last
+    line, a comment too, is the command that a shell takes, with only what differs from the preset or the resumed run."""
+    lines, changed = [], []
+    for name, value, default in _fields(cfg, base(cfg.preset, cfg.resume)):
+        if name == "dry-run":
+            continue
+        if value is None and default is None:
+            lines.append(f"# --{name} is not set")
+            continue
+        lines.append(_option(name, value))
+        if value != default or name in ("preset", "resume"):
+            changed.append(lines[-1])
+    return "\n".join([*lines, "# python -m ect.train " + " ".join(changed)])
 
-    def walk(value: Any, prefix: str) -> None:
-        for field in dataclasses.fields(value):
-            item, name = getattr(value, field.name), field.name.replace("_", "-")
-            if dataclasses.is_dataclass(item):
-                walk(item, f"{prefix}{name}.")
-            elif item is None:
-                lines.append(f"# --{prefix}{name} is not set")
-            elif isinstance(item, bool):
-                if name != "dry-run":
-                    lines.append(f"--{prefix}{name}" if item else f"--{prefix}no-{name}")
-            else:
-                text = shlex.join(map(str, item)) if isinstance(item, tuple) else shlex.quote(str(item))
-                lines.append(f"--{prefix}{name} {text}")
 
-    walk(cfg, "")
-    return "\n".join(lines)
+def _fields(cfg: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(option, value, value in `default`) of every field, nested ones included."""
+    for field in dataclasses.fields(cfg):
+        value, before = getattr(cfg, field.name), getattr(default, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, before, f"{name}.")
+        else:
+            yield name, value, before
+
+
+def _option(name: str, value: Any) -> str:
+    """An option as a shell's command line has it."""
+    if isinstance(value, bool):
+        group, _, last = name.rpartition(".")
+        no = "" if value else "no-"
+        return f"--{group}.{no}{last}" if group else f"--{no}{last}"
+    if isinstance(value, tuple):
+        return " ".join([f"--{name}", *(shlex.quote(str(item)) for item in value)])
+    text = str(value)
+    dash = isinstance(value, (str, Path)) and text.startswith("-")  # or it would be taken for an option
+    return f"--{name}{'=' if dash else ' '}{shlex.quote(text)}"
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

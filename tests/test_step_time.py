@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,31 +293,6 @@ def test_records_compares_checks_and_renders(
     assert "python benchmarks/step_time.py --net digits" in text
     pictures = [tmp_path / name for name in (f"{path.stem}-digits-4.png", f"{path.stem}-digits-4-course.png")]
     assert all(picture.name in text and picture.stat().st_size > 5000 for picture in pictures)
-
-
-def test_a_row_that_takes_too_long_to_start_costs_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    share = dict.fromkeys(categories.CATEGORIES, 1 / len(categories.CATEGORIES))
-
-    def prepared(row: waterfall.Row, *args: Any) -> Any:
-        try:
-            while row.name == "+compile":
-                time.sleep(0.01)
-        except Exception:  # as torch.compile does
-            pytest.fail("the limit was taken for an error of the row's")
-        return lambda: time.sleep(0.001), {"launches": 1, "memory": 1, "share": share}
-
-    monkeypatch.setattr(waterfall, "case", lambda net, device, batch: tiny(batch or 4))
-    monkeypatch.setattr(step_time, "prepared", prepared)
-    options = ["--device", "cpu", "--net", "digits", "--rounds", "1", "--results", str(tmp_path), "--limit", "0.5"]
-    assert step_time.main([*options, "--rows", "+compile", "+flat optimizer"]) == 0
-    (path,) = tmp_path.iterdir()
-    rows = history.read(path)[0]["rows"]
-    assert rows["+compile"] == {"ms": None, "why": "over 0.5 s to start"}
-    assert rows["plain"]["ms"] > 0 and rows["+flat optimizer"]["ms"] > 0
-    assert "over 0.5 s to start" in capsys.readouterr().out
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_the_legend_hides_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

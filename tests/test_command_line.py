@@ -1,0 +1,240 @@
+"""What the README and --dry-run print is taken back: switches, every field of the configuration, every command shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import tyro
+
+from ect import convert, evaluate, sample
+from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_last
+from ect.config import PRESETS, Config
+from ect.errors import UserError
+from ect.options import check, describe, parse, to_dict
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def fields(cls: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of names, type) of every leaf of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        path = (*prefix, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from fields(hints[field.name], path)
+        else:
+            yield path, hints[field.name]
+
+
+def get(cfg: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+def changed(cfg: Any, path: tuple[str, ...], value: Any) -> Any:
+    inner = changed(getattr(cfg, path[0]), path[1:], value) if len(path) > 1 else value
+    return replace(cfg, **{path[0]: inner})
+
+
+def others(kind: Any, value: Any) -> Iterator[Any]:
+    """Values of a type that differ from `value`; not all of them make sense everywhere."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        for choice in typing.get_args(kind):
+            yield from others(choice, value)
+    elif typing.get_origin(kind) is Literal:
+        yield from (choice for choice in typing.get_args(kind) if choice != value)
+    elif kind is type(None):
+        yield from [None] * (value is not None)
+    elif kind is bool:
+        yield from {True, False} - {value}
+    elif kind is int:
+        yield from (value * 2 if isinstance(value, int) and value else 1, 4)
+    elif kind is float:
+        start = value if isinstance(value, float) else 0.0
+        yield from (start / 2 - 1 / 3, start / 2 + 1e-9, start + 0.1)
+    elif kind is str:
+        yield from ("two words, a 'quote' and \"another\", $HOME/*\\n # a=b", "-starts like an option")
+    elif kind is Path:
+        yield from (Path("~/with a space/and 'quote'"), Path("-dash"))
+    elif typing.get_origin(kind) is tuple:
+        items, last = typing.get_args(kind)[:2]
+        if last is Ellipsis:
+            yield from (tuple(v / 2 if items is float else v * 2 for v in value), (), (*value[:1], items(3)))
+        else:
+            yield tuple(v / 2 for v in value)
+    else:
+        pytest.fail(f"no values for {kind}")
+
+
+def possible(cfg: Config) -> bool:
+    try:
+        check(cfg)
+    except UserError:
+        return False
+    return True
+
+
+def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:
+    """Configurations that differ from `start` in every field that can, over and over until each candidate had its turn; and
+    the fields that never changed."""
+    candidates: dict[tuple[str, ...], list[Any]] = {}
+    for path, kind in fields(Config):
+        if path not in {("preset",), ("dry_run",), ("resume",)}:
+            candidates[path] = [v for v in others(kind, get(start, path)) if possible(changed(start, path, v))]
+    rounds = []
+    for turn in range(max(map(len, candidates.values()))):
+        cfg = start
+        for path, values in candidates.items():
+            for value in values[turn % max(len(values), 1) :] + values:
+                if possible(changed(cfg, path, value)):
+                    cfg = changed(cfg, path, value)
+                    break
+        rounds.append(cfg)
+    same = {path for path in candidates if all(get(cfg, path) == get(start, path) for cfg in rounds)}
+    return rounds, same
+
+
+def pasted(cfg: Config) -> Config:
+    text = "\n".join(line for line in describe(cfg).splitlines() if not line.startswith("#"))
+    return parse(shlex.split(text))
+
+
+def typed(cfg: Config) -> Config:
+    """What the one-line command, describe's last line, means to a shell."""
+    words = shlex.split(describe(cfg).splitlines()[-1].removeprefix("#"))
+    assert words[:3] == ["python", "-m", "ect.train"]
+    return parse(words[3:])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_field_is_pasted_back(name: str, tmp_path: Path) -> None:
+    """Also where a preset sets what the user unsets, and beside --resume, whose config.json takes the preset's place."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(variants(PRESETS["cifar10-1h"])[0][1])))
+    rounds, same = variants(PRESETS[name])
+    assert not same
+    for cfg in [PRESETS[name], *rounds]:
+        assert pasted(cfg) == typed(cfg) == cfg
+        other = replace(cfg, preset="edm-cifar10" if name == "digits" else "digits")  # all else as it was
+        assert typed(other) == other
+        unset = {path for path, kind in fields(Config) if bool in typing.get_args(kind) and get(cfg, path) is None}
+        if not unset:  # a switch of the resumed run stays set until the other way is said
+            resumed = replace(cfg, resume=tmp_path)
+            assert pasted(resumed) == resumed
+
+
+def test_a_dry_run_pasted_back_runs() -> None:
+    assert pasted(parse(["--preset", "cifar10-1h", "--dry-run"])) == PRESETS["cifar10-1h"]
+
+
+COMMANDS = {
+    "ect.train": Config,
+    "ect.sample": sample.Options,
+    "ect.evaluate": evaluate.Options,
+    "ect.convert": convert.Options,
+}
+SWITCHES = [
+    (command, path)
+    for command, cls in COMMANDS.items()
+    for path, kind in fields(cls)
+    if bool in (kind, *typing.get_args(kind))
+]
+
+
+@pytest.mark.parametrize(("command", "path"), SWITCHES)
+def test_every_switch_takes_no_value(command: str, path: tuple[str, ...]) -> None:
+    """`--compile` and `--no-compile`, not `--compile True`, in every command."""
+    given = [] if command == "ect.train" else ["a"] if command != "ect.convert" else ["a", "b"]
+    *groups, name = (part.replace("_", "-") for part in path)
+    for value in (True, False):
+        option = "--" + ".".join([*groups, name if value else f"no-{name}"])
+        assert get(tyro.cli(COMMANDS[command], args=[*given, option]), path) is value
+
+
+def test_the_switches_of_speed_are_among_them() -> None:
+    assert {("ect.train", (name,)) for name in ("compile", "graph", "channels_last")} < set(SWITCHES)
+
+
+def spans() -> list[str]:
+    """The lines of README.md's code blocks, and what its prose has between backquotes."""
+    prose, blocks = (README.split("```")[i::2] for i in (0, 1))
+    return [
+        *itertools.chain.from_iterable(map(str.splitlines, blocks)),
+        *re.findall("`([^`]+)`", "".join(prose)),
+    ]
+
+
+def shown(module: str) -> list[list[str]]:
+    """The arguments of every command of README.md that runs a module."""
+    words = [shlex.split(span, comments=True) for span in spans() if f"-m {module}" in span]
+    return [
+        found[found.index(module) + 1 :] for found in words if module in found and len(found) > found.index(module) + 1
+    ]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_the_commands_of_the_readme_parse(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = shown(module)
+    assert commands
+    monkeypatch.chdir(tmp_path)
+    for args in commands:
+        if "--resume" in args:
+            folder = Path(args[args.index("--resume") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
+        options = parse(args) if module == "ect.train" else tyro.cli(COMMANDS[module], args=args)
+        assert isinstance(options, COMMANDS[module])
+
+
+def options() -> list[str]:
+    """Options of ect.train that README.md shows by themselves: `--compile --channels-last`, `--batch 256`."""
+    kinds = {"--" + ".".join(path).replace("_", "-"): kind for path, kind in fields(Config)}
+    switches = {name for name, kind in kinds.items() if bool in (kind, *typing.get_args(kind))}
+    switches |= {re.sub(r"^(--.*\.|--)", r"\1no-", name) for name in switches}
+    shown = {span for span in spans() if span.startswith("--")}
+    named = {span for span in shown if span in kinds and span not in switches}  # without a value
+    return sorted(span for span in shown - named if span.split()[0] in kinds.keys() | switches)
+
+
+@pytest.mark.parametrize("shown", options())
+def test_the_options_of_the_readmes_prose_parse(shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(shown)
+    monkeypatch.chdir(tmp_path)
+    if "--resume" in words:
+        Path(words[-1]).mkdir(parents=True)
+        (Path(words[-1]) / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
+    assert parse(words)
+
+
+def test_a_long_run_compiles_on_a_gpu_and_a_short_one_does_not() -> None:
+    hour, staged = PRESETS["cifar10-1h"], PRESETS["cifar10-400k"]
+    assert not compiles(hour, GPU) and compiles(staged, GPU)
+    assert not compiles(staged, CPU)
+    steps = COMPILE_PAYS_STEPS
+    assert compiles(replace(hour, total_kimg=steps * 0.256, batch=256), GPU)
+    assert not compiles(replace(hour, total_kimg=(steps - 1) * 0.256, batch=256), GPU)
+    for device, cfg in itertools.product((CPU, GPU), (hour, staged)):
+        assert compiles(replace(cfg, compile=True), device) and not compiles(replace(cfg, compile=False), device)
+    assert re.search(f"{steps:,} steps", Path(parse.__globals__["__file__"]).with_name("config.py").read_text())
+
+
+def test_graph_and_memory_order_follow_the_device() -> None:
+    cfg = PRESETS["cifar10-1h"]
+    assert captures(cfg, GPU) and not captures(cfg, CPU)
+    assert not captures(replace(cfg, graph=False), GPU) and not captures(replace(cfg, graph=True), CPU)
+    assert keeps_channels_last(cfg, GPU) and not keeps_channels_last(cfg, CPU)
+    assert keeps_channels_last(replace(cfg, channels_last=True), CPU)
+    assert not keeps_channels_last(replace(cfg, channels_last=False), GPU)
