@@ -57,14 +57,16 @@ def why_not_built(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on `device`, or None."""
     module = extension()
     if module is None:
-        return why_no_extension()
+        return why_no_extension() or "there is no CUDA extension"
     major, minor = torch.cuda.get_device_capability(device)
     have = 10 * major + minor
     if not any(_serves(arch, ptx, major, minor) for arch, ptx in module.archs()):
         oldest = build_record.OLDEST
         remedy = f"reinstall with ECT_CUDA_ARCHS={have}" if have >= oldest else f"it needs sm_{oldest} or newer"
         return f"it was built for {built_for()}, not for sm_{have}; {remedy}"
-    return _probe(_index(device))
+    if not hasattr(module, "probe"):
+        return None
+    return _probe(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _serves(arch: int, ptx: int, major: int, minor: int) -> bool:
@@ -77,10 +79,6 @@ def built_for() -> str:
     module = extension()
     targets = [] if module is None else module.archs()
     return ", ".join(f"sm_{arch}" + (f" and PTX {ptx}" if ptx else "") for arch, ptx in targets)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @lru_cache(None)
