@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ect.errors import UserError
+
+FIRST_WITH_TF32 = 8  # major compute capability of the first GPUs with TF32 and bf16
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -37,9 +41,17 @@ PRECISIONS = {
 
 
 def resolve(name: str, device: torch.device) -> Precision:
-    """The Precision of a name; 'auto' is fp16 on a GPU and fp32 elsewhere. On a CPU fp16 and bf16 emulate a GPU's rounding."""
+    """The Precision of a name; 'auto' is fp16 on a GPU and fp32 elsewhere. On a CPU fp16 and bf16 emulate a GPU's rounding.
+    Raises UserError where the GPU has no such arithmetic, which it would emulate slowly (bf16) or leave out (TF32)."""
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
+    if name in ("bf16", "tf32") and device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < FIRST_WITH_TF32:
+            raise UserError(
+                f"--precision {name}: {torch.cuda.get_device_name(device)} (sm_{major}{minor}) has no {name}, which came with "
+                f"sm_{FIRST_WITH_TF32}0; choose fp16 or fp32"
+            )
     return PRECISIONS[name]
 
 
@@ -67,7 +79,7 @@ def products(device: torch.device) -> str:
     """What the products of fp32 tensors are computed in on `device` as torch is set now: 'TF32' or 'fp32'."""
     if device.type != "cuda" or not (torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32):
         return "fp32"
-    return "TF32" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"  # the first GPUs with TF32
+    return "TF32" if torch.cuda.get_device_capability(device)[0] >= FIRST_WITH_TF32 else "fp32"
 
 
 def _allow_tf32(convolutions: bool, matrices: bool) -> None:

@@ -73,8 +73,7 @@ ORIGINS = {
     ("cuda", "group_norm_silu forward"): ("x",),
     ("cuda", "residual_group_norm_silu forward"): ("a", "skip", "other", "x"),
 }
-# Parameters of Triton kernels that have another name than in CUDA: shared by two ops, or taken by Triton's own launch code.
-ALIASES = {"group_norm_silu": {"da": "dx"}, "radam_ema": {"weights": "params"}}
+ALIASES = {"group_norm_silu": {"da": "dx"}, "radam_ema": {"weights": "params"}}  # of parameters of Triton kernels
 
 # Cases that read again what the chip could not keep: CUDA two tensors of 24 channels, 96 KB where a block may have 80; Triton's
 # loop over rows at 32x32; samples larger than what the loss keeps.
