@@ -6,22 +6,22 @@ namespace gn {
 
 // From x and dy of a thread's row to x_hat and keep * dz, in place.
 template <int V> struct Gradient {
-  float m[V], rstd[V], w[V], add[V];   // x_hat = ((x + v) - m) * rstd, z = ((x + v) - m) * w + add
-  const float* v;   // read for every row: registers are short
+  float m[V], rstd[V], w[V], own_add;   // x_hat = ((x + v) - m) * rstd, z = ((x + v) - m) * w + add
+  const float *add, *v;   // read for every row: registers are short
   bool act;
-  __device__ Gradient(const Backward& f, const float* params, const Block& b, const Channels<V>& ch) : v(nullptr), act(f.act) {
+  __device__ Gradient(const Backward& f, const float* params, const Block& b, const Channels<V>& ch)
+      : add(params + 3 * f.p.slab + ch.k), v(nullptr), act(f.act) {
     if constexpr (V > 1) {
       load<false>(params + ch.k, m);
       load<false>(params + f.p.slab + ch.k, rstd);
       load<false>(params + 2 * f.p.slab + ch.k, w);
-      load<false>(params + 3 * f.p.slab + ch.k, add);
       if (f.affine.v) v = params + 4 * f.p.slab + ch.k;
     } else {
       const int64_t g = f.group(b.n, ch.c);
       m[0] = f.mean[g];
       rstd[0] = f.rstd[g];
       w[0] = f.affine.gain(b.n, ch.c) * rstd[0];
-      add[0] = f.affine.bias(b.n, ch.c);
+      own_add = f.affine.bias(b.n, ch.c);
       if (f.affine.v) v = f.affine.v + b.n * f.affine.v_rows + ch.c;
     }
   }
@@ -48,9 +48,11 @@ template <int V> struct Gradient {
     }
     centre(x);
     if (act) {
+      float shift[V];
+      if constexpr (V > 1) load<false>(add, shift); else shift[0] = own_add;
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const float z = x[j] * w[j] + add[j], s = sigmoid(z);
+        const float z = x[j] * w[j] + shift[j], s = sigmoid(z);
         d[j] *= s * (1.f + z * (1.f - s));
       }
     }
