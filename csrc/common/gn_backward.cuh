@@ -213,7 +213,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
       const float inv_keep = mask.on ? f.drop.inv_keep : 1.f, factor = RESIDUAL && !ch.second ? f.skip_scale : 1.f;
       int64_t at = ch.offset, whole = ch.whole;
       const T *x = static_cast<const T*>(ch.second ? f.other : f.x), *mine_x = tile_x + slot, *mine_d = tile_d + slot;
-      Run<T, V> next_x, next_d, next_in, next_joined;   // the row after this one, on its way
+      Run<T, V> next_x, next_d, next_in = {}, next_joined = {};   // the row after this one, on its way
       auto request = [&] {
         if constexpr (!RESIDENT) { next_x = fetch<true, V>(x + at); next_d = fetch<true, V>(dy + whole); }
         if (adds) next_in = fetch<true, V>(static_cast<const T*>(f.dx_in) + at);

@@ -23,7 +23,7 @@ template <int V> struct Welford {
 template <class T, class A, int V> struct Sum {
   const Forward& f;
   float bias[V];
-  Run<A, V> a, skip;
+  Run<A, V> a, skip = {};
   __device__ Sum(const Forward& f_, int c) : f(f_) {
 #pragma unroll
     for (int j = 0; j < V; j++) bias[j] = (f.bias ? f.bias[c + j] : 0.f) + (f.skip_bias ? f.skip_bias[c + j] : 0.f);

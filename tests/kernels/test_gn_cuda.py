@@ -134,33 +134,33 @@ def launch(case: Case, args: dict[str, Tensor], backend: str) -> dict[str, Tenso
         return torch.full(shape or ref.shape, torch.nan, dtype=ref.dtype, device=device)
 
     c = case.c + case.c2
-    seed = torch.tensor(SEED, device=device) if case.p else None
+    random = [torch.tensor(SEED, device=device) if case.p else None, torch.tensor(N0, device=device)]
     threshold = round(65536 * case.p)
     inv_keep = 65536 / (65536 - threshold)
     hw = case.hw[0] * case.hw[1]
     y, mean, rstd = out("dy"), out(None, case.n, case.groups), out(None, case.n, case.groups)
     grads = {"dx": out("x"), "dgamma": out("gamma"), "dbeta": out("beta")}
     dtype = native.DTYPES[case.dtype]
-    tail = (case.groups, dtype, case.act, threshold, LAYER, N0)
+    tail = (case.groups, dtype, case.act, threshold, LAYER)
     if not case.residual:
         vectors = [a.get(k) for k in ("gamma", "beta", "v", "scale", "shift")]
         native.launch(
-            backend, "group_norm_silu_fwd", a["x"], *vectors, seed, y, mean, rstd, case.n, hw, c, *tail, c, c, EPS, inv_keep,
+            backend, "group_norm_silu_fwd", a["x"], *vectors, *random, y, mean, rstd, case.n, hw, c, *tail, c, c, EPS, inv_keep,
         )  # fmt: skip
         grads |= {f"d{k}": out(k) for k in ("v", "scale", "shift")}
         native.launch(
-            backend, "group_norm_silu_bwd", a["dy"], a["x"], *vectors, seed, mean, rstd, *grads.values(),
+            backend, "group_norm_silu_bwd", a["dy"], a["x"], *vectors, *random, mean, rstd, *grads.values(),
             out(None, 2, case.n, c), case.n, hw, c, *tail, c, c, inv_keep,
         )  # fmt: skip
         return {k: v for k, v in ({"y": y, "mean": mean, "rstd": rstd} | grads).items() if v is not None}
     x = out("x")
     native.launch(
         backend, "residual_group_norm_silu_fwd", *(a.get(k) for k in ("x", "bias", "skip", "skip_bias", "other")),
-        a["gamma"], a["beta"], seed, x, y, mean, rstd, case.n, hw, case.c, case.c2, dtype, *tail, SCALE, EPS, inv_keep,
+        a["gamma"], a["beta"], *random, x, y, mean, rstd, case.n, hw, case.c, case.c2, dtype, *tail, SCALE, EPS, inv_keep,
     )  # fmt: skip
     grads |= {"dother": out("other"), "dbias": out("bias")}
     native.launch(
-        backend, "residual_group_norm_silu_bwd", a["dy"], a["dx"], None, x, a.get("other"), a["gamma"], a["beta"], seed,
+        backend, "residual_group_norm_silu_bwd", a["dy"], a["dx"], None, x, a.get("other"), a["gamma"], a["beta"], *random,
         mean, rstd, grads["dx"], grads["dother"], grads["dgamma"], grads["dbeta"], grads["dbias"],
         out(None, 3, case.n, c), case.n, hw, case.c, case.c2, dtype, *tail, SCALE, inv_keep,
     )  # fmt: skip
@@ -307,9 +307,9 @@ REFUSED = [(1, 4, 30, 4), (1, 0, 32, 4), (1, 4, 32, 0), (-1, 4, 32, 4), (1, 2**3
 def test_refuses_sizes(backend: str, sizes: tuple[int, ...]) -> None:
     n, hw, c, groups = sizes
     with pytest.raises(RuntimeError):
-        native.launch(backend, "group_norm_silu_fwd", *[None] * 10, n, hw, c, groups, 0, 1, 0, 0, 0, c, c, EPS, 1.0)
+        native.launch(backend, "group_norm_silu_fwd", *[None] * 11, n, hw, c, groups, 0, 1, 0, 0, c, c, EPS, 1.0)
 
 
 def test_refuses_an_unknown_dtype(backend: str) -> None:
     with pytest.raises(RuntimeError):
-        native.launch(backend, "group_norm_silu_fwd", *[None] * 10, 1, 4, 32, 4, 9, 1, 0, 0, 0, 32, 32, EPS, 1.0)
+        native.launch(backend, "group_norm_silu_fwd", *[None] * 11, 1, 4, 32, 4, 9, 1, 0, 0, 32, 32, EPS, 1.0)
