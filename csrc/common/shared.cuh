@@ -1,7 +1,7 @@
 // Dynamic shared memory: how much of it a block may have on the current device, and a kernel's permission to take that much.
 #pragma once
 #include "cuda_compat.h"
-#include <atomic>
+#include <map>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -10,15 +10,16 @@ constexpr int SHARED_DEFAULT = 48 << 10;   // what every device gives to every k
 
 // Bytes that one block may have on the current device, static ones included: 99 KB on sm_86, 89 and 120, 163 on 80, 227 on 90 and 100.
 inline int block_shared() {
-  static std::atomic<int> known[64];
+  static std::mutex mutex;
+  static std::map<int, int> known;   // by device
   int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) == cudaSuccess && device < 64 && (bytes = known[device].load()) > 0) return bytes;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-    cudaGetLastError();
-    return SHARED_DEFAULT;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    if (known.count(device)) return known[device];
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess) return known[device] = bytes;
   }
-  if (device < 64) known[device] = bytes;
-  return bytes;
+  cudaGetLastError();
+  return SHARED_DEFAULT;
 }
 // The same where two blocks share an SM, which keeps 1 KB for each of them and has 1 KB more than one block may take.
 inline int half_shared() { return (block_shared() + 1024) / 2 - 1024; }
