@@ -32,10 +32,11 @@ struct Layout {
   int bytes;                      // shared memory in all
   __device__ int end(int group) const { return group + 1 < GROUPS && (group + 1) * span < hw ? (group + 1) * span : hw; }
 };
-// seed null: no dropout; n0 null: 0. keep: probability of keeping an element.
-struct Drop { const int64_t *seed, *n0; uint32_t threshold, layer; float keep, inv_keep; };
+// seed null: no dropout; n0 null: 0. limit: the threshold, as keep8 takes it; keep: probability of keeping an element.
+struct Drop { const int64_t *seed, *n0; uint32_t limit, layer; float keep, inv_keep; };
 inline Drop drop(const int64_t* seed, const int64_t* n0, int64_t threshold, int64_t layer, double inv_keep) {
-  return {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(1 / inv_keep), float(inv_keep)};
+  if (!seed || !threshold) return {nullptr, n0, 0, 0, 1.f, 1.f};
+  return {seed, n0, uint32_t(threshold) << 16, uint32_t(layer), float(1 / inv_keep), float(inv_keep)};
 }
 // scale, shift, v: [n, c] or null, the samples' rows a stride apart (`rows` for scale and shift). The norm's affine map is z = (x_hat * gamma + beta) * (1 + scale) + shift.
 struct Affine {
@@ -178,7 +179,7 @@ template <int V> struct Mask {
   bool on, odd = false;
   int first = 0;                        // V = 1: the element's place in its block
   uint4 bits;
-  __device__ Mask(const Drop& d, const Layout& p, const Block& b, int c) : layer(d.layer), limit(d.threshold << 16), on(d.seed != nullptr) {
+  __device__ Mask(const Drop& d, const Layout& p, const Block& b, int c) : layer(d.layer), limit(d.limit), on(d.seed != nullptr) {
     if (!on) return;
     const uint32_t rows = p.teams.rows;
     keys = RoundKeys((uint64_t)*d.seed);

@@ -161,10 +161,8 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
           }
         }
       }
-      if (mask.on) {
 #pragma unroll
-        for (int j = 0; j < V; j++) { q[0][j] *= f.drop.inv_keep; q[1][j] *= f.drop.inv_keep; }
-      }
+      for (int j = 0; j < V; j++) { q[0][j] *= f.drop.inv_keep; q[1][j] *= f.drop.inv_keep; }
     }
     column_sums(q, p.teams, red, sums + first, p.slab, b.width - first);
   }
@@ -210,7 +208,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
       auto load_means = [&] { load<false>(sums + ch.k, c1); load<false>(sums + p.slab + ch.k, c2); };
       if constexpr (RESIDENT) load_means();
       Mask<V> mask(f.drop, p, b, ch.c);
-      const float inv_keep = mask.on ? f.drop.inv_keep : 1.f, factor = RESIDUAL && !ch.second ? f.skip_scale : 1.f;
+      const float factor = RESIDUAL && !ch.second ? f.skip_scale : 1.f;
       int64_t at = ch.offset, whole = ch.whole;
       const T *x = static_cast<const T*>(ch.second ? f.other : f.x), *mine_x = tile_x + slot, *mine_d = tile_d + slot;
       Run<T, V> next_x, next_d, next_in = {}, next_joined = {};   // the row after this one, on its way
@@ -251,7 +249,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
 #pragma unroll
           for (int j = 0; j < V; j++) {
             q[0][j] += more[j];
-            d[j] = factor * (more[j] + (d[j] * inv_keep - (c1[j] + e[j] * c2[j])));
+            d[j] = factor * (more[j] + (d[j] * f.drop.inv_keep - (c1[j] + e[j] * c2[j])));
           }
           if (wanted == nullptr) continue;
           if (ch.second) store<true>(static_cast<T*>(wanted) + to, d);

@@ -201,7 +201,6 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
 #pragma unroll
     for (int j = 0; j < V; j++) v[j] = RESIDUAL ? 0.f : f.affine.add(b.n, ch.c + j);
     Mask<V> mask(f.drop, p, b, ch.c);
-    const float keep = mask.on ? f.drop.keep : 1.f, inv_keep = mask.on ? f.drop.inv_keep : 1.f;
     const T* from = (ch.second ? other : is_computed(ch) ? static_cast<const T*>(f.x_out) : x) + ch.offset;
     T* to = y + ch.whole;
     const T* mine = tile + (b.row * p.teams.columns + b.column) * V;
@@ -225,10 +224,10 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
         for (int j = 0; j < V; j++) e[j] = ((e[j] + v[j]) - m[j]) * w[j] + add[j];
         if (f.act) {
 #pragma unroll
-          for (int j = 0; j < V; j++) e[j] *= sigmoid(e[j], keep);
+          for (int j = 0; j < V; j++) e[j] *= sigmoid(e[j], f.drop.keep);
         } else {
 #pragma unroll
-          for (int j = 0; j < V; j++) e[j] *= inv_keep;
+          for (int j = 0; j < V; j++) e[j] *= f.drop.inv_keep;
         }
         if (mask.on) {
 #pragma unroll
