@@ -3,9 +3,10 @@
 // A block owns a sample: it sums the squared differences, then scales them to the gradient. They stay in shared memory in between,
 // where each thread finds what it wrote itself; samples too large for that are read a second time.
 #include "access.cuh"
+#include "shared.cuh"
 
 namespace {
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, STATIC = THREADS / 32 * int(sizeof(float));   // STATIC: shared memory beside the sample
 
 struct Loss {
   const void *F_t, *F_r; const float *x_t, *x_r, *t, *r, *weight;
@@ -72,7 +73,7 @@ template <class T, int V> int start(Loss a, int64_t n, void* stream_) {
   while (threads < THREADS && threads * V < a.m) threads *= 2;
   const int bytes = a.resident ? 4 * a.m : 0;
   const auto kernel = consistency_loss_fwd_kernel<T, V>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = allow_shared(kernel, STATIC);
   if (error != cudaSuccess) return (int)error;
   LAUNCH(kernel, dim3(unsigned(n)), dim3(threads), bytes, stream, a);
   return (int)cudaGetLastError();
@@ -91,7 +92,8 @@ extern "C" int consistency_loss_fwd(const void* F_t, const void* F_r, const floa
                                     double sigma_data, void* stream) {
   if (n < 0 || n > INT32_MAX || m < 1 || m >= (1 << 28)) return (int)cudaErrorInvalidValue;
   if (n == 0) return (int)cudaSuccess;
-  const Loss a = {F_t, F_r, x_t, x_r, t, r, weight, loss, dF, int(m), 4 * m <= SHARED_BYTES, float(c), float(sigma_data),
+  const bool resident = 4 * m + STATIC <= half_shared();
+  const Loss a = {F_t, F_r, x_t, x_r, t, r, weight, loss, dF, int(m), resident, float(c), float(sigma_data),
                   float(sigma_data * sigma_data)};
   BY_DTYPE(dtype, return start<T>(a, n, stream));
   return (int)cudaErrorInvalidValue;

@@ -4,20 +4,29 @@
 
 namespace gn {
 
-// Takes x and dy of a thread's i-th row to x_hat and dz, in place.
+// From x and dy of a thread's row to x_hat and keep * dz, in place.
 template <int V> struct Gradient {
-  float m[V], rstd[V], w[V], add[V], inv_keep;
-  const float* v;   // in shared memory, read for every row: registers are short
+  float m[V], rstd[V], w[V], own_add;   // x_hat = ((x + v) - m) * rstd, z = ((x + v) - m) * w + add
+  const float *add, *v;   // read for every row: registers are short
   bool act;
-  __device__ Gradient(const Backward& f, const float* params, const Channels<V>& ch)
-      : inv_keep(f.drop.inv_keep), v(f.affine.v ? params + 4 * f.p.slab + ch.k : nullptr), act(f.act) {
-    load<false>(params + ch.k, m);
-    load<false>(params + f.p.slab + ch.k, rstd);
-    load<false>(params + 2 * f.p.slab + ch.k, w);
-    load<false>(params + 3 * f.p.slab + ch.k, add);
+  __device__ Gradient(const Backward& f, const float* params, const Block& b, const Channels<V>& ch)
+      : add(params + 3 * f.p.slab + ch.k), v(nullptr), act(f.act) {
+    if constexpr (V > 1) {
+      load<false>(params + ch.k, m);
+      load<false>(params + f.p.slab + ch.k, rstd);
+      load<false>(params + 2 * f.p.slab + ch.k, w);
+      if (f.affine.v) v = params + 4 * f.p.slab + ch.k;
+    } else {
+      const int64_t g = f.group(b.n, ch.c);
+      m[0] = f.mean[g];
+      rstd[0] = f.rstd[g];
+      w[0] = f.affine.gain(b.n, ch.c) * rstd[0];
+      own_add = f.affine.bias(b.n, ch.c);
+      if (f.affine.v) v = f.affine.v + b.n * f.affine.v_rows + ch.c;
+    }
   }
-  // ((x + v) - m) * rstd, in this order: it is the mean of the rounded x + v that rounds as they do, and m - v would round too.
-  __device__ __forceinline__ void x_hat(float (&x)[V]) const {
+  // (x + v) - m, in this order: it is the mean of the rounded x + v that rounds as they do, and m - v would round too.
+  __device__ __forceinline__ void centre(float (&x)[V]) const {
     if (v) {
       float more[V];
       load<false>(v, more);
@@ -25,28 +34,37 @@ template <int V> struct Gradient {
       for (int j = 0; j < V; j++) x[j] += more[j];
     }
 #pragma unroll
-    for (int j = 0; j < V; j++) x[j] = (x[j] - m[j]) * rstd[j];
+    for (int j = 0; j < V; j++) x[j] -= m[j];
   }
-  __device__ __forceinline__ void operator()(Mask<V>& mask, int i, float (&x)[V], float (&d)[V]) const {
+  __device__ __forceinline__ void x_hat(float (&x)[V]) const {
+    centre(x);
+#pragma unroll
+    for (int j = 0; j < V; j++) x[j] *= rstd[j];
+  }
+  __device__ __forceinline__ void operator()(const Mask<V>& mask, int r, float (&x)[V], float (&d)[V]) const {
     if (mask.on) {
-      mask.draw(i);
 #pragma unroll
-      for (int j = 0; j < V; j++) d[j] = mask.keep(j) ? d[j] * inv_keep : 0.f;
+      for (int j = 0; j < V; j++) d[j] = mask.keep(r, j) ? d[j] : 0.f;
     }
-    x_hat(x);
-    if (!act) return;
+    centre(x);
+    if (act) {
+      float shift[V];
+      if constexpr (V > 1) load<false>(add, shift); else shift[0] = own_add;
 #pragma unroll
-    for (int j = 0; j < V; j++) {
-      const float z = x[j] * w[j] + add[j], s = sigmoid(z);
-      d[j] *= s * (1.f + z * (1.f - s));
+      for (int j = 0; j < V; j++) {
+        const float z = x[j] * w[j] + shift[j], s = sigmoid(z);
+        d[j] *= s * (1.f + z * (1.f - s));
+      }
     }
+#pragma unroll
+    for (int j = 0; j < V; j++) x[j] *= rstd[j];
   }
 };
 
-// With z = x_hat * w + b and dz its gradient: dx = rstd * (w dz - c1 - x_hat c2), c1 and c2 the group's means of w dz and w dz x_hat.
+// With z = x_hat * a + b and dz its gradient: dx = w dz - c1 - x_hat c2, w = rstd * a, c1 and c2 the group's means of w dz and w dz x_hat.
 // Sums of dx over the rows follow from those of dz, dz x_hat and x_hat, with no further pass.
 // A: type of a's gradient, here called dx.
-template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__ void backward(const Backward& f) {
+template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ __forceinline__ void backward(const Backward& f) {
   const Layout& p = f.p;
   const Block b(p);
   SHARED_DYN(unsigned char, shared);
@@ -54,71 +72,106 @@ template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__
   T* tile_d = reinterpret_cast<T*>(shared + p.tile_bytes);
   float* red = reinterpret_cast<float*>(shared + 2 * p.tile_bytes);
   float* sums = red + p.red_floats;      // [3][slab]: sums over the rows of dz, dz x_hat, x_hat; then c1, c2, the sum of dx
-  float* params = sums + 3 * p.slab;     // [5][slab]: x_hat = (x + params[4] - params[0]) * params[1], z = x_hat * params[2] + params[3]
-  float* means = params + 5 * p.slab;    // [3][groups of the slab]: c1, c2, mean of x_hat
-  const int c_all = p.c1 + p.c2, groups = b.width / p.cg;
+  float* params = sums + 3 * p.slab;     // [5][slab] where V > 1: m, rstd, w, add, v of Gradient
+  float* means = params + (V > 1 ? 5 : 0) * p.slab;   // [3][groups of the slab]: c1, c2, mean of x_hat
+  const int c_all = p.c1 + p.c2, groups = b.width / p.cg, rows = p.teams.rows, slot_step = rows * p.teams.columns * V;
+  const int slot = (b.row * p.teams.columns + b.column) * V;
   const T* dy = static_cast<const T*>(f.dy);
+  auto source = [&](const Channels<V>& ch) { return static_cast<const T*>(ch.second ? f.other : f.x) + ch.offset; };
 
-  if (p.resident) {
+  if constexpr (RESIDENT) {
     const Channels<V> ch(p, b, 0);
     if (ch.active) {
-      const T* x = static_cast<const T*>(ch.second ? f.other : f.x) + ch.offset;
-      const T* d = dy + ch.whole;
-      for (int row = b.row; row < p.hw; row += p.rows, x += ch.step, d += ch.step_whole) {
-        const int slot = (row * p.columns + b.column) * V;
-        copy_async<V>(tile_x + slot, x);
-        copy_async<V>(tile_d + slot, d);
+      const T *x = source(ch), *d = dy + ch.whole;
+      T *mine_x = tile_x + slot, *mine_d = tile_d + slot;
+      for (int group = 0, row = b.row; group < GROUPS; group++) {
+        for (const int end = p.end(group); row < end; row += rows, x += ch.step, d += ch.step_whole, mine_x += slot_step, mine_d += slot_step) {
+          copy_async<V>(mine_x, x);
+          copy_async<V>(mine_d, d);
+        }
+        copy_commit();
       }
     }
   }
-  for (int k = threadIdx.x; k < b.width; k += blockDim.x) {
-    const int c = b.c0 + k;
-    const int64_t nc = b.n * c_all + c, g = b.n * (c_all / p.cg) + c / p.cg;
-    params[k] = f.mean[g];
-    params[p.slab + k] = f.rstd[g];
-    params[4 * p.slab + k] = f.affine.add(b.n, c);
-    params[2 * p.slab + k] = f.affine.gamma[c] * f.affine.factor(b.n, c);
-    params[3 * p.slab + k] = f.affine.bias(b.n, c);
+  if constexpr (V > 1) {
+    for (int k = threadIdx.x; k < b.width; k += blockDim.x) {   // while the rows are on their way
+      const int c = b.c0 + k;
+      const int64_t g = f.group(b.n, c);
+      params[k] = f.mean[g];
+      params[p.slab + k] = f.rstd[g];
+      params[2 * p.slab + k] = f.affine.gain(b.n, c) * f.rstd[g];
+      params[3 * p.slab + k] = f.affine.bias(b.n, c);
+      params[4 * p.slab + k] = f.affine.add(b.n, c);
+    }
+    __syncthreads();
   }
-  __syncthreads();
+  auto weight = [&](int k) { return V > 1 ? params[2 * p.slab + k] : f.affine.gain(b.n, b.c0 + k) * f.rstd[f.group(b.n, b.c0 + k)]; };
 
-  for (int first = 0; first < b.width; first += p.columns * V) {
+  for (int first = 0; first < b.width; first += p.teams.columns * V) {
     const Channels<V> ch(p, b, first);
     float q[3][V] = {};
     if (ch.active) {
-      const T* x = static_cast<const T*>(ch.second ? f.other : f.x) + ch.offset;
-      const T* from = dy + ch.whole;
-      const Gradient<V> gradient(f, params, ch);
+      const Gradient<V> gradient(f, params, b, ch);
       Mask<V> mask(f.drop, p, b, ch.c);
-      if (p.resident) copy_wait();
-#pragma unroll 1
-      for (int row = b.row, i = 0; row < p.hw; row += p.rows, i++, x += ch.step, from += ch.step_whole) {
-        float e[V], d[V];
-        const int slot = (row * p.columns + b.column) * V;
-        if (p.resident) { load<false>(tile_x + slot, e); load<false>(tile_d + slot, d); }
-        else { load<true>(x, e); load<true>(from, d); }
-        gradient(mask, i, e, d);
+      auto add = [&](int r, float (&e)[V], float (&d)[V]) {
+        gradient(mask, r, e, d);
 #pragma unroll
         for (int j = 0; j < V; j++) {
           q[0][j] += d[j];
           q[1][j] += d[j] * e[j];
           q[2][j] += e[j];
         }
-        if (p.resident) {   // dx's own term, which fits its dtype where dx does; the sums above saw all digits of dz
+      };
+      if constexpr (RESIDENT) {
+        const T* mine_x = tile_x + slot;
+        T* mine_d = tile_d + slot;
+#pragma unroll 1
+        for (int group = 0, row = b.row; group < GROUPS; group++) {
+          const int end = p.end(group);
+          copy_wait_but(GROUPS - 1 - group);
+#pragma unroll 1
+          while (row < end) {
+            if (mask.on) mask.draw();
 #pragma unroll
-          for (int j = 0; j < V; j++) d[j] = d[j] * gradient.w[j] * gradient.rstd[j];
-          store(tile_d + slot, d);
+            for (int r = 0; r < ROWS<V> && (r == 0 || row < end); r++, row += rows, mine_x += slot_step, mine_d += slot_step) {
+              float e[V], d[V];
+              load<false>(mine_x, e);
+              load<false>(mine_d, d);
+              add(r, e, d);
+#pragma unroll
+              for (int j = 0; j < V; j++) d[j] *= gradient.w[j];
+              store(mine_d, d);   // dx's own term, which fits its dtype where dx does; the sums above saw all digits of dz
+            }
+          }
+        }
+      } else {
+        const T *x = source(ch), *from = dy + ch.whole;
+        Run<T, V> next_x = fetch<true, V>(x), next_d = fetch<true, V>(from);
+#pragma unroll 1
+        for (int row = b.row; row < p.hw;) {
+          if (mask.on) mask.draw();
+#pragma unroll
+          for (int r = 0; r < ROWS<V> && (r == 0 || row < p.hw); r++) {
+            float e[V], d[V];
+            unpack<T, V>(next_x, e);
+            unpack<T, V>(next_d, d);
+            row += rows; x += ch.step; from += ch.step_whole;
+            if (row < p.hw) { next_x = fetch<true, V>(x); next_d = fetch<true, V>(from); }
+            add(r, e, d);
+          }
         }
       }
+#pragma unroll
+      for (int j = 0; j < V; j++) { q[0][j] *= f.drop.inv_keep; q[1][j] *= f.drop.inv_keep; }
     }
-    column_sums(q, p.columns, p.rows, red, sums + first, p.slab, b.width - first);
+    column_sums(q, p.teams, red, sums + first, p.slab, b.width - first);
   }
   for (int g = threadIdx.x / 32; g < groups; g += blockDim.x / 32) {
     float c1 = 0.f, c2 = 0.f, c3 = 0.f;
     for (int i = threadIdx.x % 32; i < p.cg; i += 32) {
       const int k = g * p.cg + i;
-      c1 += params[2 * p.slab + k] * sums[k];
-      c2 += params[2 * p.slab + k] * sums[p.slab + k];
+      c1 += weight(k) * sums[k];
+      c2 += weight(k) * sums[p.slab + k];
       c3 += sums[2 * p.slab + k];
     }
     c1 = warp_sum(c1) / (float(p.hw) * p.cg);
@@ -136,7 +189,7 @@ template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__
     if (f.dscale) f.dscale[nc] = f.affine.gamma[c] * s1 + f.affine.beta[c] * s0;
     if (f.dshift) f.dshift[nc] = s0;
     const float s2 = sums[2 * p.slab + k] - p.hw * c3;
-    const float dv = params[p.slab + k] * (params[2 * p.slab + k] * s0 - p.hw * c1 - c2 * s2);
+    const float dv = weight(k) * s0 - p.hw * c1 - c2 * s2;
     if (f.dv) f.dv[nc] = dv;
     sums[k] = c1 - c2 * c3;
     sums[p.slab + k] = c2;
@@ -144,56 +197,67 @@ template <class T, int V, bool RESIDUAL, class A = T> __device__ __forceinline__
   }
   __syncthreads();
 
-  for (int first = 0; first < b.width; first += p.columns * V) {
+  for (int first = 0; first < b.width; first += p.teams.columns * V) {
     const Channels<V> ch(p, b, first);
     float q[1][V] = {};
     void* wanted = ch.second ? f.dother : f.dx;
-    const bool adds = RESIDUAL && !ch.second && f.dx_in != nullptr;
+    const bool adds = RESIDUAL && !ch.second && f.dx_in != nullptr, joins = RESIDUAL && f.djoined != nullptr;
     if (ch.active && (wanted != nullptr || adds)) {
-      const T* x = static_cast<const T*>(ch.second ? f.other : f.x) + ch.offset;
-      const T* from = dy + ch.whole;
-      const Gradient<V> gradient(f, params, ch);
+      const Gradient<V> gradient(f, params, b, ch);
       float c1[V], c2[V];
-      load<false>(sums + ch.k, c1);
-      load<false>(sums + p.slab + ch.k, c2);
+      auto load_means = [&] { load<false>(sums + ch.k, c1); load<false>(sums + p.slab + ch.k, c2); };
+      if constexpr (RESIDENT) load_means();
       Mask<V> mask(f.drop, p, b, ch.c);
-      int64_t at = ch.offset;
       const float factor = RESIDUAL && !ch.second ? f.skip_scale : 1.f;
+      int64_t at = ch.offset, whole = ch.whole;
+      const T *x = static_cast<const T*>(ch.second ? f.other : f.x), *mine_x = tile_x + slot, *mine_d = tile_d + slot;
+      Run<T, V> next_x, next_d, next_in = {}, next_joined = {};   // the row after this one, on its way
+      auto request = [&] {
+        if constexpr (!RESIDENT) { next_x = fetch<true, V>(x + at); next_d = fetch<true, V>(dy + whole); }
+        if (adds) next_in = fetch<true, V>(static_cast<const T*>(f.dx_in) + at);
+        if (joins) next_joined = fetch<true, V>(static_cast<const T*>(f.djoined) + whole);
+      };
+      request();
 #pragma unroll 1
-      for (int row = b.row, i = 0; row < p.hw; row += p.rows, i++, x += ch.step, from += ch.step_whole, at += ch.step) {
-        float e[V], d[V], more[V] = {};
-        const int slot = (row * p.columns + b.column) * V;
-        if (adds) load<true>(static_cast<const T*>(f.dx_in) + at, more);
-        if (RESIDUAL && f.djoined) {
-          float joined[V];
-          load<true>(static_cast<const T*>(f.djoined) + (from - dy), joined);
+      for (int row = b.row; row < p.hw;) {
+        if (!RESIDENT && mask.on) mask.draw();
 #pragma unroll
-          for (int j = 0; j < V; j++) more[j] += joined[j];
+        for (int r = 0; r < ROWS<V> && (r == 0 || row < p.hw); r++) {
+          float e[V], d[V], more[V] = {};
+          if (adds) unpack<T, V>(next_in, more);
+          if (joins) {
+            float joined[V];
+            unpack<T, V>(next_joined, joined);
+#pragma unroll
+            for (int j = 0; j < V; j++) more[j] += joined[j];
+          }
+          if constexpr (!RESIDENT) { unpack<T, V>(next_x, e); unpack<T, V>(next_d, d); }
+          const int64_t to = at;
+          row += rows; at += ch.step; whole += ch.step_whole;
+          if (row < p.hw) request();
+          if constexpr (RESIDENT) {
+            load<false>(mine_x, e);
+            load<false>(mine_d, d);
+            mine_x += slot_step; mine_d += slot_step;
+            gradient.x_hat(e);
+          } else {
+            gradient(mask, r, e, d);
+#pragma unroll
+            for (int j = 0; j < V; j++) d[j] *= gradient.w[j];
+            load_means();   // for every row: registers are short
+          }
+#pragma unroll
+          for (int j = 0; j < V; j++) {
+            q[0][j] += more[j];
+            d[j] = factor * (more[j] + (d[j] * f.drop.inv_keep - (c1[j] + e[j] * c2[j])));
+          }
+          if (wanted == nullptr) continue;
+          if (ch.second) store<true>(static_cast<T*>(wanted) + to, d);
+          else store<true>(static_cast<A*>(wanted) + to, d);
         }
-        if (p.resident) {
-          load<false>(tile_x + slot, e);
-          load<false>(tile_d + slot, d);
-          gradient.x_hat(e);
-#pragma unroll
-          for (int j = 0; j < V; j++) d[j] -= gradient.rstd[j] * (c1[j] + e[j] * c2[j]);
-        } else {
-          load<true>(x, e);
-          load<true>(from, d);
-          gradient(mask, i, e, d);
-#pragma unroll
-          for (int j = 0; j < V; j++) d[j] = gradient.rstd[j] * ((d[j] * gradient.w[j] - c1[j]) - e[j] * c2[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < V; j++) {
-          q[0][j] += more[j];
-          d[j] = factor * (more[j] + d[j]);
-        }
-        if (wanted == nullptr) continue;
-        if (ch.second) store<true>(static_cast<T*>(wanted) + at, d);
-        else store<true>(static_cast<A*>(wanted) + at, d);
       }
     }
-    if (RESIDUAL && f.partials) column_sums(q, p.columns, p.rows, red, sums + first, p.slab, b.width - first);
+    if (RESIDUAL && f.partials) column_sums(q, p.teams, red, sums + first, p.slab, b.width - first);
   }
   if constexpr (RESIDUAL) {
     for (int k = threadIdx.x; f.partials && k < b.width && b.c0 + k < p.c1; k += blockDim.x)

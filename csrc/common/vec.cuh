@@ -31,9 +31,20 @@ template <class T> __device__ __forceinline__ uint4 pack(const float (&f)[Vec<T>
   return p.v;
 }
 
-__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.f, 1.f + __expf(-z)); }
+// 2^x and 1 / x by one instruction each, to about an ulp; results too small for a normal number are 0.
+#if defined(__CUDACC__)
+__device__ __forceinline__ float fast_exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float fast_inverse(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+#else
+inline float fast_exp2(float x) { return exp2f(x); }
+inline float fast_inverse(float x) { return 1.f / x; }
+#endif
+// sigmoid(z) / keep
+__device__ __forceinline__ float sigmoid(float z, float keep = 1.f) {
+  return fast_inverse(fmaf(fast_exp2(z * -1.4426950408889634f), keep, keep));
+}
 
-// Runs CALL with `type T` bound to the element type of a dtype code; returns cudaErrorInvalidValue on an unknown one.
-#define BY_DTYPE(code, CALL) \
-  switch (code) { case F32: { using T = float; CALL; break; } case F16: { using T = __half; CALL; break; } \
-    case BF16: { using T = __nv_bfloat16; CALL; break; } default: return (int)cudaErrorInvalidValue; }
+// Runs the statement with `type T` bound to the element type of a dtype code; returns cudaErrorInvalidValue on an unknown one.
+#define BY_DTYPE(code, ...) \
+  switch (code) { case F32: { using T = float; __VA_ARGS__; break; } case F16: { using T = __half; __VA_ARGS__; break; } \
+    case BF16: { using T = __nv_bfloat16; __VA_ARGS__; break; } default: return (int)cudaErrorInvalidValue; }

@@ -7,6 +7,9 @@ namespace count_accesses {
 struct Tensor { uintptr_t begin; size_t bytes; uint16_t *reads, *writes; };   // a counter for each byte
 inline Tensor tensors[64];
 inline int tensor_count = 0;
+struct Access { uint64_t address; uint32_t bytes, write, thread, block; };   // of a tensor, in the order of each thread
+inline Access* accesses = nullptr;
+inline size_t access_count = 0, access_room = 0;
 
 CH_RAW void add(const void* p, size_t bytes, bool write) {
   for (int i = 0; i < tensor_count; i++) {
@@ -15,6 +18,8 @@ CH_RAW void add(const void* p, size_t bytes, bool write) {
     if (at >= t.bytes) continue;
     uint16_t* counters = (write ? t.writes : t.reads) + at;
     for (size_t k = 0; k < bytes; k++) counters[k]++;
+    if (access_count < access_room)
+      accesses[access_count++] = {t.begin + at, uint32_t(bytes), write, threadIdx.x + blockDim.x * threadIdx.y, blockIdx.x + gridDim.x * blockIdx.y};
     return;
   }
 }
@@ -40,5 +45,12 @@ extern "C" CH_COUNTED int count_tensor(const void* p, size_t bytes, uint16_t* re
   if (tensor_count == sizeof tensors / sizeof *tensors) return 1;
   tensors[tensor_count++] = {reinterpret_cast<uintptr_t>(p), bytes, reads, writes};
   return 0;
+}
+// Writes the next accesses down as well, up to `room` of them; gives the number of those written down before.
+extern "C" CH_COUNTED size_t list_accesses(void* p, size_t room) {
+  using namespace count_accesses;
+  const size_t before = access_count;
+  accesses = static_cast<Access*>(p); access_room = room; access_count = 0;
+  return before;
 }
 extern "C" CH_COUNTED void count_no_tensor() { count_accesses::tensor_count = 0; }

@@ -348,7 +348,7 @@ def test_the_backward_of_the_loss_is_one_product() -> None:
 
 def test_counts_find_a_cuda_kernel_that_reads_once_more(tmp_path: Path) -> None:
     text = (emulator.ROOT / "csrc" / "consistency_loss.cu").read_text(encoding="utf-8")
-    fits = "4 * m <= SHARED_BYTES"
+    fits = "4 * m + STATIC <= half_shared()"
     assert text.count(fits) == 1
     planted = tmp_path / "consistency_loss.cu"
     planted.write_text(text.replace(fits, "false"), encoding="utf-8")

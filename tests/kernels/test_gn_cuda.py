@@ -134,7 +134,7 @@ def launch(case: Case, args: dict[str, Tensor], backend: str) -> dict[str, Tenso
         return torch.full(shape or ref.shape, torch.nan, dtype=ref.dtype, device=device)
 
     c = case.c + case.c2
-    seed, n0 = (torch.tensor(i, device=device) if case.p else None for i in (SEED, N0))
+    random = [torch.tensor(SEED, device=device) if case.p else None, torch.tensor(N0, device=device)]
     threshold = round(65536 * case.p)
     inv_keep = 65536 / (65536 - threshold)
     hw = case.hw[0] * case.hw[1]
@@ -145,24 +145,23 @@ def launch(case: Case, args: dict[str, Tensor], backend: str) -> dict[str, Tenso
     if not case.residual:
         vectors = [a.get(k) for k in ("gamma", "beta", "v", "scale", "shift")]
         native.launch(
-            backend, "group_norm_silu_fwd", a["x"], *vectors, seed, n0, y, mean, rstd, case.n, hw, c, *tail, c, c, EPS,
-            inv_keep,
+            backend, "group_norm_silu_fwd", a["x"], *vectors, *random, y, mean, rstd, case.n, hw, c, *tail, c, c, EPS, inv_keep,
         )  # fmt: skip
         grads |= {f"d{k}": out(k) for k in ("v", "scale", "shift")}
         native.launch(
-            backend, "group_norm_silu_bwd", a["dy"], a["x"], *vectors, seed, n0, mean, rstd, *grads.values(),
+            backend, "group_norm_silu_bwd", a["dy"], a["x"], *vectors, *random, mean, rstd, *grads.values(),
             out(None, 2, case.n, c), case.n, hw, c, *tail, c, c, inv_keep,
         )  # fmt: skip
         return {k: v for k, v in ({"y": y, "mean": mean, "rstd": rstd} | grads).items() if v is not None}
     x = out("x")
     native.launch(
         backend, "residual_group_norm_silu_fwd", *(a.get(k) for k in ("x", "bias", "skip", "skip_bias", "other")),
-        a["gamma"], a["beta"], seed, n0, x, y, mean, rstd, case.n, hw, case.c, case.c2, dtype, *tail, SCALE, EPS, inv_keep,
+        a["gamma"], a["beta"], *random, x, y, mean, rstd, case.n, hw, case.c, case.c2, dtype, *tail, SCALE, EPS, inv_keep,
     )  # fmt: skip
     grads |= {"dother": out("other"), "dbias": out("bias")}
     native.launch(
-        backend, "residual_group_norm_silu_bwd", a["dy"], a["dx"], None, x, a.get("other"), a["gamma"], a["beta"], seed,
-        n0, mean, rstd, grads["dx"], grads["dother"], grads["dgamma"], grads["dbeta"], grads["dbias"],
+        backend, "residual_group_norm_silu_bwd", a["dy"], a["dx"], None, x, a.get("other"), a["gamma"], a["beta"], *random,
+        mean, rstd, grads["dx"], grads["dother"], grads["dgamma"], grads["dbeta"], grads["dbias"],
         out(None, 3, case.n, c), case.n, hw, case.c, case.c2, dtype, *tail, SCALE, inv_keep,
     )  # fmt: skip
     return {k: v for k, v in ({"x": x, "y": y, "mean": mean, "rstd": rstd} | grads).items() if v is not None}

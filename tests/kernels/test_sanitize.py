@@ -12,6 +12,7 @@ import pytest
 
 HERE = emulator.ROOT / "tests" / "emulator"
 CLEAN, NO_BARRIER, GLOBAL_END, SHARED_END, MISALIGNED, UNWRITTEN, DIVERGENT, LOST_ADD, NO_WAIT, WRONG_SPACE = range(10)
+EARLY, LOWERED, LARGE = range(10, 13)
 # (planted bug, kind of build, what its report says)
 CAUGHT = [
     (NO_BARRIER, "thread", "data race"),
@@ -28,6 +29,9 @@ CAUGHT = [
     (NO_WAIT, "program", "value: y"),
     (WRONG_SPACE, "program", "global access to shared memory"),
     (WRONG_SPACE, "address", "global access to shared memory"),
+    (EARLY, "program", "value: y"),
+    (LOWERED, "program", "limit of shared memory lowered"),
+    (LARGE, "program", "the device allows 101376"),
 ]
 KINDS = ("program", "address", "thread")
 
