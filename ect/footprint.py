@@ -309,7 +309,7 @@ def foreach_kernels(
 
 
 def _foreach_is_fast(lists: Sequence[Sequence[Tensor]], cast: bool) -> bool:
-    """Whether all tensors are dense, of one dtype (a copy, `cast`: one in each list), and alike in strides from list to list."""
+    """Whether tensors are dense, of one dtype (a copy, `cast`: one in each list), and alike in strides from list to list."""
     dtypes = [{t.dtype for t in tensors} for tensors in lists]
     if any(len(found) > 1 for found in dtypes) or (not cast and len(set.union(*dtypes)) > 1):
         return False

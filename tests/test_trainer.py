@@ -207,6 +207,38 @@ def test_images_are_made_and_rated_in_tf32_but_trained_on_as_asked(
     assert seen == {"step": {(trains, trains)}, "sample": {(samples, samples)}, "rate": {(samples, samples)}}
 
 
+def test_the_benchmark_times_the_step_under_the_trainers_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that torch is told about kernels and arithmetic is the same, whoever runs the step."""
+    import step_time
+    import waterfall
+
+    def settings() -> dict[str, bool]:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return {
+            "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "conv tf32": cudnn.allow_tf32,
+            "tf32": matmul.allow_tf32, "fp16 sums": matmul.allow_fp16_reduced_precision_reduction,
+            "bf16 sums": matmul.allow_bf16_reduced_precision_reduction,
+        }  # fmt: skip
+
+    seen: list[dict[str, bool]] = []
+    call = TrainStep.__call__
+
+    def step(self: TrainStep, nimg: int, stage: int) -> torch.Tensor:
+        seen.append(settings())
+        return call(self, nimg, stage)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(waterfall, "case", lambda *args: waterfall.Case("digits", config(), load(DataConfig())))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and what it was afterwards
+    run(config(total_kimg=0.008), tmp_path / "run")
+    trained = len(seen)
+    torch.backends.cudnn.benchmark = False
+    step_time.main(["--net", "digits", "--device", "cpu", "--rounds", "1", "--no-append", "--rows", "trainer's default"])
+    assert seen[0]["benchmark"] and len(seen) > trained and all(found == seen[0] for found in seen)
+
+
 def test_a_moved_data_set_is_the_same_data_set(tmp_path: Path) -> None:
     from ect.grid import save_png
 
