@@ -235,7 +235,9 @@ def test_the_benchmark_times_the_step_under_the_trainers_settings(
     run(config(total_kimg=0.008), tmp_path / "run")
     trained = len(seen)
     torch.backends.cudnn.benchmark = False
-    step_time.main(["--net", "digits", "--device", "cpu", "--rounds", "1", "--no-append", "--rows", "trainer's default"])
+    step_time.main(
+        ["--net", "digits", "--device", "cpu", "--rounds", "1", "--no-append", "--rows", "trainer's default"]
+    )
     assert seen[0]["benchmark"] and len(seen) > trained and all(found == seen[0] for found in seen)
 
 
