@@ -37,7 +37,7 @@ extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, co
 
 extern "C" int residual_group_norm_silu_bwd(const void* dy, const void* dx, const void* djoined, const void* x, const void* other,
     const float* gamma, const float* beta, const int64_t* seed, const int64_t* n0, const float* mean, const float* rstd, void* da, void* dother,
-    float* dgamma, float* dbeta, float* dbias, float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype_of_a,
+    float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype_of_a,
     int64_t groups, int64_t dtype, int64_t act, int64_t threshold, int64_t layer, double skip_scale, double inv_keep, void* stream) {
   gn::Backward f{};
   f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
@@ -51,6 +51,5 @@ extern "C" int residual_group_norm_silu_bwd(const void* dy, const void* dx, cons
   int error = 0;
   BY_DTYPES(dtype_of_a, dtype, error = f.p.vector ? run(residual_group_norm_silu_bwd_kernel<A, T, 8>)
                                                   : run(residual_group_norm_silu_bwd_kernel<A, T, 1>));
-  if (error != 0) return error;
-  return sum_over_n({partials, {dgamma, dbeta, dbias}, {int(c + c2), int(c + c2), int(c)}, n, int(c + c2)}, 3, stream);
+  return error;
 }

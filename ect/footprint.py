@@ -41,7 +41,7 @@ _BY_NAME = {
     "convolution": "conv",
     "mm": "gemm/attention", "addmm": "gemm/attention", "bmm": "gemm/attention", "_scaled_dot_product": "gemm/attention",
     "_softmax": "gemm/attention", "_safe_softmax": "gemm/attention",
-    "group_norm_silu": "norm", "residual_group_norm_silu": "norm", "native_group_norm": "norm",
+    "group_norm_silu": "norm", "residual_group_norm_silu": "norm", "native_group_norm": "norm", "sum_rows": "norm",
     "skip_product": "conv 1x1 as gemm", "silu": "activation", "cat": "concat",
     "radam_ema": "optimizer", "perturb": "data/loss", "consistency_loss": "data/loss",
 }  # fmt: skip
@@ -56,10 +56,11 @@ _OVERWRITES = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")  #
 _GATHERS = ("index", "index_select", "gather", "embedding")  # they read as much of their first argument as they return
 # Kernels of one call, where it is not one. Ours: see csrc/; torch's: its CUDA sources.
 _KERNELS = {
-    "group_norm_silu_bwd": 2, "residual_group_norm_silu_bwd": 3, "radam_ema": 3, "native_group_norm": 3,
+    "radam_ema": 3, "native_group_norm": 3,
     "native_group_norm_backward": 5, "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
 }  # fmt: skip
+_CAT = 64  # tensors of a launch of torch.cat, at least
 _ROOTS = (str(Path(__file__).parent), *ect_kernels.__path__)
 
 
@@ -277,6 +278,8 @@ def _kernels(name: str, args: Any) -> int:
         return sum(args[10]) + _relayouts(args[:3])
     if name == "addmm":
         return 1 + (args[0].dim() == 2)  # a matrix to be added is copied into the output first
+    if name == "sum_rows":
+        return 1 + -(-len(args[0]) // _CAT)
     if name.startswith("_foreach"):
         return foreach_kernels(name, *args[:2])
     return _KERNELS.get(name, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class Conv2d(nn.Module):
         if not self.box:
             return resample(x, self.resample_filter[0, 0].sum(0), self.up, padding)
         if self.up:
-            return sum_in_fp32(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), x)
+            return sum_in_fp32(_Repeat.apply, x)
         return sum_in_fp32(lambda x: F.avg_pool2d(x, 2), x)
 
     def convolve(self, x: Tensor, bias: bool, extra_pad: int = 0) -> Tensor:
@@ -125,6 +125,18 @@ class Conv2d(nn.Module):
         if not bias or self.bias is None:
             return sum_in_fp32(lambda x, w: F.conv2d(x, w, padding=padding), x, self.weight)
         return sum_in_fp32(lambda x, w, b: F.conv2d(x, w, b, padding=padding), x, self.weight, self.bias.to(x.dtype))
+
+
+class _Repeat(torch.autograd.Function):
+    """Each pixel four times. The gradient is their sum; torch.compile's own would scatter them into zeros, one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return F.avg_pool2d(dy, 2, divisor_override=1)
 
 
 def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Tensor:
