@@ -167,7 +167,6 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--rows: no row {name!r}; known: {', '.join(map(repr, known))}")
     torch.set_num_threads(options.threads)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says at compilation that there is no GPU
-    torch.backends.cudnn.benchmark = True
     inductor.cpp.enable_kernel_profile = True  # lets the profiler see the kernels that torch.compile makes for a CPU
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(measure.header(device), highlight=False)

@@ -116,7 +116,12 @@ def load_model(
     check_fits(snapshot, str(path))
     net = build(snapshot.spec)
     net.load_state_dict(snapshot.state)
-    return net.eval().to(device), snapshot.info
+    net = net.eval().to(device)
+    if (
+        torch.device(device).type == "cuda"
+    ):  # where convolutions take channels-last weights as they are, others by a copy
+        net = net.to(memory_format=torch.channels_last)
+    return net, snapshot.info
 
 
 def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:

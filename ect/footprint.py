@@ -1,15 +1,16 @@
 """What an update costs, before any device has run it: memory, operations, kernels and bytes moved, from a pass on meta tensors.
 
 `trace(step)` runs TrainStep.update() under a dispatch mode, which sees every operation that a device would be handed, with
-shapes and strides and without data. So memory is exact but for what lies outside of tensors, operations are counted, and the
-bytes are the least that each operation must move: its inputs read once and its outputs written. Kernels are an estimate.
+shapes and strides and without data. So memory is exact but for what lies outside of tensors, operations and launches are
+counted, and the bytes are the least that each operation must move: its inputs read once and its outputs written. Kernels are an
+estimate of what libraries make of their operations.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from ect.optim import memory_order
 
 if TYPE_CHECKING:
     from ect.step import TrainStep
@@ -38,7 +41,7 @@ _BY_NAME = {
     "convolution": "conv",
     "mm": "gemm/attention", "addmm": "gemm/attention", "bmm": "gemm/attention", "_scaled_dot_product": "gemm/attention",
     "_softmax": "gemm/attention", "_safe_softmax": "gemm/attention",
-    "group_norm_silu": "norm", "residual_group_norm_silu": "norm", "native_group_norm": "norm",
+    "group_norm_silu": "norm", "residual_group_norm_silu": "norm", "native_group_norm": "norm", "sum_rows": "norm",
     "skip_product": "conv 1x1 as gemm", "silu": "activation", "cat": "concat",
     "radam_ema": "optimizer", "perturb": "data/loss", "consistency_loss": "data/loss",
 }  # fmt: skip
@@ -53,23 +56,28 @@ _OVERWRITES = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")  #
 _GATHERS = ("index", "index_select", "gather", "embedding")  # they read as much of their first argument as they return
 # Kernels of one call, where it is not one. Ours: see csrc/; torch's: its CUDA sources.
 _KERNELS = {
-    "group_norm_silu_bwd": 2, "residual_group_norm_silu_bwd": 3, "radam_ema": 3, "native_group_norm": 3,
+    "radam_ema": 3, "native_group_norm": 3,
     "native_group_norm_backward": 5, "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
 }  # fmt: skip
+_CAT = 64  # tensors of a launch of torch.cat, at least
 _ROOTS = (str(Path(__file__).parent), *ect_kernels.__path__)
 
 
 @dataclass
 class Line:
-    """Sums over some operations: how many, kernels (estimate), bytes moved."""
+    """Sums over some operations: how many, launches, kernels (estimate), bytes moved."""
 
     ops: int = 0
+    launches: int = 0
     kernels: int = 0
     bytes: int = 0
 
-    def add(self, kernels: int, moved: int) -> None:
-        self.ops, self.kernels, self.bytes = self.ops + 1, self.kernels + kernels, self.bytes + moved
+    def add(self, launches: int, kernels: int, moved: int) -> None:
+        self.ops += 1
+        self.launches += launches
+        self.kernels += kernels
+        self.bytes += moved
 
 
 @dataclass
@@ -87,19 +95,24 @@ class Footprint:
     by_op: dict[str, Line] = field(default_factory=dict)
     by_site: dict[str, Line] = field(default_factory=dict)
 
-    def add(self, category: str, op: str, site: str, kernels: int, moved: int) -> None:
-        """One more operation."""
-        self.by_category[category].add(kernels, moved)
-        self.by_op.setdefault(f"{category}: {op}", Line()).add(kernels, moved)
-        self.by_site.setdefault(f"{op} {site}", Line()).add(kernels, moved)
+    def add(self, category: str, op: str, site: str, *counts: int) -> None:
+        """One more operation; counts: launches, kernels and bytes."""
+        self.by_category[category].add(*counts)
+        self.by_op.setdefault(f"{category}: {op}", Line()).add(*counts)
+        self.by_site.setdefault(f"{op} {site}", Line()).add(*counts)
 
     @property
     def ops(self) -> int:
         return sum(line.ops for line in self.by_category.values())
 
     @property
+    def launches(self) -> int:
+        """A convolution, product or attention is one, whatever its library makes of it; all else as launched."""
+        return sum(line.launches for line in self.by_category.values())
+
+    @property
     def kernels(self) -> int:
-        """An estimate: one an operation, but for those known to take more."""
+        """An estimate: the launches, with those that libraries are known to make of their operations."""
         return sum(line.kernels for line in self.by_category.values())
 
     @property
@@ -111,10 +124,14 @@ class Footprint:
         """The sums by 'category', 'op' or 'site', the most bytes first, and their total."""
         lines: dict[str, Line] = getattr(self, f"by_{by}")
         named = sorted(lines.items(), key=lambda item: -item[1].bytes)[:rows]
-        named.append(("all", Line(self.ops, self.kernels, sum(self.traffic.values()))))
+        named.append(("all", Line(self.ops, self.launches, self.kernels, sum(self.traffic.values()))))
         width = max(len(name) for name, _ in named)
-        head = f"{by:{width}}    ops  kernels (est.)  GB moved"
-        body = [f"{name:{width}}  {x.ops:5}  {x.kernels:14}  {x.bytes / 1e9:8.3f}" for name, x in named if x.ops]
+        head = f"{by:{width}}    ops  launches  kernels (est.)  GB moved"
+        body = [
+            f"{name:{width}}  {x.ops:5}  {x.launches:8}  {x.kernels:14}  {x.bytes / 1e9:8.3f}"
+            for name, x in named
+            if x.ops
+        ]
         return "\n".join([head, *body])
 
 
@@ -185,7 +202,7 @@ class Recorder(TorchDispatchMode):
         moved = _bytes_moved(func, name, args, kwargs, made)
         if moved:
             category = _category(name, group, [*made, *inputs])
-            self.footprint.add(category, name, site, _kernels(name, args), moved)
+            self.footprint.add(category, name, site, _launches(name, args), _kernels(name, args), moved)
         return out
 
     def _origin(self) -> tuple[str, str]:
@@ -247,6 +264,12 @@ def _extent(t: Tensor) -> int:
     return t.element_size() * torch.Size(sizes).numel()
 
 
+def _launches(name: str, args: Any) -> int:
+    """See Footprint.launches."""
+    library = name.rstrip("_") in _GEMMS or name.startswith(("convolution", "_scaled_dot_product"))
+    return 1 if library else _kernels(name, args)
+
+
 def _kernels(name: str, args: Any) -> int:
     """Kernels that a CUDA device would launch for a call, copies to the layout of a convolution included (estimate)."""
     if name == "convolution":
@@ -255,8 +278,10 @@ def _kernels(name: str, args: Any) -> int:
         return sum(args[10]) + _relayouts(args[:3])
     if name == "addmm":
         return 1 + (args[0].dim() == 2)  # a matrix to be added is copied into the output first
+    if name == "sum_rows":
+        return 1 + -(-len(args[0]) // _CAT)
     if name.startswith("_foreach"):
-        return _foreach_kernels(args[0])
+        return foreach_kernels(name, *args[:2])
     return _KERNELS.get(name, 1)
 
 
@@ -266,10 +291,43 @@ def _relayouts(tensors: Any) -> int:
     return nhwc.count(False) if any(nhwc) else 0
 
 
-def _foreach_kernels(tensors: list[Tensor], most: int = 64, blocks: int = 320, chunk: int = 65536) -> int:
-    """Launches of torch's multi-tensor kernels over two lists: at most 64 tensors and 320 blocks of 65,536 values in each."""
-    chunks = sum(-(-t.numel() // chunk) for t in tensors)
-    return max(-(-len(tensors) // most), -(-chunks // blocks))
+def foreach_kernels(
+    name: str, *lists: Sequence[Tensor], tensors: int = 64, blocks: int = 320, chunk: int = 65536
+) -> int:
+    """Launches of _foreach_copy_ or _foreach_add_ on lists of tensors, by the rules of ATen's ForeachUtils.h and
+    MultiTensorApply.cuh: one kernel a tensor where lists mix dtypes or strides, else one for each `tensors` tensors or `blocks`
+    blocks of `chunk` values, whichever is reached first. The limits are those of CUDA 12; CUDA 13 has 448 and 2,240."""
+    if not _foreach_is_fast(lists, cast=name == "_foreach_copy_"):
+        return sum(t.numel() > 0 for t in lists[0])
+    launches = waiting = held = 0  # blocks and tensors of the launch that is being filled
+    for size in (t.numel() for t in lists[0] if t.numel()):
+        chunks = -(-size // chunk)
+        held += 1
+        for i in range(chunks):
+            waiting += 1
+            last = i == chunks - 1
+            if waiting == blocks or (held == tensors and last):
+                launches, waiting, held = launches + 1, 0, int(not last)
+    return launches + (waiting > 0)
+
+
+def _foreach_is_fast(lists: Sequence[Sequence[Tensor]], cast: bool) -> bool:
+    """Whether tensors are dense, of one dtype (a copy, `cast`: one in each list), and alike in strides from list to list."""
+    dtypes = [{t.dtype for t in tensors} for tensors in lists]
+    if any(len(found) > 1 for found in dtypes) or (not cast and len(set.union(*dtypes)) > 1):
+        return False
+    orders = [[memory_order(t) for t in tensors] for tensors in lists]
+    return all(order == orders[0] for order in orders) and all(map(_is_dense, lists[0]))
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the elements fill their memory, each its own place."""
+    step = 1
+    for size, stride in sorted(memory_order(t), key=lambda dimension: dimension[1]):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any) -> list[Tensor | None]:

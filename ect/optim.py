@@ -20,6 +20,11 @@ Net = TypeVar("Net", bound=nn.Module)
 _ALIGN = 8  # elements: 16 bytes in half precision, so every view can be read in 128-bit vectors
 
 
+def memory_order(t: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the dimensions that have more than one element: tensors that agree have their elements in one order."""
+    return [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
+
+
 class _Setting:
     """A Python number that the kernels read at `index` of the device scalars; assigning it writes both, reading no device."""
 
@@ -172,11 +177,21 @@ class FlatState(Generic[Net]):
 
     @torch.no_grad()
     def load_grads(self, grads: Sequence[Tensor], add: bool = False) -> None:
-        """Put gradients of `inputs`, of a micro-batch, into the arena, or add them to what is there; any float dtypes."""
-        if add:
-            torch._foreach_add_(self._grad_views, list(grads))
-        else:
-            torch._foreach_copy_(self._grad_views, list(grads))
+        """Put gradients of `inputs`, of a micro-batch, into the arena, or add them to what is there; any float dtypes.
+
+        One call for all gradients of a dtype in the arena's memory order: PyTorch moves such lists many tensors a kernel, mixed
+        ones a tensor a kernel, and it adds fp32 alone to fp32.
+        """
+        groups: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
+        for view, grad in zip(self._grad_views, grads, strict=True):
+            groups.setdefault((grad.dtype, memory_order(grad) == memory_order(view)), []).append((view, grad))
+        for pairs in groups.values():
+            views, given = map(list, zip(*pairs, strict=True))
+            if add and given[0].dtype != self.grads.dtype:
+                wide = [torch.empty_like(grad, dtype=self.grads.dtype) for grad in given]
+                torch._foreach_copy_(wide, given)
+                given = wide
+            (torch._foreach_add_ if add else torch._foreach_copy_)(views, given)
 
     @torch.no_grad()
     def step(self) -> None:

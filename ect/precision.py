@@ -56,8 +56,10 @@ def resolve(name: str, device: torch.device) -> Precision:
 
 
 def apply(precision: Precision) -> None:
-    """Tell torch: TF32 products or true fp32 ones, and half-precision sums in fp32."""
+    """Tell torch: TF32 products or true fp32 ones, half-precision sums in fp32, and the fastest kernel for each convolution,
+    found by trial at its first call. All that runs the step, benchmarks too, is set up here alone."""
     _allow_tf32(precision.tf32, precision.tf32)
+    torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

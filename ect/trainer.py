@@ -121,9 +121,10 @@ class Trainer:
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         self.spec, self.net = self._build()
-        self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
         plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
         self.state = flat_state(cfg, self.net)
+        # A copy of now, with the memory order that the weights have now: else each call of it would convert them.
+        self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
         stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
         self.step = train_step(replace(cfg, batch_per_device=plan.batch_per_device), self.state, stream, self.world)
         self.notes += [str(plan), self.state.note(), stream.note]
@@ -139,7 +140,7 @@ class Trainer:
         """What the precision costs, as a line for the log."""
         images, labels = self.dataset.images[:NOISE_IMAGES].to(self.device), self.dataset.labels
         labels = None if labels is None else labels[:NOISE_IMAGES].to(self.device)
-        noise = signal_noise(self.net, self.precision.name, images, labels)
+        noise = signal_noise(self.net, self.precision.name, images, labels, against=torch.float32)
         found = ", ".join(f"{100 * error:.0f} % at t = {t:g}" for t, error in noise.items())
         return f"noise of {self.precision.name} on the signal D(x_t, t) - D(x_r, r) at its smallest: {found}"
 

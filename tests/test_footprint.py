@@ -12,7 +12,7 @@ from torch import Tensor
 from ect.assembly import flat_state, network_spec, train_step
 from ect.config import PRESETS, Config, DataConfig
 from ect.data import Dataset, ImageStream, load
-from ect.footprint import BLOCK, Footprint, record, trace
+from ect.footprint import BLOCK, Footprint, foreach_kernels, record, trace
 from ect.models import build
 from ect.step import TrainStep
 from tests.tiny import NET
@@ -59,8 +59,56 @@ def test_a_convolution_is_one_operation_each_way() -> None:
     line = record(run).by_category["conv"]
     inner, outer, weights, vector = 2 * 8 * 16, 2 * 16 * 16, 16 * 8 * 9, 16
     forward = inner + weights + vector + outer
-    assert (line.ops, line.kernels) == (2, 2 + 3)
+    assert (line.ops, line.launches, line.kernels) == (2, 2, 2 + 3)
     assert line.bytes == 4 * (forward + outer + inner + weights + inner + weights + vector)
+
+
+CHUNK, HALF = 65536, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([1] * 64, 1), ([1] * 65, 2), ([0, 1, 0], 1), ([0], 0), ([CHUNK * 320], 1), ([CHUNK * 320 + 1], 2),
+        ([CHUNK * 320 + 1] + [1] * 63, 2), ([CHUNK * 320 + 1] + [1] * 64, 3), ([CHUNK * 100] * 10, 4),
+    ],
+)  # fmt: skip
+def test_launches_of_a_list_follow_the_limits_on_tensors_and_blocks(sizes: list[int], expected: int) -> None:
+    given = [meta(size) for size in sizes]
+    assert foreach_kernels("_foreach_add_", given, given) == expected
+    assert foreach_kernels("_foreach_add_", given, given, tensors=448, blocks=2240) <= expected
+
+
+def test_lists_that_are_not_alike_cost_a_launch_a_tensor() -> None:
+    fp32, half = [meta(8, 4) for _ in range(10)], [meta(8, 4, dtype=HALF) for _ in range(10)]
+    across, apart = [meta(4, 8).t() for _ in range(10)], [meta(8, 8)[:, :4] for _ in range(10)]
+    one_element_wide = [t.view(8, 4, 1, 1).contiguous(memory_format=torch.channels_last) for t in fp32]
+    for name, lists, fast in [
+        ("_foreach_copy_", (fp32, half), True),
+        ("_foreach_add_", (fp32, half), False),
+        ("_foreach_copy_", (fp32, half[:5] + fp32[:5]), False),
+        ("_foreach_copy_", (fp32, across), False),
+        ("_foreach_copy_", (across, across), True),
+        ("_foreach_copy_", (apart, apart), False),
+        ("_foreach_add_", ([t.view(8, 4, 1, 1) for t in fp32], one_element_wide), True),
+    ]:
+        assert foreach_kernels(name, *lists) == (1 if fast else 10), (name, fast)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_gradients_of_ddpmpp_are_loaded_in_two_calls_and_few_launches(add: bool) -> None:
+    """One list of all, as its gradients come, would be a launch a tensor."""
+    cfg = replace(PRESETS["cifar10-1h"], precision="fp16", channels_last=True)
+    state = make(cfg, CIFAR10).state
+    grads = [torch.empty_like(p) for p in state.inputs]
+    views = state.views(state.grads)
+    assert (
+        foreach_kernels("_foreach_copy_", views, grads) == foreach_kernels("_foreach_add_", views, grads) == len(grads)
+    )
+    cost = record(lambda: state.load_grads(grads, add))
+    assert cost.by_op.keys() <= {"optimizer: _foreach_add_", "optimizer: _foreach_copy_"}
+    assert cost.ops == 2 + add  # fp16 is widened before it is added to fp32
+    assert cost.launches <= 12 + 4 * add
 
 
 def test_peak_memory_counts_what_is_alive_and_saved_for_backward() -> None:

@@ -96,6 +96,17 @@ def test_parameters_and_gradients_are_aligned_views(channels_last: bool) -> None
     assert all(tensor.is_contiguous() for tensor in state.state_tensors().values())
 
 
+def test_gradients_of_any_dtype_and_memory_order_are_loaded_and_added() -> None:
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(4, 6, 3) for _ in range(4)))
+    state = FlatState(net, half=torch.float16, core={"0.weight", "1.weight"}, channels_last=True)
+    grads = [torch.randn(p.shape).to(p.dtype) for p in state.inputs]
+    grads = [g.contiguous(memory_format=torch.channels_last) if i in (0, 4) else g for i, g in enumerate(grads)]
+    for times in (1, 2):
+        state.load_grads(grads, add=times == 2)
+        for grad, view in zip(grads, state.views(state.grads), strict=True):
+            assert torch.equal(times * grad.float(), view)
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_the_twin_computes_with_the_shadow_and_follows_every_step(half: torch.dtype) -> None:
     net = mlp()

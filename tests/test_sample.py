@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ect import sample as cli
-from ect.checkpoint import Checkpoints, read_model, save_model
+from ect.checkpoint import Checkpoints, load_model, read_model, save_model
 from ect.grid import make_grid
 from ect.models import build
 from ect.sampler import generate
@@ -214,3 +214,21 @@ def test_a_device_that_is_not_there_is_refused(model: Path, capsys: pytest.Captu
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, tmp_path / "none.safetensors", "--out", tmp_path / "x.png")
     assert f"{tmp_path / 'none.safetensors'}: no such file" in message
+
+
+@pytest.mark.parametrize(("device", "channels_last"), [("cuda:0", True), ("cpu", False)])
+def test_a_model_for_a_gpu_has_channels_last_weights(
+    device: str, channels_last: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move, devices = nn.Module.to, []
+
+    def to_cpu(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        devices.extend(args)
+        return move(self, **kwargs) if kwargs else self
+
+    monkeypatch.setattr(nn.Module, "to", to_cpu)
+    net, _ = load_model(model, device=device)
+    weights = [p for p in net.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    assert devices == [device] and weights
+    for p in weights:
+        assert p.is_contiguous(memory_format=torch.channels_last) is channels_last

@@ -123,6 +123,15 @@ def test_noise_grows_as_the_mantissa_shrinks() -> None:
         assert 0.3 < noise["fp16"][t] / noise["tf32"][t] < 1.6
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_may_be_compared_with_fp32(precision: str) -> None:
+    """What a run prints, at less than its last digit's worth."""
+    exact, quick = (
+        signal_noise(trained(), precision, IMAGES[:16], against=dtype) for dtype in (torch.float64, torch.float32)
+    )
+    assert quick == pytest.approx(exact, rel=0.005)
+
+
 def test_a_larger_gap_has_less_noise() -> None:
     tight, loose = (
         signal_noise(trained(), "fp16", IMAGES, levels=(3.0,), mapping=Mapping(q=2.0), stage=stage)[3.0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ect import precision, schedule
 from ect.checkpoint import Checkpoints, read_model
@@ -205,6 +206,71 @@ def test_images_are_made_and_rated_in_tf32_but_trained_on_as_asked(
     finally:
         precision.apply(precision.PRECISIONS["fp32"])
     assert seen == {"step": {(trains, trains)}, "sample": {(samples, samples)}, "rate": {(samples, samples)}}
+
+
+def test_the_benchmark_times_the_step_under_the_trainers_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that torch is told about kernels and arithmetic is the same, whoever runs the step."""
+    import step_time
+    import waterfall
+
+    def settings() -> dict[str, bool]:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return {
+            "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "conv tf32": cudnn.allow_tf32,
+            "tf32": matmul.allow_tf32, "fp16 sums": matmul.allow_fp16_reduced_precision_reduction,
+            "bf16 sums": matmul.allow_bf16_reduced_precision_reduction,
+        }  # fmt: skip
+
+    seen: list[dict[str, bool]] = []
+    call = TrainStep.__call__
+
+    def step(self: TrainStep, nimg: int, stage: int) -> torch.Tensor:
+        seen.append(settings())
+        return call(self, nimg, stage)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(waterfall, "case", lambda *args: waterfall.Case("digits", config(), load(DataConfig())))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and what it was afterwards
+    run(config(total_kimg=0.008), tmp_path / "run")
+    trained = len(seen)
+    torch.backends.cudnn.benchmark = False
+    step_time.main(
+        ["--net", "digits", "--device", "cpu", "--rounds", "1", "--no-append", "--rows", "trainer's default"]
+    )
+    assert seen[0]["benchmark"] and len(seen) > trained and all(found == seen[0] for found in seen)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_are_made_by_weights_in_the_memory_order_of_training(channels_last: bool, tmp_path: Path) -> None:
+    """Also after an average was loaded: else a GPU's convolutions would convert every weight at each call."""
+    trainer = make(config(channels_last=channels_last, total_kimg=0.008), tmp_path)
+
+    def order(net: EDMPrecond) -> list[tuple[int, ...]]:
+        return [p.stride() for p in net.parameters()]
+
+    assert order(trainer.ema_net) == order(trainer.net)
+    assert order(trainer.average()) == order(trainer.net)
+    weight = trainer.ema_net.model.dec["8x8_block0"].conv0.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert not weight.requires_grad and weight.untyped_storage().nbytes() == weight.nbytes
+
+
+def test_the_noise_of_half_precision_is_measured_without_slow_arithmetic(tmp_path: Path) -> None:
+    """GPUs for games do fp64 at a 64th of their speed; only the small difference of two outputs is taken in it."""
+    dtypes: set[torch.dtype] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name.split("::")[1].rstrip("_") in ("convolution", "mm", "addmm", "bmm", "baddbmm"):
+                dtypes.update(a.dtype for a in args if isinstance(a, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        trainer = make(config(precision="fp16", total_kimg=0.008), tmp_path)
+    assert any("noise of fp16 on the signal" in note for note in trainer.notes)
+    assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 
 def test_a_moved_data_set_is_the_same_data_set(tmp_path: Path) -> None:

@@ -260,8 +260,8 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
     if (RESIDUAL && f.partials) column_sums(q, p.teams, red, sums + first, p.slab, b.width - first);
   }
   if constexpr (RESIDUAL) {
-    for (int k = threadIdx.x; f.partials && k < b.width && b.c0 + k < p.c1; k += blockDim.x)
-      f.partials[2 * f.n * c_all + b.n * c_all + b.c0 + k] = f.skip_scale * (sums[k] + sums[2 * p.slab + k]);
+    for (int k = threadIdx.x; f.partials && k < b.width; k += blockDim.x)
+      f.partials[2 * f.n * c_all + b.n * c_all + b.c0 + k] = b.c0 + k < p.c1 ? f.skip_scale * (sums[k] + sums[2 * p.slab + k]) : 0.f;
   }
 }
 

@@ -1,4 +1,4 @@
-// Sums over threads and over samples, in one fixed order and without atomics: equal bits at every run.
+// Sums over threads, in one fixed order and without atomics: equal bits at every run.
 #pragma once
 #include "cuda_compat.h"
 #include <stdint.h>
@@ -70,32 +70,4 @@ __device__ __forceinline__ void column_sums(float (&q)[K][V], const Teams& teams
     if (c < width) out[k * stride + c] = sum;
   }
   __syncthreads();
-}
-
-// out[k][c] = sum over n of partials[k][n][c] for up to three results (null: not wanted), each of count[k] of the c columns.
-struct SumOverN { const float* partials; float* out[3]; int count[3]; int64_t n; int c; };
-
-static __global__ void sum_over_n_kernel(SumOverN a) {
-  SHARED(float, part, [8][32]);
-  const int column = blockIdx.x * 32 + threadIdx.x, k = blockIdx.y;
-  float* out = k == 0 ? a.out[0] : k == 1 ? a.out[1] : a.out[2];   // a variable index would put the arrays on the stack
-  const bool wanted = out != nullptr && column < (k == 0 ? a.count[0] : k == 1 ? a.count[1] : a.count[2]);
-  float sum = 0.f;
-  if (wanted)
-    for (int64_t n = threadIdx.y; n < a.n; n += 8) sum += a.partials[(k * a.n + n) * a.c + column];
-  part[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && wanted) {
-#pragma unroll
-    for (int y = 1; y < 8; y++) sum += part[y][threadIdx.x];
-    out[column] = sum;
-  }
-}
-
-inline int sum_over_n(const SumOverN& a, int results, void* stream) {
-  bool wanted = false;
-  for (int k = 0; k < results; k++) wanted = wanted || a.out[k] != nullptr;
-  if (!wanted) return (int)cudaSuccess;
-  LAUNCH(sum_over_n_kernel, dim3((a.c + 31) / 32, results), dim3(32, 8), 0, (cudaStream_t)stream, a);
-  return (int)cudaGetLastError();
 }

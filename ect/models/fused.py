@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from ect_kernels import dispatch
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
+from ect_kernels.rows import by_sample
 from ect_kernels.skip_product import pixels, skip_product
 from torch import Tensor, nn
 
-from ect.models.layers import GroupNorm, MaskKey, UNetBlock, sum_in_fp32
+from ect.models.layers import Conv2d, GroupNorm, MaskKey, UNetBlock, sum_in_fp32
 
 
 def wanted(choice: bool | None, x: Tensor) -> bool:
@@ -36,7 +37,7 @@ def wanted(choice: bool | None, x: Tensor) -> bool:
 
 
 class Pending(NamedTuple):
-    """x = (a + bias + skip_bias + skip) * scale, not yet computed. Biases are [C]; absent parts are None.
+    """x = (a + bias + skip_bias + skip) * scale, not yet computed. Biases are [C] or rows [N, C]; absent parts are None.
 
     summed: it is computed, and is `a`, whose gradient is still that of one term of the sum.
     """
@@ -57,21 +58,25 @@ class Pending(NamedTuple):
         assert not self.summed, "only a norm gives the gradient that this sum takes"
         x = self.a
         for part in (self.bias, self.skip_bias):
-            x = x if part is None else x + part.view(1, -1, 1, 1)
+            x = x if part is None else x + part[..., None, None]
         x = x if self.skip is None else x + self.skip
         return x if self.scale == 1.0 else x * self.scale
 
 
 def norm_silu(
-    norm: GroupNorm, x: Pending, dtype: torch.dtype, other: Tensor | None = None, act: bool = True
-) -> tuple[Tensor, ...]:
-    """(x, act(norm(cat(x, other))), cat(x, other) or its stand-in) in `dtype`: the pending sum is computed on the way."""
+    norm: GroupNorm, x: Pending, dtype: torch.dtype, other: Tensor | None = None, act: bool = True,
+    affine: Sequence[Tensor] | None = None, dx: bool = True, djoined: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(x, act(norm(cat(x, other))), cat(x, other) or its stand-in) in `dtype`: the pending sum is computed on the way.
+
+    affine: the norm's parameters, as rows. dx, djoined: whether the first and the last result will have a gradient."""
+    gamma, beta = affine or (norm.weight, norm.bias)
     if x.skip is None and x.bias is None and other is None and x.scale == 1.0 and x.a.dtype == dtype:
-        return x.a, group_norm_silu(x.a, norm.weight, norm.bias, norm.groups, norm.eps, act=act), x.a
+        return x.a, group_norm_silu(x.a, gamma, beta, norm.groups, norm.eps, act=act), x.a
     return residual_group_norm_silu(
-        x.a, norm.weight, norm.bias, norm.groups, norm.eps,
+        x.a, gamma, beta, norm.groups, norm.eps,
         bias=x.bias, skip=x.skip, skip_bias=x.skip_bias, skip_scale=x.scale, other=other, act=act,
-        dtype=dtype, joined=True, summed=x.summed,
+        dtype=dtype, joined=True, summed=x.summed, dx=dx, djoined=djoined,
     )  # fmt: skip
 
 
@@ -81,14 +86,14 @@ def image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
-def add_skip(layer: UNetBlock, h: Tensor, joined: Tensor, x: Tensor, other: Tensor) -> Pending:
+def add_skip(layer: UNetBlock, h: Tensor, joined: Tensor, x: Tensor, other: Tensor, rows: dict[str, Tensor]) -> Pending:
     """The sum of a block's residual branch h, without its bias, and its skip convolution of cat(x, other), in one launch.
 
     joined: the stand-in that takes the gradient of cat(x, other)."""
     assert layer.skip is not None
     biases, scale = (layer.conv1.bias, layer.skip.bias), layer.style.skip_scale
-    total = _AddSkip.apply(h, layer.skip.weight, joined, x, other, *biases, scale)
-    return Pending(total, biases[0], None, biases[1], scale, summed=True)
+    total = _AddSkip.apply(h, layer.skip.weight, joined, x.detach(), other.detach(), *biases, scale)
+    return Pending(total, rows["conv1.bias"], None, rows["skip.bias"], scale, summed=True)
 
 
 class _AddSkip(torch.autograd.Function):
@@ -181,17 +186,43 @@ def attention(layer: UNetBlock, x: Tensor, qkv: Ordered) -> Tensor:
     return image(out.transpose(1, 2).reshape(-1, x.shape[1]), x)
 
 
+Rows = dict[str, Tensor]
+"""Parameters of a layer by name, as rows for the norm ops."""
+
+
+def spread(layers: Sequence[nn.Module], n: int) -> list[Rows]:
+    """The vectors of each layer that norm ops take: parameters of norms, and biases of convolutions before them. One sum over
+    the n samples gives the gradients of all."""
+    names = [[name for name, _ in layer.named_parameters() if _to_a_norm(layer, name)] for layer in layers]
+    pairs = [(layer, name) for layer, group in zip(layers, names, strict=True) for name in group]
+    rows = iter(by_sample([layer.get_parameter(name) for layer, name in pairs], n))
+    return [{name: next(rows) for name in group} for group in names]
+
+
+def _to_a_norm(layer: nn.Module, name: str) -> bool:
+    if isinstance(layer, UNetBlock):
+        convolutions = ["conv1.bias", "skip.bias", "proj.bias"] + ["conv0.bias"] * layer.style.adaptive_scale
+        return name.startswith("norm") or name in convolutions
+    return isinstance(layer, GroupNorm) or name == "bias"
+
+
 class Prepared(NamedTuple):
-    """What a block takes beside images: see conditioning() and ordered_qkv()."""
+    """What a block takes beside images: see conditioning(), ordered_qkv() and spread()."""
 
     condition: tuple[Tensor, ...]
     qkv: Ordered | None
+    rows: Rows
+
+    def norm(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias."""
+        return self.rows[f"{name}.weight"], self.rows[f"{name}.bias"]
 
 
-def prepare(blocks: Sequence[UNetBlock], emb: Tensor) -> list[Prepared]:
-    """For blocks with these noise embeddings [N, emb_channels]."""
-    qkv = ordered_qkv(blocks)
-    return [Prepared(c, qkv.get(block.layer)) for c, block in zip(conditioning(blocks, emb), blocks, strict=True)]
+def prepare(blocks: Sequence[UNetBlock], emb: Tensor, rows: Sequence[Rows] | None = None) -> list[Prepared]:
+    """For blocks with these noise embeddings [N, emb_channels]; rows: of each block, where there are more samples or layers."""
+    qkv, rows = ordered_qkv(blocks), rows or spread(blocks, len(emb))
+    together = zip(conditioning(blocks, emb), blocks, rows, strict=True)
+    return [Prepared(condition, qkv.get(block.layer), own) for condition, block, own in together]
 
 
 def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor, ...]]:
@@ -210,36 +241,49 @@ def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor,
 
 
 def block(
-    layer: UNetBlock, x: Pending, prepared: Prepared, mask: MaskKey | None, other: Tensor | None
+    layer: UNetBlock, x: Pending, prepared: Prepared, mask: MaskKey | None, other: Tensor | None, kept: bool = True
 ) -> tuple[Tensor, Pending]:
-    """One residual block on cat(x, other): (x itself, now computed; the block's own pending output)."""
-    scale = layer.style.skip_scale
-    x_, h, joined = norm_silu(layer.norm0, x, layer.dtype, other)
+    """One residual block on cat(x, other): (x itself, now computed; the block's own pending output).
+
+    kept: whether x itself will be used for more than its values."""
+    scale, rows = layer.style.skip_scale, prepared.rows
+    concatenated = layer.skip is None and other is not None
+    x_, h, joined = norm_silu(
+        layer.norm0,
+        x,
+        layer.dtype,
+        other,
+        affine=prepared.norm("norm0"),
+        dx=kept or concatenated,
+        djoined=not concatenated,
+    )
     h = layer.conv0(h, bias=False)
     n, c = h.shape[:2]
     if layer.style.adaptive_scale:
-        vectors: tuple[Tensor | None, ...] = (layer.conv0.bias, *prepared.condition)
+        vectors: tuple[Tensor | None, ...] = (rows["conv0.bias"], *prepared.condition)
     else:
         vectors = (*prepared.condition, None, None)
     v, scales, shifts = (None if part is None else part.expand(n, c) for part in vectors)
     p, seed, n0 = (layer.dropout, mask.seed, mask.n0) if mask is not None else (0.0, None, 0)
     norm = layer.norm1
     h = group_norm_silu(
-        h, norm.weight, norm.bias, norm.groups, norm.eps,
+        h, *prepared.norm("norm1"), norm.groups, norm.eps,
         v=v, scale=scales, shift=shifts, p=p, seed=seed, layer=layer.layer, n0=n0,
     )  # fmt: skip
     h = layer.conv1(h, bias=False)
-    if layer.skip is None:
-        skip = joined if other is None else torch.cat([x_, other], dim=1)  # of two sources, `joined` has no data
-        out = Pending(h, layer.conv1.bias, skip, None, scale)
+    if concatenated:
+        assert other is not None
+        out = Pending(h, rows["conv1.bias"], torch.cat([x_, other], dim=1), None, scale)  # `joined` has no data
+    elif layer.skip is None:
+        out = Pending(h, rows["conv1.bias"], joined, None, scale)
     elif other is None:
-        out = Pending(h, layer.conv1.bias, layer.skip(joined, bias=False), layer.skip.bias, scale)
+        out = Pending(h, rows["conv1.bias"], layer.skip(joined, bias=False), rows.get("skip.bias"), scale)
     else:
-        out = add_skip(layer, h, joined, x_, other)
+        out = add_skip(layer, h, joined, x_, other, rows)
     if layer.num_heads:
-        _, h, joined = norm_silu(layer.norm2, out, layer.dtype, act=False)
+        _, h, joined = norm_silu(layer.norm2, out, layer.dtype, act=False, affine=prepared.norm("norm2"), dx=False)
         assert prepared.qkv is not None
-        out = Pending(layer.proj(attention(layer, h, prepared.qkv), bias=False), layer.proj.bias, joined, None, scale)
+        out = Pending(layer.proj(attention(layer, h, prepared.qkv), bias=False), rows["proj.bias"], joined, None, scale)
     return x_, out
 
 
@@ -248,9 +292,20 @@ def unet_blocks(net: nn.Module) -> list[UNetBlock]:
     return [layer for layer in net.modules() if isinstance(layer, UNetBlock)]
 
 
+def prepare_all(
+    net: nn.Module, first: Conv2d, norms: Sequence[GroupNorm], emb: Tensor, n: int
+) -> tuple[list[Prepared], Tensor, list[tuple[Tensor, Tensor]]]:
+    """For n samples: prepare() of the blocks; as rows, the bias of the first convolution and the parameters of these norms."""
+    blocks = unet_blocks(net)
+    rows = spread([*blocks, first, *norms], n)
+    prepared = prepare(blocks, emb, rows[: len(blocks)])
+    return prepared, rows[len(blocks)]["bias"], [(r["weight"], r["bias"]) for r in rows[len(blocks) + 1 :]]
+
+
 def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # type: ignore[no-untyped-def]
     """SongUNet.forward after the embedding."""
-    prepared = prepare(unet_blocks(net), emb)
+    convolution, norms = next(iter(net.enc.values())), [m for m in net.dec.values() if isinstance(m, GroupNorm)]
+    prepared, first_bias, affines = prepare_all(net, convolution, norms, emb, len(x))
     skips: list[Tensor] = []
     aux = x
     pending: Pending | None = None  # output of the last encoder layer, appended to skips once it is computed
@@ -268,7 +323,7 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
             value, pending = block(layer, pending, prepared[layer.layer], mask, None)
             skips.append(value)
         else:
-            pending = Pending(layer(x, bias=False), layer.bias)
+            pending = Pending(layer(x, bias=False), first_bias)
     assert pending is not None
     out: Tensor | None = None
     first, normed = True, x
@@ -276,7 +331,8 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
         if name.endswith("aux_up"):
             out = layer(out)
         elif name.endswith("aux_norm"):
-            value, normed, _ = norm_silu(layer, pending, x.dtype)
+            affine = affines.pop(0)
+            value, normed, _ = norm_silu(layer, pending, x.dtype, affine=affine, dx=bool(affines), djoined=False)
             pending = Pending(value)
         elif name.endswith("aux_conv"):
             more = layer(normed)
@@ -285,7 +341,7 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
             other = None
             if pending.a.shape[1] != layer.in_channels:
                 other = skips.pop()
-            value, pending = block(layer, pending, prepared[layer.layer], mask, other)
+            value, pending = block(layer, pending, prepared[layer.layer], mask, other, kept=first)
             if first:  # the decoder's first block computes the encoder's last output
                 skips.append(value)
                 first = False
@@ -295,7 +351,8 @@ def song_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # t
 
 def adm_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # type: ignore[no-untyped-def]
     """DhariwalUNet.forward after the embedding."""
-    prepared = prepare(unet_blocks(net), emb)
+    convolution = next(iter(net.enc.values()))
+    prepared, first_bias, affines = prepare_all(net, convolution, [net.out_norm], emb, len(x))
     skips: list[Tensor] = []
     pending = Pending(x)
     for layer in net.enc.values():
@@ -303,11 +360,11 @@ def adm_unet(net, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:  # ty
             value, pending = block(layer, pending, prepared[layer.layer], mask, None)
             skips.append(value)
         else:
-            pending = Pending(layer(x, bias=False), layer.bias)
+            pending = Pending(layer(x, bias=False), first_bias)
     for i, layer in enumerate(net.dec.values()):
         other = skips.pop() if pending.a.shape[1] != layer.in_channels else None
-        value, pending = block(layer, pending, prepared[layer.layer], mask, other)
+        value, pending = block(layer, pending, prepared[layer.layer], mask, other, kept=i == 0)
         if i == 0:
             skips.append(value)
-    _, normed, _ = norm_silu(net.out_norm, pending, x.dtype)
+    _, normed, _ = norm_silu(net.out_norm, pending, x.dtype, affine=affines[0], dx=False, djoined=False)
     return net.out_conv(normed)

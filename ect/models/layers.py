@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,7 @@ class Conv2d(nn.Module):
             self.weight = init.weight_([out_channels, in_channels, kernel, kernel], fan_in, fan_out)
             self.bias = init.bias_(out_channels, fan_in, fan_out)
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        self.box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
         self.register_buffer("resample_filter", taps if up or down else None)
 
@@ -101,12 +102,20 @@ class Conv2d(nn.Module):
         """x [N, in_channels, H, W] -> [N, out_channels, H', W']; bias=False leaves the bias to the caller."""
         if self.resample_filter is None:
             return self.convolve(x, bias)
-        taps = self.resample_filter.to(x.dtype)
-        pad = (taps.shape[-1] - 1) // 2
+        pad = (self.resample_filter.shape[-1] - 1) // 2
         if self.fused and self.down:
             x = self.convolve(x, bias, pad)  # the bias passes the filter unchanged: its taps sum to 1
-            return resample(x, taps)
-        return self.convolve(resample(x, taps, up=self.up, padding=pad), bias)
+            return self.resample(x, 0)
+        return self.convolve(self.resample(x, pad), bias)
+
+    def resample(self, x: Tensor, padding: int) -> Tensor:
+        """Every channel of x filtered, at half the resolution, or at twice it."""
+        assert self.resample_filter is not None
+        if not self.box:
+            return resample(x, self.resample_filter[0, 0].sum(0), self.up, padding)
+        if self.up:
+            return sum_in_fp32(_Repeat.apply, x)
+        return sum_in_fp32(lambda x: F.avg_pool2d(x, 2), x)
 
     def convolve(self, x: Tensor, bias: bool, extra_pad: int = 0) -> Tensor:
         """The convolution alone, or x itself where there is none."""
@@ -118,12 +127,49 @@ class Conv2d(nn.Module):
         return sum_in_fp32(lambda x, w, b: F.conv2d(x, w, b, padding=padding), x, self.weight, self.bias.to(x.dtype))
 
 
+class _Repeat(torch.autograd.Function):
+    """Each pixel four times. The gradient is their sum; torch.compile's own would scatter them into zeros, one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return F.avg_pool2d(dy, 2, divisor_override=1)
+
+
 def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Tensor:
-    """Every channel of x [N, C, H, W] filtered by taps [1, 1, k, k], at half the resolution, or at twice it."""
-    taps = taps.expand(x.shape[1], 1, -1, -1)
-    if up:
-        return sum_in_fp32(lambda x, w: F.conv_transpose2d(x, w * 4, None, 2, padding, groups=x.shape[1]), x, taps)
-    return sum_in_fp32(lambda x, w: F.conv2d(x, w, None, 2, padding, groups=x.shape[1]), x, taps)
+    """Every channel of x [N, C, H, W] filtered by taps [k] along H and along W, at half the resolution, or at twice it.
+
+    Two matrix products in whichever memory order x has: a convolution of as many groups as channels would leave tensor cores
+    unused, and most of a GPU.
+    """
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    x = x.permute(0, 2, 3, 1) if channels_last else x
+    for dim in (1, 2) if channels_last else (2, 3):
+        before, size, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
+        if up:
+            matrix = 2 * resampling(taps, 2 * size - 2 * padding + len(taps) - 2, padding).t()
+        else:
+            matrix = resampling(taps, size, padding)
+        matrix = matrix.to(x.dtype)
+        if after:
+            matrices, rows = matrix.expand(before.numel(), -1, -1), x.reshape(before.numel(), size, after.numel())
+            x = sum_in_fp32(torch.bmm, matrices, rows)
+        else:
+            x = sum_in_fp32(torch.mm, x.reshape(-1, size), matrix.t())
+        x = x.view(*before, -1, *after)
+    return x.permute(0, 3, 1, 2) if channels_last else x
+
+
+def resampling(taps: Tensor, size: int, padding: int) -> Tensor:
+    """[size / 2, size]: what a filter at stride 2 does to `size` elements with `padding` zeros on either side."""
+    padded = size + 2 * padding
+    rows = (padded - len(taps)) // 2 + 1
+    # A row is the one before, two places to the right: so lies a repeated sequence that is two longer than a row.
+    sequence = F.pad(taps, (0, padded + 2 - len(taps))).repeat(rows)
+    return sequence[: rows * padded].view(rows, padded)[:, padding : padding + size]
 
 
 class GroupNorm(nn.Module):

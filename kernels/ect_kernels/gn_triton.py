@@ -15,7 +15,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ect_kernels.philox_triton import first_sample, keep1, keep8
 
@@ -355,26 +354,3 @@ def backward_kernel(
             total += tl.where(inside, d, 0.0)
     if dv is not None:
         tl.store(dv + nc, column_sum(total, ROWS, WIDTH), mask=ok)
-
-
-@triton.jit
-def sum_over_n_kernel(
-    partials: tl.tensor, out: tl.tensor, N: tl.tensor, COLUMNS: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr
-) -> None:
-    """out[k, c] = sum over n of partials[k, n, c] in one fixed order. Grid (cdiv(COLUMNS, WIDTH), K)."""
-    k = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    r = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for i in range(0, N, ROWS):
-        offset = (k * N + i + r)[:, None] * COLUMNS + c[None, :]
-        total += tl.load(partials + offset, mask=(i + r < N)[:, None] & (c < COLUMNS)[None, :], other=0.0)
-    tl.store(out + k * COLUMNS + c, tl.sum(total, 0), mask=c < COLUMNS)
-
-
-def sum_over_n(partials: Tensor) -> Tensor:
-    """fp32 [K, C] of partials [K, N, C]."""
-    k, n, c = partials.shape
-    out = partials.new_empty((k, c))
-    sum_over_n_kernel[(triton.cdiv(c, 32), k)](partials, out, n, c, ROWS=32, WIDTH=32, num_warps=4)
-    return out

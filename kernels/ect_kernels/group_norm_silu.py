@@ -23,6 +23,7 @@ from torch import Tensor
 from ect_kernels import native, philox, tensors
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass, backends
+from ect_kernels.rows import form, gradients, vector
 
 DRAM = {
     "triton forward": "2s at 16x16 and 8x8, 3s at 32x32",
@@ -91,11 +92,13 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of the inputs: x's in its dtype, the others' in that of the arithmetic, the last three empty where absent."""
+    """Gradients of the inputs: x's in its dtype, the others' in that of the arithmetic, the last three empty where absent.
+
+    rows: [2, N, C], of gamma and beta, by sample.
+    """
 
     x: Tensor
-    gamma: Tensor
-    beta: Tensor
+    rows: Tensor
     v: Tensor
     scale: Tensor
     shift: Tensor
@@ -110,7 +113,7 @@ def empty_output(i: Inputs) -> Output:
 def empty_grads(s: Saved, i: Inputs) -> Grads:
     """Room for the backward's."""
     n, c = i.x.shape[:2]
-    sizes = [(c,), (c,), *((0,) if t is None else (n, c) for t in (i.v, i.scale, i.shift))]
+    sizes = [(2, n, c), *((0,) if t is None else (n, c) for t in (i.v, i.scale, i.shift))]
     return Grads(tensors.empty_image(i.x, c), *(s.mean.new_empty(size) for size in sizes))
 
 
@@ -169,8 +172,7 @@ def reference_bwd(s: Saved, i: Inputs) -> Grads:
     dx = rs * (dxh - dxh.mean((1, 3), keepdim=True) - xh * (dxh * xh).mean((1, 3), keepdim=True))
     return Grads(
         _image(dx, i).to(i.x.dtype),
-        (dz * xh).sum((0, 1)).view(c),
-        dz.sum((0, 1)).view(c),
+        torch.stack([dz * xh, dz]).sum(2).view(2, n, c),
         s.mean.new_empty(0) if i.v is None else dx.sum(1).view(n, c),
         s.mean.new_empty(0) if i.scale is None else (du * z).sum(1).view(n, c),
         s.mean.new_empty(0) if i.shift is None else du.sum(1).view(n, c),
@@ -202,7 +204,7 @@ def _launcher_fwd(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
 
 def _launcher_bwd(s: Saved, i: Inputs, grads: Grads) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
-    results = (*grads, s.mean.new_empty(2, n, c))  # the last: partial sums
+    results = (grads.x, *grads[2:], grads.rows)
     *vectors, v_rows, rows = i.vectors()
     numbers_ = (n, h * w, c, *numbers(i), v_rows, rows)
     return s.dy, i.x, *vectors, i.seed, i.n0, s.mean, s.rstd, *results, *numbers_, i.inv_keep
@@ -245,7 +247,9 @@ def apex_bwd(s: Saved, i: Inputs) -> Grads:
 
     sums = torch.stack([s.mean, s.rstd]).flatten()
     dx, dgamma, dbeta = group_norm.group_norm_nhwc_bprop(s.dy, sums, i.x, i.groups, i.gamma, i.beta, *_apex_options(i))
-    return Grads(dx, dgamma.float(), dbeta.float(), *(dx.new_empty(0) for _ in range(3)))
+    rows = s.mean.new_zeros(2, *i.x.shape[:2])
+    rows[:, :1] = torch.stack([dgamma, dbeta])[:, None]  # which are sums already
+    return Grads(dx, rows, *(dx.new_empty(0) for _ in range(3)))
 
 
 def _prepare_fwd(i: Inputs) -> tuple[Inputs]:
@@ -272,23 +276,25 @@ OP = Op(
 _forward_op, _backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(mean, rstd, *inputs[:8])
-    ctx.rest = inputs[8:]
+class _Norm(torch.autograd.Function):
+    """The op with gamma and beta as [C] or as rows [N, C]."""
 
+    @staticmethod
+    def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
+        i = Inputs(*args)
+        one = i._replace(gamma=vector(i.gamma), beta=vector(i.beta))
+        y, mean, rstd = _forward_op(*one, backend)
+        ctx.save_for_backward(mean, rstd, *one[:8])
+        ctx.forms = [form(i.gamma), form(i.beta)]
+        ctx.rest = (*one[8:], backend)
+        return y
 
-def _autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 14
-    mean, rstd, *saved = ctx.saved_tensors
-    grads = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
-    return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, saved[:6], strict=True)), *[None] * 8
-
-
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        mean, rstd, *saved = ctx.saved_tensors
+        dx, rows, *others = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
+        others = [None if t is None else g.to(t.dtype) for g, t in zip(others, saved[3:6], strict=True)]
+        return None, dx, *gradients(rows, ctx.forms), *others, *[None] * 7
 
 
 def group_norm_silu(
@@ -309,16 +315,16 @@ def group_norm_silu(
 ) -> Tensor:
     """dropout(silu(GroupNorm(x + v) * (1 + scale) + shift)), channels-last, in x's dtype; see the module's formulas.
 
-    Args: x: [N, C, H, W] (made channels-last if it is not). gamma, beta: [C]. v, scale, shift: [N, C], the last two together.
-    act: SiLU. p: probability of dropping, with seed (0-d int64 tensor on x's device), layer and n0 (global number of x[0], also
-    as such a tensor) as what the mask is a function of. Gradients: x, gamma, beta, v, scale, shift. Raises ValueError,
-    dispatch.BackendError.
+    Args: x: [N, C, H, W] (made channels-last if it is not). gamma, beta: [C], or rows of rows.by_sample. v, scale, shift:
+    [N, C], the last two together. act: SiLU. p: probability of dropping, with seed (0-d int64 tensor on x's device), layer and
+    n0 (global number of x[0], also as such a tensor) as what the mask is a function of. Gradients: x, gamma, beta, v, scale,
+    shift. Raises ValueError, dispatch.BackendError.
     """
     _check(x, gamma, beta, groups, v, scale, shift, p, seed)
     seed = seed if philox.dropout_threshold(p) > 0 else None
     first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)
     inputs = Inputs(x, gamma, beta, v, scale, shift, seed, first, groups, eps, act, p, layer)
-    y: Tensor = _forward_op(*inputs, backend or "")[0]
+    y: Tensor = _Norm.apply(backend or "", *inputs)
     return y
 
 
@@ -332,8 +338,8 @@ def _check(
         )
     n, c = x.shape[:2]
     tensors.check_shapes(
-        "group_norm_silu", ("gamma", gamma, (c,)), ("beta", beta, (c,)), ("v", v, (n, c)), ("scale", scale, (n, c)),
-        ("shift", shift, (n, c)),
+        "group_norm_silu", ("gamma", gamma, (c,), (n, c)), ("beta", beta, (c,), (n, c)), ("v", v, (n, c)),
+        ("scale", scale, (n, c)), ("shift", shift, (n, c)),
     )  # fmt: skip
     if (scale is None) != (shift is None):
         raise ValueError("group_norm_silu: scale and shift go together; give zeros for the missing one")

@@ -82,9 +82,6 @@ def fwd(i: Inputs, out: Output, seam: tuple[Any, ...] = SEAM, other: Tensor | No
 def bwd(s: Saved, i: Inputs, grads: Grads) -> None:
     """Fill `grads`."""
     grid, keywords = launch(i, None, backward=True)
-    partials = s.mean.new_empty(2, *i.x.shape[:2])
     sources = (s.dy, None, None, None, i.x, None, *i.vectors(), i.seed, i.n0, s.mean, s.rstd)
-    results = (grads.x, None, partials, None if i.v is None else grads.v, grads.scale, grads.shift)
+    results = (grads.x, None, grads.rows, None if i.v is None else grads.v, grads.scale, grads.shift)
     gn_triton.backward_kernel[grid](*sources, *results, i.inv_keep, i.threshold, i.layer, **keywords)
-    for grad, total in zip((grads.gamma, grads.beta), gn_triton.sum_over_n(partials), strict=True):
-        grad.copy_(total)

@@ -29,6 +29,7 @@ from ect_kernels import group_norm_silu as norm
 from ect_kernels import native, philox
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass, backends
+from ect_kernels.rows import form, gradients, vector
 from ect_kernels.tensors import check_shapes, empty_image, fp32, nhwc
 
 NAME = "residual_group_norm_silu"
@@ -88,12 +89,12 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """da in `dtype`, a's; dother (empty without other) in x's; sums [3, C + C2] in fp32 (fp64 for fp64): dgamma, dbeta, and
-    dbias in the first C places of the third row."""
+    """da in `dtype`, a's; dother (empty without other) in x's; rows [3, N, C + C2] in fp32 (fp64 for fp64), by sample: dgamma,
+    dbeta, and dbias in the first C places of the third."""
 
     da: Tensor
     dother: Tensor
-    sums: Tensor
+    rows: Tensor
 
 
 def _room_fwd(s: Seam, i: Norm) -> Output:
@@ -104,7 +105,8 @@ def _room_fwd(s: Seam, i: Norm) -> Output:
 
 def _room_bwd(s: Saved, i: Norm) -> Grads:
     dother = i.x.new_empty(0) if s.other is None else empty_image(i.x, s.other.shape[1])
-    return Grads(empty_image(i.x, i.x.shape[1], s.dtype), dother, s.mean.new_empty((3, i.gamma.shape[0])))
+    rows = s.mean.new_empty((3, i.x.shape[0], i.gamma.shape[0]))
+    return Grads(empty_image(i.x, i.x.shape[1], s.dtype), dother, rows)
 
 
 def _joined(i: Norm, other: Maybe) -> Norm:
@@ -114,8 +116,8 @@ def _joined(i: Norm, other: Maybe) -> Norm:
 
 def reference_fwd(s: Seam, i: Norm) -> Output:
     out, x, total = _room_fwd(s, i), i.x, i.x.to(i.wide)
-    for vector in (s.bias, s.skip_bias):
-        total = total if vector is None else total + vector.to(total.dtype)[:, None, None]
+    for bias in (s.bias, s.skip_bias):
+        total = total if bias is None else total + bias.to(total.dtype)[:, None, None]
     total = total if s.skip is None else total + s.skip.to(total.dtype)
     if not _nothing_to_sum(s, i):
         x = out.x.copy_(total * s.skip_scale)
@@ -127,15 +129,15 @@ def reference_fwd(s: Seam, i: Norm) -> Output:
 def reference_bwd(s: Saved, i: Norm) -> Grads:
     assert s.dy is not None  # _prepare_bwd saw to it
     c = i.x.shape[1]
-    d, dgamma, dbeta, *_ = norm.reference_bwd(norm.Saved(s.dy, s.mean, s.rstd), _joined(i, s.other))
+    d, rows, *_ = norm.reference_bwd(norm.Saved(s.dy, s.mean, s.rstd), _joined(i, s.other))
     d = d if s.djoined is None else d + s.djoined.to(d.dtype)
     da = s.skip_scale * (d[:, :c] if s.dx is None else d[:, :c] + s.dx.to(d.dtype))
     grads = _room_bwd(s, i)
     grads.da.copy_(da)
     if s.other is not None:
         grads.dother.copy_(d[:, c:])
-    dbias = F.pad(da.sum((0, 2, 3)), (0, d.shape[1] - c))
-    return grads._replace(sums=torch.stack([dgamma, dbeta, dbias]))
+    dbias = F.pad(da.sum((2, 3)), (0, d.shape[1] - c))
+    return grads._replace(rows=torch.cat([rows, dbias[None]]))
 
 
 def _prepare_fwd(s: Seam, i: Norm) -> tuple[Seam, Norm]:
@@ -162,9 +164,7 @@ def _launcher_fwd(s: Seam, i: Norm, out: Output) -> tuple[native.Argument, ...]:
 
 def _launcher_bwd(s: Saved, i: Norm, grads: Grads) -> tuple[native.Argument, ...]:
     sources = (s.dy, s.dx, s.djoined, i.x, s.other, *i.vectors()[:2], i.seed, i.n0, s.mean, s.rstd)
-    partials = s.mean.new_empty((3, i.x.shape[0], i.gamma.shape[0]))
-    results = (grads.da, grads.dother, *grads.sums.zero_().unbind(), partials)
-    return *sources, *results, *_sizes(s, i), s.skip_scale, i.inv_keep
+    return *sources, *grads, *_sizes(s, i), s.skip_scale, i.inv_keep
 
 
 def triton_limits(s: Seam | Saved, i: Norm) -> str | None:
@@ -197,19 +197,29 @@ forward_op, backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
 class _Seam(torch.autograd.Function):
-    """(x, y, joined) with a gradient for each; no registered op could return x twice."""
+    """(x, y, joined) with a gradient for each; no registered op could return x twice.
+
+    dx, djoined: whether x and joined get a gradient. Stated beforehand, because torch.compile fills an image with zeros for
+    each gradient that does not come, and the kernel would read it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, backend: str, summed: bool, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, backend: str, summed: bool, dx: bool, djoined: bool, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         s, i = Seam(*args[: len(Seam._fields)]), Norm(*args[len(Seam._fields) :])
-        left = Seam(None, None, None, 1.0, s.other, s.dtype) if summed else s
-        x, y, mean, rstd = forward_op(*left, *i, backend)
+        one = s._replace(bias=vector(s.bias), skip_bias=vector(s.skip_bias))
+        left = Seam(None, None, None, 1.0, s.other, s.dtype) if summed else one
+        gamma, beta = vector(i.gamma), vector(i.beta)
+        x, y, mean, rstd = forward_op(*left, *i._replace(gamma=gamma, beta=beta), backend)
         x = i.x.view_as(i.x) if _nothing_to_sum(left, i) else x
         n, channels, h, w = y.shape
         joined = x.detach() if s.other is None else x.new_empty(1).expand(n, channels, h, w)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, rstd, s.other, x, i.gamma, i.beta, i.seed, i.n0)
-        ctx.given = [None if t is None else t.dtype for t in (s.bias, s.skip, s.skip_bias)]
+        ctx.mark_non_differentiable(*(t for t, given in ((x, dx), (joined, djoined)) if not given))
+        ctx.save_for_backward(mean, rstd, s.other, x, gamma, beta, i.seed, i.n0)
+        ctx.forms = [form(t) for t in (i.gamma, i.beta, s.bias, s.skip_bias)]
+        ctx.has_skip, ctx.dx, ctx.djoined = s.skip is not None, dx, djoined
         ctx.skip_scale, ctx.dtype, ctx.rest = s.skip_scale, i.x.dtype, (*i[8:], backend)
         return x, y, joined
 
@@ -218,36 +228,37 @@ class _Seam(torch.autograd.Function):
         mean, rstd, other, x, gamma, beta, seed, n0 = ctx.saved_tensors
         vectors = (gamma, beta, None, None, None, seed, n0)
         saved = (mean, rstd, ctx.skip_scale, other, ctx.dtype, x)
-        da, dother, sums = backward_op(dx, djoined, dy, *saved, *vectors, *ctx.rest)
-        dgamma, dbeta, dbias = sums.unbind()
-        bias, skip, skip_bias = ctx.given
-        dbias, dskip_bias = (None if dtype is None else dbias[: x.shape[1]].to(dtype) for dtype in (bias, skip_bias))
-        seam = (dbias, None if skip is None else da, dskip_bias, None, None if other is None else dother, None)
-        return None, None, *seam, da, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *[None] * 10
+        dx, djoined = dx if ctx.dx else None, djoined if ctx.djoined else None
+        da, dother, rows = backward_op(dx, djoined, dy, *saved, *vectors, *ctx.rest)
+        dgamma, dbeta, dbias, dskip_bias = gradients(rows, ctx.forms)
+        seam = (dbias, da if ctx.has_skip else None, dskip_bias, None, None if other is None else dother, None)
+        return *[None] * 4, *seam, da, dgamma, dbeta, *[None] * 10
 
 
 def residual_group_norm_silu(
     a: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, bias: Maybe = None, skip: Maybe = None,
     skip_bias: Maybe = None, skip_scale: float = 1.0, other: Maybe = None, act: bool = True, p: float = 0.0,
     seed: Maybe = None, layer: int = 0, n0: Tensor | int = 0, dtype: torch.dtype | None = None, joined: bool = False,
-    summed: bool = False, backend: str | None = None,
+    summed: bool = False, dx: bool = True, djoined: bool = True, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(x, y) of this module's formula, channels-last, in `dtype` (None: a's).
 
     joined: also return cat(x, other), for a gradient of its own that costs no addition: without other it is x once more, else
     a stand-in without data.
 
+    dx, djoined: whether x, and what `joined` adds, will have a gradient; without one they are constants.
+
     summed: a is the sum already, with biases and scale, which then say only what its gradient is: that of the terms.
 
-    Args: a, skip: [N, C, H, W] of one dtype. other: [N, C2, H, W] of x's dtype. gamma, beta: [C + C2] and bias, skip_bias:
-    [C] of any float dtype. act: SiLU, or none. p, seed (0-d int64 tensor on the device), layer, n0: as philox.dropout.
-    Raises: ValueError for arguments that do not fit together, BackendError for a named backend that cannot run.
+    Args: a, skip: [N, C, H, W] of one dtype. other: [N, C2, H, W] of x's dtype. gamma, beta: [C + C2] and bias, skip_bias: [C]
+    of any float dtype, or rows of rows.by_sample. act: SiLU, or none. p, seed (0-d int64 tensor on the device), layer, n0: as
+    philox.dropout. Raises: ValueError for arguments that do not fit together, BackendError for a named backend that cannot run.
     """
     n, c, h, w = a.shape
     c2 = 0 if other is None else other.shape[1]
     check_shapes(
-        NAME, ("gamma", gamma, (c + c2,)), ("beta", beta, (c + c2,)), ("bias", bias, (c,)), ("skip_bias", skip_bias, (c,)),
-        ("skip", skip, (n, c, h, w)), ("other", other, (n, c2, h, w)),
+        NAME, ("gamma", gamma, (c + c2,), (n, c + c2)), ("beta", beta, (c + c2,), (n, c + c2)), ("bias", bias, (c,), (n, c)),
+        ("skip_bias", skip_bias, (c,), (n, c)), ("skip", skip, (n, c, h, w)), ("other", other, (n, c2, h, w)),
     )  # fmt: skip
     dtype = dtype or a.dtype
     for name, tensor, source, wanted in (("skip", skip, "a", a.dtype), ("other", other, "x", dtype)):
@@ -262,5 +273,5 @@ def residual_group_norm_silu(
     first = None if seed is None else philox.first_sample(NAME, n0, a.device)
     i = Norm(a, gamma, beta, None, None, None, seed, first, groups, eps, act, p, layer)
     s = Seam(bias, skip, skip_bias, skip_scale, other, dtype)
-    outputs: tuple[Tensor, ...] = _Seam.apply(backend or "", summed, *s, *i)
+    outputs: tuple[Tensor, ...] = _Seam.apply(backend or "", summed, dx, djoined and joined, *s, *i)
     return outputs if joined else outputs[:2]

@@ -18,8 +18,6 @@ def fwd(s: Seam, i: Norm, out: Output) -> None:
 def bwd(s: Saved, i: Norm, grads: Grads) -> None:
     """Fill `grads`."""
     grid, keywords = group_norm_silu_triton.launch(i, s.other, backward=True, more=True)
-    partials = s.mean.new_empty((3, i.x.shape[0], i.gamma.shape[0]))
     sources = (s.dy, s.dx, s.djoined, s.skip_scale, i.x, s.other, *i.vectors(), i.seed, i.n0, s.mean, s.rstd)
-    results = (grads.da, grads.dother, partials, partials[2], None, None)
+    results = (grads.da, grads.dother, grads.rows, grads.rows[2], None, None)
     gn_triton.backward_kernel[grid](*sources, *results, i.inv_keep, i.threshold, i.layer, **keywords)
-    grads.sums.copy_(gn_triton.sum_over_n(partials))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -
     return like.new_empty((n, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
-def check_shapes(op: str, *named: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
-    """Raises ValueError for the first of (name, tensor or None, expected shape) that has another shape."""
-    for name, tensor, shape in named:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
+def check_shapes(op: str, *named: tuple[Any, ...]) -> None:
+    """Raises ValueError for the first of (name, tensor or None, expected shapes ...) that has none of them."""
+    for name, tensor, *shapes in named:
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")

@@ -1,0 +1,82 @@
+"""Vectors by channel as rows [N, C] that are all alike, one for each sample: so their gradients stay by sample, as the norms'
+backward passes make them, until one sum over the samples serves all vectors of a network.
+
+The norm ops take gamma, beta and biases as [C], whose gradients they sum over the samples, or as such rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ect_kernels.tensors import Some
+
+
+@torch.library.custom_op("ect::sum_rows", mutates_args=())
+def sum_rows(rows: Sequence[Tensor]) -> Tensor:
+    """The sums over n of all [N, C_i], one after the other: [sum of C_i]. An op of its own, because torch.compile would make
+    as many copies of it as there are tensors."""
+    return torch.cat(list(rows), dim=1).sum(0)
+
+
+@sum_rows.register_fake
+def _(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0].new_empty(sum(t.shape[1] for t in rows))
+
+
+class _BySample(torch.autograd.Function):
+    """by_sample, whose backward is one sum_rows."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *vectors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [v.dtype for v in vectors]
+        return tuple(v.expand(n, -1) for v in vectors)
+
+    @staticmethod
+    def backward(ctx: Any, *rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [t for t in rows if t is not None]
+        if not given:
+            return (None,) * (1 + len(rows))
+        sums = iter(sum_rows(given).split([t.shape[1] for t in given]))
+        grads = (None if t is None else next(sums).to(dtype) for t, dtype in zip(rows, ctx.dtypes, strict=True))
+        return None, *grads
+
+
+def by_sample(vectors: Sequence[Tensor], n: int) -> tuple[Tensor, ...]:
+    """Each vector [C] as rows [n, C], without a copy."""
+    rows: tuple[Tensor, ...] = _BySample.apply(n, *vectors)
+    return rows
+
+
+def vector(t: Some) -> Some:
+    """[C] of a vector, or of rows that are all alike."""
+    if t is None or t.dim() == 1:
+        return t
+    return t[0] if len(t) else t.new_zeros(t.shape[1])
+
+
+class Form(NamedTuple):
+    """What a vector was given as."""
+
+    by_sample: bool
+    channels: int
+    dtype: torch.dtype
+
+
+def form(t: Tensor | None) -> Form | None:
+    return None if t is None else Form(t.dim() == 2, t.shape[-1], t.dtype)
+
+
+def gradients(rows: Tensor, forms: Sequence[Form | None]) -> list[Tensor | None]:
+    """Those of vectors, in the forms that these were given in, from the gradients by sample [K, N, C]; the K-th also serves
+    further vectors, which were added to the K-th."""
+    totals = rows.sum(1) if any(f is not None and not f.by_sample for f in forms) else rows
+    found: list[Tensor | None] = []
+    for k, f in enumerate(forms):
+        plane = min(k, len(rows) - 1)
+        found.append(None if f is None else (rows if f.by_sample else totals)[plane][..., : f.channels].to(f.dtype))
+    return found
