@@ -139,7 +139,9 @@ def launch(case: Case, args: dict[str, Tensor], backend: str) -> dict[str, Tenso
     inv_keep = 65536 / (65536 - threshold)
     hw = case.hw[0] * case.hw[1]
     y, mean, rstd = out("dy"), out(None, case.n, case.groups), out(None, case.n, case.groups)
-    grads = {"dx": out("x"), "dgamma": out("gamma"), "dbeta": out("beta")}
+    grads = {"dx": out("x")}
+    rows = out(None, 3 if case.residual else 2, case.n, c)  # gradients of gamma, beta and the bias by sample
+    assert rows is not None
     dtype = native.DTYPES[case.dtype]
     tail = (case.groups, dtype, case.act, threshold, LAYER)
     if not case.residual:
@@ -149,22 +151,24 @@ def launch(case: Case, args: dict[str, Tensor], backend: str) -> dict[str, Tenso
         )  # fmt: skip
         grads |= {f"d{k}": out(k) for k in ("v", "scale", "shift")}
         native.launch(
-            backend, "group_norm_silu_bwd", a["dy"], a["x"], *vectors, *random, mean, rstd, *grads.values(),
-            out(None, 2, case.n, c), case.n, hw, c, *tail, c, c, inv_keep,
+            backend, "group_norm_silu_bwd", a["dy"], a["x"], *vectors, *random, mean, rstd, *grads.values(), rows,
+            case.n, hw, c, *tail, c, c, inv_keep,
         )  # fmt: skip
-        return {k: v for k, v in ({"y": y, "mean": mean, "rstd": rstd} | grads).items() if v is not None}
+        results = {"y": y, "mean": mean, "rstd": rstd, **grads, "dgamma": rows[0].sum(0), "dbeta": rows[1].sum(0)}
+        return {k: v for k, v in results.items() if v is not None}
     x = out("x")
     native.launch(
         backend, "residual_group_norm_silu_fwd", *(a.get(k) for k in ("x", "bias", "skip", "skip_bias", "other")),
         a["gamma"], a["beta"], *random, x, y, mean, rstd, case.n, hw, case.c, case.c2, dtype, *tail, SCALE, EPS, inv_keep,
     )  # fmt: skip
-    grads |= {"dother": out("other"), "dbias": out("bias")}
+    grads |= {"dother": out("other")}
     native.launch(
         backend, "residual_group_norm_silu_bwd", a["dy"], a["dx"], None, x, a.get("other"), a["gamma"], a["beta"], *random,
-        mean, rstd, grads["dx"], grads["dother"], grads["dgamma"], grads["dbeta"], grads["dbias"],
-        out(None, 3, case.n, c), case.n, hw, case.c, case.c2, dtype, *tail, SCALE, inv_keep,
+        mean, rstd, *grads.values(), rows, case.n, hw, case.c, case.c2, dtype, *tail, SCALE, inv_keep,
     )  # fmt: skip
-    return {k: v for k, v in ({"x": x, "y": y, "mean": mean, "rstd": rstd} | grads).items() if v is not None}
+    sums = {"dgamma": rows[0].sum(0), "dbeta": rows[1].sum(0), "dbias": rows[2, :, : case.c].sum(0)}
+    results = {"x": x, "y": y, "mean": mean, "rstd": rstd, **grads, **sums}
+    return {k: v for k, v in results.items() if v is not None and (k != "dbias" or "bias" in a)}
 
 
 def check(case: Case, backend: str) -> None:
