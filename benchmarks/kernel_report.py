@@ -27,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import launches
+import row_loops
 import sass
 from ect_kernels.__main__ import OPS
 from rich.console import Console
@@ -204,14 +205,34 @@ def triton_row(op: str, number: int, arch: int) -> Row:
     return row
 
 
-def cuda_usages(op: str, arch: int) -> dict[str, sass.Usage]:
-    """Compile csrc/<op>.cu: the usage of each kernel by its symbol."""
+def cuda_cubin(op: str, arch: int, folder: Path) -> Path:
+    """Compile csrc/<op>.cu in a folder, which gets its PTX too."""
+    cubin = folder / "out.cubin"
+    command = [sass.tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{ROOT}/csrc/common"]
+    command += ["--keep", "--keep-dir", str(folder), str(ROOT / "csrc" / f"{op}.cu"), "-o", str(cubin)]
+    subprocess.run(command, check=True, cwd=folder)
+    return cubin
+
+
+def cuda_usages(op: str, arch: int) -> tuple[dict[str, sass.Usage], list[row_loops.RowLoop]]:
+    """The usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cubin = cuda_cubin(op, arch, folder)
+        listing = sass.disassembled(cubin)
+        usages = sass.read(cubin, (folder / f"{op}.ptx").read_text(encoding="utf-8"), arch, listing)
+        return usages, row_loops.of_kernels(_demangled(listing), arch) if op in row_loops.OPS else []
+
+
+def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
+    """Of csrc/<op>.cu, compiled for nothing else."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sass.tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{ROOT}/csrc/common"]
-        cubin = Path(folder) / "out.cubin"
-        command += ["--keep", "--keep-dir", folder, str(ROOT / "csrc" / f"{op}.cu"), "-o", str(cubin)]
-        subprocess.run(command, check=True, cwd=folder)
-        return sass.read(cubin, (Path(folder) / f"{op}.ptx").read_text(encoding="utf-8"), arch)
+        return row_loops.of_kernels(_demangled(sass.disassembled(cuda_cubin(op, arch, Path(folder)))), arch)
+
+
+def _demangled(listing: dict[str, str]) -> dict[str, str]:
+    plain = launches.demangle(list(listing))
+    return {plain[symbol]: text for symbol, text in listing.items()}
 
 
 def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str, launches.Launch]) -> list[Row]:
@@ -231,8 +252,8 @@ def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str,
     return rows
 
 
-def compile_all(ops: Sequence[str], archs: list[int], every: bool) -> list[Row]:
-    """The rows of Triton, then those of CUDA where nvcc is; compiled by several processes."""
+def compile_all(ops: Sequence[str], archs: list[int], every: bool) -> tuple[list[Row], list[row_loops.RowLoop]]:
+    """The rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; compiled by several processes."""
     written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if _has("nvcc") else []
     native = [(op, arch) for op in written for arch in archs]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
@@ -243,9 +264,18 @@ def compile_all(ops: Sequence[str], archs: list[int], every: bool) -> list[Row]:
         ]  # fmt: skip
         used = {op: launches.record(op) for op in written}
         rows = [future.result() for future in triton]
+        loops = []
         for (op, arch), future in zip(native, compiling, strict=True):
-            rows += cuda_rows(op, arch, future.result(), used[op])
-    return rows
+            usages, found = future.result()
+            rows += cuda_rows(op, arch, usages, used[op])
+            loops += found
+    return rows, loops
+
+
+def compile_row_loops(ops: Sequence[str], archs: list[int]) -> list[row_loops.RowLoop]:
+    native = [(op, arch) for op in ops for arch in archs]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
+        return [loop for found in pool.map(cuda_row_loops, *zip(*native, strict=True)) for loop in found]
 
 
 def _has(name: str) -> bool:
@@ -275,21 +305,50 @@ def show(rows: list[Row], console: Console) -> None:
     console.print(table, highlight=False)
 
 
+def show_row_loops(loops: list[row_loops.RowLoop], held: bool, console: Console) -> bool:
+    """Print the loops and, where they are held to the bars, what they miss; whether they miss anything."""
+    table = Table(title="SASS instructions a row of eight fp16 elements")
+    for column in ("kernel", "sm", "loop", "rows an iteration", "body", "longest way", "longest that draws nothing"):
+        table.add_column(column, justify="left" if column in ("kernel", "loop") else "right")
+    for loop in loops:
+        counts = (f"{count:g}" for count in (loop.rows, loop.body, loop.longest, loop.undrawn))
+        table.add_row(loop.kernel, str(loop.arch), loop.kind, *counts)
+    console.print(table, highlight=False)
+    misses = row_loops.missed(loops) if held else []
+    for miss in misses:
+        console.print(f"{miss}; [red]MISSED[/]", highlight=False)
+    return bool(misses)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where a kernel misses a bar")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(sass.SM_SHARED))
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(sass.SM_SHARED))
+    parser.add_argument(
+        "--rows-of-eight",
+        action="store_true",
+        help="only count the instructions of the norms' loops, from the CUDA kernels for sm_80 or --arch (seconds)",
+    )
     parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions, sooner
     console = Console(width=None if sys.stdout.isatty() else 200)
     ops = options.op or OPS
+    norms = [op for op in ops if op in row_loops.OPS]
+    if options.rows_of_eight:
+        archs = options.arch or [80]
+        loops = compile_row_loops(norms, archs)
+        missed = show_row_loops(loops, "group_norm_silu" in norms and 80 in archs, console)
+        return 1 if missed and options.check else 0
     if not _has("nvcc"):
         console.print("[bold red]*** no nvcc: the CUDA kernels are NOT in this report ***[/]")
-    rows = compile_all(ops, options.arch, every=not options.check)
+    archs = options.arch or [80, 90]
+    rows, loops = compile_all(ops, archs, every=not options.check)
     failed = judge(rows, console)
     show(rows, console)
+    if norms and _has("nvcc"):
+        failed |= show_row_loops(loops, "group_norm_silu" in norms and 80 in archs, console)
     for op in ops:
         module = importlib.import_module(f"ect_kernels.{op}")
         traffic = ", ".join(f"{name} {size}" for name, size in getattr(module, "DRAM", {}).items())

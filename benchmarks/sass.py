@@ -68,14 +68,19 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"no {name} on PATH, in CUDA_HOME, /usr/local/cuda or Triton's package")
 
 
-def read(cubin: Path, ptx: str, arch: int) -> dict[str, Usage]:
-    """Usage of each kernel of a cubin by its (mangled) name; `ptx` is the text it was assembled from."""
+def disassembled(cubin: Path) -> dict[str, str]:
+    """SASS of each kernel of a cubin by its (mangled) name."""
+    # -ndf: no analysis of the data flow, which takes a third of the time and changes no instruction.
+    return functions(_output("nvdisasm", "-c", "-ndf", str(cubin)))
+
+
+def read(cubin: Path, ptx: str, arch: int, listing: dict[str, str] | None = None) -> dict[str, Usage]:
+    """Usage of each kernel of a cubin by its (mangled) name. ptx: the text it was assembled from; listing: `disassembled`."""
     usage = resources(_output("cuobjdump", "-res-usage", str(cubin)))
     if arch >= 90:  # there the figure includes the 1 KiB that the system keeps
         for kernel in usage.values():
             kernel.static_shared = max(0, kernel.static_shared - 1024)
-    # -ndf: no analysis of the data flow, which takes a third of the time and changes no instruction.
-    for name, text in functions(_output("nvdisasm", "-c", "-ndf", str(cubin))).items():
+    for name, text in (listing or disassembled(cubin)).items():
         count_instructions(usage[name], text)
     for name, (threads, body) in entries(ptx).items():
         usage[name].max_threads = threads
