@@ -17,7 +17,6 @@ import importlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -205,34 +204,21 @@ def triton_row(op: str, number: int, arch: int) -> Row:
     return row
 
 
-def cuda_cubin(op: str, arch: int, folder: Path) -> Path:
-    """Compile csrc/<op>.cu in a folder, which gets its PTX too."""
-    cubin = folder / "out.cubin"
-    command = [sass.tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{ROOT}/csrc/common"]
-    command += ["--keep", "--keep-dir", str(folder), str(ROOT / "csrc" / f"{op}.cu"), "-o", str(cubin)]
-    subprocess.run(command, check=True, cwd=folder)
-    return cubin
-
-
 def cuda_usages(op: str, arch: int) -> tuple[dict[str, sass.Usage], list[row_loops.RowLoop]]:
     """The usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cubin = cuda_cubin(op, arch, folder)
+        cubin = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, folder)
         listing = sass.disassembled(cubin)
         usages = sass.read(cubin, (folder / f"{op}.ptx").read_text(encoding="utf-8"), arch, listing)
-        return usages, row_loops.of_kernels(_demangled(listing), arch) if op in row_loops.OPS else []
+        return usages, row_loops.of_kernels(launches.demangled(listing), arch) if op in row_loops.OPS else []
 
 
 def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
     """Of csrc/<op>.cu, compiled for nothing else."""
     with tempfile.TemporaryDirectory() as folder:
-        return row_loops.of_kernels(_demangled(sass.disassembled(cuda_cubin(op, arch, Path(folder)))), arch)
-
-
-def _demangled(listing: dict[str, str]) -> dict[str, str]:
-    plain = launches.demangle(list(listing))
-    return {plain[symbol]: text for symbol, text in listing.items()}
+        listing = sass.disassembled(sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder)))
+        return row_loops.of_kernels(launches.demangled(listing), arch)
 
 
 def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str, launches.Launch]) -> list[Row]:
@@ -254,7 +240,7 @@ def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str,
 
 def compile_all(ops: Sequence[str], archs: list[int], every: bool) -> tuple[list[Row], list[row_loops.RowLoop]]:
     """The rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; compiled by several processes."""
-    written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if _has("nvcc") else []
+    written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if sass.available("nvcc") else []
     native = [(op, arch) for op in written for arch in archs]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         compiling = [pool.submit(cuda_usages, *each) for each in native]  # the longest first
@@ -276,14 +262,6 @@ def compile_row_loops(ops: Sequence[str], archs: list[int]) -> list[row_loops.Ro
     native = [(op, arch) for op in ops for arch in archs]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         return [loop for found in pool.map(cuda_row_loops, *zip(*native, strict=True)) for loop in found]
-
-
-def _has(name: str) -> bool:
-    try:
-        sass.tool(name)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def show(rows: list[Row], console: Console) -> None:
@@ -323,7 +301,7 @@ def show_row_loops(loops: list[row_loops.RowLoop], held: bool, console: Console)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where a kernel misses a bar")
-    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(sass.SM_SHARED))
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(sass.SMS))
     parser.add_argument(
         "--rows-of-eight",
         action="store_true",
@@ -341,13 +319,13 @@ def main(argv: list[str] | None = None) -> int:
         loops = compile_row_loops(norms, archs)
         missed = show_row_loops(loops, "group_norm_silu" in norms and 80 in archs, console)
         return 1 if missed and options.check else 0
-    if not _has("nvcc"):
+    if not sass.available("nvcc"):
         console.print("[bold red]*** no nvcc: the CUDA kernels are NOT in this report ***[/]")
     archs = options.arch or [80, 90]
     rows, loops = compile_all(ops, archs, every=not options.check)
     failed = judge(rows, console)
     show(rows, console)
-    if norms and _has("nvcc"):
+    if norms and sass.available("nvcc"):
         failed |= show_row_loops(loops, "group_norm_silu" in norms and 80 in archs, console)
     for op in ops:
         module = importlib.import_module(f"ect_kernels.{op}")

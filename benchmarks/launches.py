@@ -185,6 +185,12 @@ def demangle(mangled: list[str]) -> dict[str, str]:
     return names
 
 
+def demangled(listing: dict[str, str]) -> dict[str, str]:
+    """Texts by symbol, by the names of `demangle` instead."""
+    names = demangle(list(listing))
+    return {names[symbol]: text for symbol, text in listing.items()}
+
+
 def _head(line: str) -> str:
     """A demangled function without its parameter list: up to the first '(' outside of <>."""
     depth = 0

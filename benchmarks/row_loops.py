@@ -2,9 +2,10 @@
 
 A loop is a backward branch to a block that dominates it, with the blocks from which control flows to that branch. A row loop
 holds no other loop and moves rows, 16 bytes or more an access. `body` counts all its instructions, predicated or not, on every
-side of a branch; `longest` those of the longest way through it, the most that a warp issues; `undrawn` those of the longest way
-that calls no Philox. Each is divided by the rows that nvcc unrolled the loop to: one way through the body makes as many calls
-of Philox, and as many accesses of a kind, as it handles rows. A call (of a division's slow path, say) is one instruction.
+side of a branch; `longest` those of the longest way through it, the most that a warp issues; `undrawn` and `unstored` those of
+the longest way that calls no Philox, and that stores no row. Each is divided by the rows that nvcc unrolled the loop to: one
+way through the body makes as many calls of Philox, and as many accesses of a kind, as it handles rows. A call (of a division's
+slow path, say) is one instruction.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class RowLoop:
     body: float
     longest: float
     undrawn: float
+    unstored: float
 
 
 OPS = ("group_norm_silu", "residual_group_norm_silu")
@@ -125,35 +127,42 @@ Weight = Callable[[Block], float]
 
 
 def longest_way(graph: list[Block], header: int, body: Collection[int], weight: Weight) -> float:
-    """The most that one way through a loop's body weighs, from its header back to it; a block of weight -inf is not passed."""
+    """The most that one way through `body` weighs, from the header back to it or to an end of the kernel; no way leads through
+    a block of weight -inf."""
     best: dict[int, float] = {}
 
     def from_(block: int) -> float:
         if block not in best:
             inside = [target for target in graph[block].after if target in body]
             ways = [0.0 if target == header else from_(target) for target in inside]
+            if not graph[block].after:
+                ways.append(0.0)
             best[block] = weight(graph[block]) + max(ways, default=float("-inf"))
         return best[block]
 
     return from_(header)
 
 
-def _bits(kind: str, block: Block) -> float:
+def moved(kind: str, block: Block) -> float:
     """Of a block's row accesses of one kind; of those under opposite guards, one side."""
     here = [(i.guard, i.row_bits) for i in block.code if i.opcode.split(".")[0] == kind]
     return max(sum(bits for guard, bits in here if not guard or ("!" in guard) == side) for side in (False, True))
 
 
-def _length(block: Block) -> float:
+def size(block: Block) -> float:
     return len(block.code)
 
 
-def _multiplies(block: Block) -> float:
+def multiplies(block: Block) -> float:
     return sum(i.draws for i in block.code)
 
 
-def _undrawn(block: Block) -> float:
-    return float("-inf") if _multiplies(block) else len(block.code)
+def undrawn(block: Block) -> float:
+    return float("-inf") if multiplies(block) else len(block.code)
+
+
+def unstored(block: Block) -> float:
+    return float("-inf") if moved("STG", block) or moved("STS", block) else len(block.code)
 
 
 def row_loops(kernel: str, arch: int, text: str, element_bits: int = 16) -> Iterator[RowLoop]:
@@ -162,24 +171,29 @@ def row_loops(kernel: str, arch: int, text: str, element_bits: int = 16) -> Iter
     backward = "bwd" in kernel
     for header, body in innermost(graph):
         way = partial(longest_way, graph, header, body)
-        moved = {kind: bits for kind in ACCESSES if (bits := way(partial(_bits, kind))) > 0}
-        if not moved:
+        accessed = {kind: bits for kind in ACCESSES if (bits := way(partial(moved, kind))) > 0}
+        if not accessed:
             continue
         exponential = any(i.opcode == "MUFU.EX2" for k in body for i in graph[k].code)
-        if set(moved) == {"LDGSTS"}:
+        if set(accessed) == {"LDGSTS"}:
             kind = "copy"
         elif backward:
-            kind = "backward 2" if "STG" in moved else "backward 1"
+            kind = "backward 2" if "STG" in accessed else "backward 1"
         else:
             kind = "apply" if exponential else "Welford"
         # A row of eight elements is 8 * element_bits; the backward copies those of two tensors.
-        rows = min(moved.values()) / (8 * element_bits * (2 if kind == "copy" and backward else 1))
-        if calls := way(_multiplies) // sass.PHILOX_MULTIPLIES:
+        rows = min(accessed.values()) / (8 * element_bits * (2 if kind == "copy" and backward else 1))
+        if calls := way(multiplies) // sass.PHILOX_MULTIPLIES:
             rows = min(rows, calls)
-        length = sum(_length(graph[k]) for k in body)
-        longest, undrawn = way(_length), way(_undrawn)
-        undrawn = longest if undrawn < 0 else undrawn  # no way past Philox
-        yield RowLoop(kernel, arch, kind, rows, length / rows, longest / rows, undrawn / rows)
+        everything = sum(size(graph[k]) for k in body)
+        longest = way(size)
+        others = [other if (other := way(weight)) > 0 else longest for weight in (undrawn, unstored)]
+        yield RowLoop(kernel, arch, kind, rows, *(count / rows for count in (everything, longest, *others)))
+
+
+def types(name: str) -> set[str]:
+    """Those that a kernel is instantiated with."""
+    return set(re.findall(r"__half|__nv_bfloat16|float", name))
 
 
 def resident(text: str) -> bool:
@@ -193,8 +207,7 @@ def of_kernels(functions: dict[str, str], arch: int, element_bits: int = 16) -> 
     wanted = {16: "__half", 32: "float"}[element_bits]
     found: list[RowLoop] = []
     for name, text in functions.items():
-        types = set(re.findall(r"__half|__nv_bfloat16|float", name))
-        if types == {wanted} and resident(text) and "MUFU.EX2" in text:
+        if types(name) == {wanted} and resident(text) and "MUFU.EX2" in text:
             found += row_loops(name, arch, text, element_bits)
     return found
 

@@ -11,10 +11,32 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
-SM_SHARED = {80: 164 * 1024, 90: 228 * 1024}  # shared memory of an SM, bytes
-CTA_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # the most that one CTA may have
 PHILOX = ("-766435501", "-845247145")  # its two multipliers as PTX writes them
 PHILOX_MULTIPLIES = 18  # high halves of products: 20 in a call, two of which a loop may find before it starts
+
+
+@dataclass(frozen=True)
+class Sm:
+    """What an SM holds at once, by the CUDA programming guide's table of compute capabilities. shared: bytes, of which one CTA
+    may have all but 1 KiB. Every SM has 64 K registers."""
+
+    shared: int
+    threads: int
+    ctas: int
+
+    @property
+    def cta_shared(self) -> int:
+        return self.shared - 1024
+
+
+SMS = {
+    80: Sm(164 * 1024, 2048, 32),
+    86: Sm(100 * 1024, 1536, 16),
+    89: Sm(100 * 1024, 1536, 24),
+    90: Sm(228 * 1024, 2048, 32),
+    100: Sm(228 * 1024, 2048, 32),
+    120: Sm(100 * 1024, 1536, 24),
+}
 
 Widths = dict[str, frozenset[int]]  # "load x" -> bits
 
@@ -68,6 +90,17 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"no {name} on PATH, in CUDA_HOME, /usr/local/cuda or Triton's package")
 
 
+def compiled(source: Path, arch: int, folder: Path) -> Path:
+    """The cubin of a file of csrc/, made by nvcc in a folder, which keeps its PTX too."""
+    cubin = folder / "out.cubin"
+    command = [tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{source.parent}/common"]
+    command += ["--keep", "--keep-dir", str(folder), str(source), "-o", str(cubin)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{done.stderr}")
+    return cubin
+
+
 def disassembled(cubin: Path) -> dict[str, str]:
     """SASS of each kernel of a cubin by its (mangled) name."""
     # -ndf: no analysis of the data flow, which takes a third of the time and changes no instruction.
@@ -86,6 +119,15 @@ def read(cubin: Path, ptx: str, arch: int, listing: dict[str, str] | None = None
         usage[name].max_threads = threads
         usage[name].access, usage[name].draws = accesses(body), draws(body)
     return usage
+
+
+def available(name: str) -> bool:
+    """Whether there is such a tool."""
+    try:
+        tool(name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _output(name: str, *args: str) -> str:
@@ -289,9 +331,10 @@ def _bits(opcode: str) -> int:
 
 def ctas_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
     """Resident CTAs by registers (256 at a time, four partitions), threads and shared memory (1 KiB a CTA is kept)."""
-    if shared > CTA_SHARED[arch]:
+    sm = SMS[arch]
+    if shared > sm.cta_shared:
         return 0
     warps = -(-threads // 32)
     by_registers = 4 * (16384 // (-(-registers * 32 // 256) * 256)) // warps
-    by_shared = SM_SHARED[arch] // (-(-(shared + 1024) // 128) * 128)
-    return min(by_registers, 64 // warps, 32, by_shared)
+    by_shared = sm.shared // (-(-(shared + 1024) // 128) * 128)
+    return min(by_registers, sm.threads // 32 // warps, sm.ctas, by_shared)

@@ -54,7 +54,9 @@ AFTER = [
 def test_counts_a_loop_written_by_hand() -> None:
     (loop,) = row_loops.row_loops("norm_fwd_kernel<__half>", 80, listing(BEFORE + ROWS + AFTER))
     # Of the branch of two sides the longest way takes the one of three instructions.
-    assert loop == row_loops.RowLoop("norm_fwd_kernel<__half>", 80, "apply", 1, body=32, longest=31, undrawn=11)
+    assert loop == row_loops.RowLoop(
+        "norm_fwd_kernel<__half>", 80, "apply", 1, body=32, longest=31, undrawn=11, unstored=31
+    )
 
 
 def test_two_rows_an_iteration_halve_the_count() -> None:
@@ -113,7 +115,7 @@ def test_a_compiled_kernel_takes_as_many_instructions_a_row_however_it_is_unroll
 
 
 def loop(kind: str, body: float, kernel: str = "group_norm_silu_fwd_kernel<__half, 8>") -> row_loops.RowLoop:
-    return row_loops.RowLoop(kernel, 80, kind, 1, body, body, body)
+    return row_loops.RowLoop(kernel, 80, kind, 1, body, body, body, body)
 
 
 def test_bars() -> None:
