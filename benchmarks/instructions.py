@@ -80,19 +80,18 @@ def _counts(listings: dict[str, dict[str, str]], arch: int, bits: int) -> Counts
 
 def of_norm(op: str, loops: Iterable[row_loops.RowLoop]) -> Counts:
     """Of the loops of a norm's kernels; of each kind the one that takes the most."""
-    most: dict[str, Counts] = {}
-    for loop in loops:
-        given = loop.unstored if loop.kind == "Welford" else loop.undrawn
-        ways = {"longest": loop.longest, "undrawn": loop.undrawn, "given": given}
-        here = most.setdefault(loop.kind, ways)
-        most[loop.kind] = {way: max(count, here[way]) for way, count in ways.items()}
+    loops = list(loops)
+
+    def most(kind: str, way: str, direction: str) -> float:
+        return max(getattr(loop, way) for loop in loops if loop.kind == kind and direction in loop.kernel)
+
     out: Counts = {}
     for drops, way in ((False, "undrawn"), (True, "longest")):
-        apply = most["apply"][way]
-        out[norm(op, False, drops)] = most["copy"]["given"] + most["Welford"]["given"] + apply
+        apply = most("apply", way, "fwd")
+        out[norm(op, False, drops)] = most("copy", way, "fwd") + most("Welford", "unstored", "fwd") + apply
         if op.startswith("residual"):  # such rows are not copied
-            out[norm(op, False, drops, True)] = most["Welford"]["longest"] + apply
-        out[norm(op, True, drops)] = sum(most[kind][way] for kind in ("copy", "backward 1", "backward 2"))
+            out[norm(op, False, drops, True)] = most("Welford", "longest", "fwd") + apply
+        out[norm(op, True, drops)] = sum(most(kind, way, "bwd") for kind in ("copy", "backward 1", "backward 2"))
     return out
 
 
