@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -90,15 +91,30 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"no {name} on PATH, in CUDA_HOME, /usr/local/cuda or Triton's package")
 
 
-def compiled(source: Path, arch: int, folder: Path) -> Path:
-    """The cubin of a file of csrc/, made by nvcc in a folder, which keeps its PTX too."""
+# A file of csrc/ whose launchers instantiate no kernel; those that are wanted follow.
+ONLY = """#include "vec.cuh"
+#undef BY_DTYPE
+#define BY_DTYPE(code, CALL)
+#include "{source}"
+"""
+
+
+def compiled(source: Path, arch: int, folder: Path, only: Collection[str] = ()) -> tuple[Path, str]:
+    """The cubin of a file of csrc/, made by nvcc in a folder, and its PTX. only: of a norm's kernels these, else all."""
+    file = source
+    if only:
+        file = folder / "only.cu"
+        text = ONLY.format(source=source)
+        for kernel in sorted(only):
+            text += f"template __global__ void {kernel}(const gn::{'Backward' if '_bwd_' in kernel else 'Forward'});\n"
+        file.write_text(text, encoding="utf-8")
     cubin = folder / "out.cubin"
     command = [tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{source.parent}/common"]
-    command += ["--keep", "--keep-dir", str(folder), str(source), "-o", str(cubin)]
+    command += ["--keep", "--keep-dir", str(folder), str(file), "-o", str(cubin)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{done.stderr}")
-    return cubin
+    return cubin, (folder / f"{file.stem}.ptx").read_text(encoding="utf-8")
 
 
 def disassembled(cubin: Path) -> dict[str, str]:

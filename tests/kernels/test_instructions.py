@@ -15,6 +15,7 @@ def test_a_norm_adds_up_the_loops_that_it_runs() -> None:
     loops = [  # body, longest, undrawn, unstored
         RowLoop(forward, 80, "copy", 1, 10, 10, 10, 10),
         RowLoop(forward, 80, "Welford", 1, 200, 150, 150, 80),
+        RowLoop(forward, 80, "Welford", 1, 210, 149, 149, 149),  # one that has no other way than to store
         RowLoop(forward, 80, "apply", 1, 230, 220, 130, 220),
         RowLoop(backward, 80, "copy", 1, 19, 19, 19, 19),
         RowLoop(backward, 80, "backward 1", 1, 320, 300, 210, 300),
