@@ -251,11 +251,11 @@ def draws(body: str) -> list[Draws]:
     """`Draws` of each innermost loop of a kernel's PTX that calls Philox, and of the code outside of loops if that does."""
     statements, origin = _parsed(body)
     place = {name: k for k, (opcode, name) in enumerate(statements) if opcode == "label"}
-    # A loop is what lies between a label and a branch back to it.
+    # A loop is what lies between a label and the last branch back to it.
     targets = [
         (k, re.search(r"([\w$.]+)\s*$", text)) for k, (opcode, text) in enumerate(statements) if opcode[:3] == "bra"
     ]
-    loops = [(place[t[1]], k) for k, t in targets if t and place.get(t[1], k) < k]
+    loops = list({place[t[1]]: k for k, t in targets if t and place.get(t[1], k) < k}.items())
     constants = {text.split(",")[0] for opcode, text in statements if opcode[:3] == "mov" and text.endswith(PHILOX)}
     found: dict[tuple[int, int], Draws] = {}
     for k, (opcode, text) in enumerate(statements):
