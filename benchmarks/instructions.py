@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,6 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = (*row_loops.OPS, "radam_ema", "perturb", "consistency_loss")
-TYPES = {16: "__half", 32: "float"}
 UPDATE_ELEMENTS = 8  # that a thread of radam_ema's update handles
 NORMALS = 4  # that one call of Philox gives perturb
 Counts = dict[str, float]
@@ -30,15 +30,26 @@ Counts = dict[str, float]
 
 @cache
 def counts(arch: int) -> dict[int, Counts] | None:
-    """{bits of an element: {kernel: instructions}}; None where nvcc or nvdisasm is missing. Kernels: 'radam_ema', 'perturb',
-    'consistency_loss' and a norm's, named by `norm`."""
+    """{bits of an element: {kernel: instructions}}; None where they cannot be had, as without nvcc or nvdisasm. Kernels:
+    'radam_ema', 'perturb', 'consistency_loss' and a norm's, named by `norm`."""
     if not (sass.available("nvcc") and sass.available("nvdisasm")):
         return None
+    try:
+        return _counts(arch)
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # another compiler than was tried
+        print(f"sm_{arch}: the instructions of the kernels in csrc/ cannot be counted: {error}", file=sys.stderr)
+        return None
+
+
+def _counts(arch: int) -> dict[int, Counts]:
     kept = ROOT / "build" / "sass" / f"sm_{arch}-{_digest()}.json"
     if not kept.exists():
+        jobs = [(op, bits) for bits in sass.TYPES for op in OPS]
         with ThreadPoolExecutor() as pool:
-            listings = dict(zip(OPS, pool.map(partial(_listing, arch), OPS), strict=True))
-        found = {bits: _counts(listings, arch, bits) for bits in TYPES}
+            parts = pool.map(partial(_of_op, arch), *zip(*jobs, strict=True))
+        found: dict[int, Counts] = {bits: {} for bits in sass.TYPES}
+        for (_, bits), part in zip(jobs, parts, strict=True):
+            found[bits] |= part
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found), encoding="utf-8")
     return {int(bits): counts for bits, counts in json.loads(kept.read_text(encoding="utf-8")).items()}
@@ -61,22 +72,14 @@ def _digest() -> str:
     return hashlib.sha256(b"\0".join([version, *(file.read_bytes() for file in files)])).hexdigest()[:16]
 
 
-def _listing(arch: int, op: str) -> dict[str, str]:
-    """SASS of an op's kernels by their demangled names."""
+def _of_op(arch: int, op: str, bits: int) -> Counts:
+    """Compile an op of csrc/ and count."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin, _ = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder))
-        listing = sass.disassembled(cubin)
-    return launches.demangled(listing)
-
-
-def _counts(listings: dict[str, dict[str, str]], arch: int, bits: int) -> Counts:
-    found: Counts = {}
-    for op, listing in listings.items():
-        if op in row_loops.OPS:
-            found |= of_norm(op, row_loops.of_kernels(listing, arch, bits))
-        else:
-            found[op] = of_elementwise(listing, bits)
-    return found
+        cubin, _ = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), bits=bits)
+        listing = launches.demangled(sass.disassembled(cubin))
+    if op in row_loops.OPS:
+        return of_norm(op, row_loops.of_kernels(listing, arch, bits))
+    return {op: of_elementwise(listing, bits)}
 
 
 def of_norm(op: str, loops: Iterable[row_loops.RowLoop]) -> Counts:
@@ -104,7 +107,7 @@ def of_elementwise(listing: dict[str, str], bits: int) -> float:
     total = 0.0
     for name, text in listing.items():
         types = row_loops.types(name)
-        if name.endswith(", 1>") or types - {TYPES[bits]}:
+        if name.endswith(", 1>") or types - {sass.TYPES[bits][1]}:
             continue  # where sizes or addresses forbid vectors; of another type
         graph = row_loops.blocks(text)
         loops = [_of_loop(graph, header, body, bits if types else 32) for header, body in row_loops.innermost(graph)]

@@ -222,9 +222,9 @@ def cuda_usages(op: str, arch: int, only: Sequence[str] = ()) -> tuple[dict[str,
 
 
 def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
-    """Of csrc/<op>.cu, compiled for nothing else."""
+    """Of the fp16 kernels of csrc/<op>.cu, compiled for nothing else."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin, _ = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder))
+        cubin, _ = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), bits=16)
         listing = sass.disassembled(cubin)
         return row_loops.of_kernels(launches.demangled(listing), arch)
 

@@ -204,7 +204,7 @@ def resident(text: str) -> bool:
 def of_kernels(functions: dict[str, str], arch: int, element_bits: int = 16) -> list[RowLoop]:
     """Of kernels by their demangled names: of those in one type alone (fp16 or fp32), with an activation, that keep their rows
     in shared memory."""
-    wanted = {16: "__half", 32: "float"}[element_bits]
+    wanted = sass.TYPES[element_bits][1]
     found: list[RowLoop] = []
     for name, text in functions.items():
         if types(name) == {wanted} and resident(text) and "MUFU.EX2" in text:

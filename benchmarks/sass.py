@@ -91,20 +91,26 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"no {name} on PATH, in CUDA_HOME, /usr/local/cuda or Triton's package")
 
 
-# A file of csrc/ whose launchers instantiate no kernel; those that are wanted follow.
-ONLY = """#include "vec.cuh"
+# A file of csrc/ whose launchers instantiate the kernels of one dtype, or none.
+PART = """#include "vec.cuh"
 #undef BY_DTYPE
-#define BY_DTYPE(code, CALL)
+#define BY_DTYPE(code, CALL) {choice}
 #include "{source}"
 """
+TYPES = {16: ("F16", "__half"), 32: ("F32", "float")}
 
 
-def compiled(source: Path, arch: int, folder: Path, only: Collection[str] = ()) -> tuple[Path, str]:
-    """The cubin of a file of csrc/, made by nvcc in a folder, and its PTX. only: of a norm's kernels these, else all."""
+def compiled(
+    source: Path, arch: int, folder: Path, only: Collection[str] = (), bits: int | None = None
+) -> tuple[Path, str]:
+    """The cubin of a file of csrc/, made by nvcc in a folder, and its PTX. only: of a norm's kernels these alone; bits: those
+    of fp16 or fp32."""
     file = source
-    if only:
-        file = folder / "only.cu"
-        text = ONLY.format(source=source)
+    if only or bits:
+        file = folder / "part.cu"
+        code, name = TYPES[bits or 32]
+        choice = "" if only else f"if (code == {code}) {{ using T = {name}; CALL; }}"
+        text = PART.format(choice=choice, source=source)
         for kernel in sorted(only):
             text += f"template __global__ void {kernel}(const gn::{'Backward' if '_bwd_' in kernel else 'Forward'});\n"
         file.write_text(text, encoding="utf-8")
