@@ -30,7 +30,7 @@ format: .venv/.test-installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-kernel-report: .venv/.test-installed  # registers, spills, access widths of every kernel, against the bars
+kernel-report: .venv/.test-installed  # registers, spills, access widths of every kernel for six architectures, against the bars
 	$(BIN)/python benchmarks/kernel_report.py --check
 
 readme: .venv/.installed  # train the digits anew, and put their picture, tables and checkpoint where they are shown

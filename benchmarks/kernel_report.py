@@ -1,8 +1,10 @@
-"""What the compiler made of every kernel, for sm_80 and sm_90, with no GPU: python benchmarks/kernel_report.py [--check].
+"""What the compiler made of every kernel, with no GPU: python benchmarks/kernel_report.py [--check].
 
-Triton: every case of benchmarks/triton_cases.py. CUDA: every instantiation in csrc/, with the threads and the dynamic shared
-memory that the launchers ask for at DDPM++/NCSN++ shapes (benchmarks/launches.py). --check compiles of Triton's cases only the
-kernels that those shapes use, holds these to the bars and fails on a miss that EXCEPTIONS does not explain.
+For sm_80, 86, 89, 90, 100 and 120. Triton: every case of benchmarks/triton_cases.py. CUDA: every instantiation in csrc/, with
+the threads and the dynamic shared memory that the launchers ask for at DDPM++/NCSN++ shapes (benchmarks/launches.py) on such a
+device. --check holds the kernels that those shapes use to the bars and fails on a miss that EXCEPTIONS does not explain; of
+Triton's cases and of the norms in csrc/ it compiles no others. --rows-of-eight counts the instructions of the norms' loops
+alone (benchmarks/row_loops.py).
 
 The bar on random bits: in every loop's body that draws (and in the code outside of loops, if that does), a thread calls
 Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become noise).
@@ -17,7 +19,6 @@ import importlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,12 +28,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import launches
+import row_loops
 import sass
 from ect_kernels.__main__ import OPS
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
+QUICK = (80, 90)  # the architectures for which --quick leaves nothing out
 PER_CALL = {"perturb": 4}  # elements for a call of Philox: normal deviates, not bits of a mask (8)
 
 # Triton cases that training DDPM++ and NCSN++ has no use for: its residual_group_norm_silu drops nothing (one case with dropout
@@ -54,7 +57,10 @@ SMALL = re.compile(
 # (op, form, bar): what may be found (a pattern), and why.
 NARROW = r"((, )?(load images|store in_[tr]) \[[\d, ]+\] bits)+"
 AN_IMAGE = "no tensor here is of the data's size: a few numbers an image, each drawn by a call of its own"
+TWO_TILES = "rows of x and dy at 32x32 leave no room for a second block; reading them twice would cost more"
 EXCEPTIONS: dict[tuple[str, str, str], tuple[str, str]] = {
+    ("group_norm_silu", "cuda", "ctas"): (r"1 CTAs of 6\d KB on an SM of 100", TWO_TILES),
+    ("residual_group_norm_silu", "cuda", "ctas"): (r"1 CTAs of 6\d KB on an SM of 100", TWO_TILES),
     ("levels", "triton", "width"): (r"((, )?(load stage|store (t_out|r_out|label_[tr])) \[(64|32)\] bits)+", AN_IMAGE),
     ("levels", "cuda", "width"): (r"((, )?store (t|r|label_[tr]|flip) \[(32|8)\] bits)+", AN_IMAGE),
     ("levels", "triton", "philox"): ("1 calls for 1 elements", AN_IMAGE),
@@ -116,8 +122,9 @@ class Row:
                 name = self.names.get(parameter, parameter)
                 if name and self.is_tensor(name):
                     counts.append(bits / self.sizes.get(name, 16 if self.sixteen_bit else 32))
-            # Noise that first goes to shared memory, as fp32.
-            found.append((draws.calls, min(counts, default=draws.bits["shared"] / 32)))
+            # Noise that first goes to shared memory, as fp32; in csrc/ a norm's rows, which stay there in their own type.
+            rows = self.form == "cuda" and self.op in row_loops.OPS and self.sixteen_bit
+            found.append((draws.calls, min(counts, default=draws.bits["shared"] / (16 if rows else 32))))
         return found
 
 
@@ -126,7 +133,7 @@ def bars(row: Row) -> dict[str, str]:
     access = [(key, key.partition(" ")[2], bits) for key, bits in row.access().items()]
     narrow = {key: sorted(bits) for key, name, bits in access if row.is_tensor(name) and bits != {128}}
     lost = [key for key, name, _ in access if name == "?"]  # such as a global access to shared memory, which faults
-    drawn = row.drawn()
+    drawn, room, few = row.drawn(), row.shared, row.sixteen_bit and row.ctas < 2
     excess = [
         f"{calls} calls for {elements:g} elements"
         for calls, elements in drawn
@@ -139,7 +146,7 @@ def bars(row: Row) -> dict[str, str]:
         "width": ", ".join(f"{key} {bits} bits" for key, bits in narrow.items()),
         "address": f"{', '.join(lost)} from no parameter" if lost else "",
         "atomics": f"{row.usage.atomics}" if row.usage.atomics else "",
-        "ctas": f"{row.ctas} CTAs per SM" if row.sixteen_bit and row.ctas < 2 else "",
+        "ctas": f"{row.ctas} CTAs of {room // 1024} KB on an SM of {sass.SMS[row.arch].shared // 1024}" if few else "",
         "philox": ", ".join(excess),
     }
     return {bar: text for bar, text in found.items() if text}
@@ -204,14 +211,22 @@ def triton_row(op: str, number: int, arch: int) -> Row:
     return row
 
 
-def cuda_usages(op: str, arch: int) -> dict[str, sass.Usage]:
-    """Compile csrc/<op>.cu: the usage of each kernel by its symbol."""
+def cuda_usages(op: str, arch: int, only: Sequence[str] = ()) -> tuple[dict[str, sass.Usage], list[row_loops.RowLoop]]:
+    """The usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16. only: see
+    sass.compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sass.tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{ROOT}/csrc/common"]
-        cubin = Path(folder) / "out.cubin"
-        command += ["--keep", "--keep-dir", folder, str(ROOT / "csrc" / f"{op}.cu"), "-o", str(cubin)]
-        subprocess.run(command, check=True, cwd=folder)
-        return sass.read(cubin, (Path(folder) / f"{op}.ptx").read_text(encoding="utf-8"), arch)
+        cubin, ptx = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), only)
+        listing = sass.disassembled(cubin)
+        usages = sass.read(cubin, ptx, arch, listing)
+        return usages, row_loops.of_kernels(launches.demangled(listing), arch) if op in row_loops.OPS else []
+
+
+def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
+    """Of the fp16 kernels of csrc/<op>.cu, compiled for nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, _ = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), bits=16)
+        listing = sass.disassembled(cubin)
+        return row_loops.of_kernels(launches.demangled(listing), arch)
 
 
 def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str, launches.Launch]) -> list[Row]:
@@ -231,29 +246,38 @@ def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str,
     return rows
 
 
-def compile_all(ops: Sequence[str], archs: list[int], every: bool) -> list[Row]:
-    """The rows of Triton, then those of CUDA where nvcc is; compiled by several processes."""
-    written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if _has("nvcc") else []
-    native = [(op, arch) for op in written for arch in archs]
+def compile_all(
+    ops: Sequence[str], archs: Sequence[int], every: bool, quick: bool
+) -> tuple[list[Row], list[row_loops.RowLoop]]:
+    """The rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; compiled by several processes. every:
+    not only what DDPM++ and NCSN++ launch; quick: for some architectures the CUDA norms alone."""
+    written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if sass.available("nvcc") else []
+    some = [arch for arch in archs if arch in QUICK] if quick else archs
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        compiling = [pool.submit(cuda_usages, *each) for each in native]  # the longest first
         triton = [
             pool.submit(triton_row, op, number, arch)
-            for op in ops for number in triton_cases(op, every) for arch in archs
+            for op in ops for number in triton_cases(op, every) for arch in some
         ]  # fmt: skip
-        used = {op: launches.record(op) for op in written}
+        native = []
+        for op in written:
+            norm = op in row_loops.OPS
+            for arch in archs if norm else some:
+                used = launches.record(op, sass.SMS[arch].cta_shared // 1024)
+                only = [] if every or not norm else [kernel for kernel in used if kernel.startswith(op)]
+                native.append((op, arch, used, pool.submit(cuda_usages, op, arch, only)))
         rows = [future.result() for future in triton]
-        for (op, arch), future in zip(native, compiling, strict=True):
-            rows += cuda_rows(op, arch, future.result(), used[op])
-    return rows
+        loops = []
+        for op, arch, used, future in native:
+            usages, found = future.result()
+            rows += cuda_rows(op, arch, usages, used)
+            loops += found
+    return rows, loops
 
 
-def _has(name: str) -> bool:
-    try:
-        sass.tool(name)
-    except FileNotFoundError:
-        return False
-    return True
+def compile_row_loops(ops: Sequence[str], archs: list[int]) -> list[row_loops.RowLoop]:
+    native = [(op, arch) for op in ops for arch in archs]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
+        return [loop for found in pool.map(cuda_row_loops, *zip(*native, strict=True)) for loop in found]
 
 
 def show(rows: list[Row], console: Console) -> None:
@@ -275,21 +299,62 @@ def show(rows: list[Row], console: Console) -> None:
     console.print(table, highlight=False)
 
 
+def show_row_loops(loops: list[row_loops.RowLoop], held: bool, console: Console) -> bool:
+    """Print the loops and, where they are held to the bars, what they miss; whether they miss anything."""
+    table = Table(title="SASS instructions a row of eight fp16 elements")
+    for column in ("kernel", "sm", "loop", "rows an iteration", "body", "longest way", "longest that draws nothing"):
+        table.add_column(column, justify="left" if column in ("kernel", "loop") else "right")
+    for loop in dict.fromkeys(loops):
+        counts = (f"{count:g}" for count in (loop.rows, loop.body, loop.longest, loop.undrawn))
+        table.add_row(loop.kernel, str(loop.arch), loop.kind, *counts)
+    console.print(table, highlight=False)
+    misses = row_loops.missed(loops) if held else []
+    for miss in misses:
+        console.print(f"{miss}; [red]MISSED[/]", highlight=False)
+    return bool(misses)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where a kernel misses a bar")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(sass.SM_SHARED))
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fail where a kernel that DDPM++ or NCSN++ launches misses a bar; of Triton's and the norms' compile no others",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"but for sm_{QUICK[0]} and {QUICK[1]} compile the CUDA norms alone, as `make test` does; `make kernel-report`"
+        " compiles all for every architecture",
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=sorted(sass.SMS), help="default: all six; of --rows-of-eight: 80"
+    )
+    parser.add_argument(
+        "--rows-of-eight",
+        action="store_true",
+        help="only count the instructions of the norms' loops, from the CUDA kernels for sm_80 or --arch (seconds)",
+    )
     parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
     options = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions, sooner
     console = Console(width=None if sys.stdout.isatty() else 200)
     ops = options.op or OPS
-    if not _has("nvcc"):
+    norms = [op for op in ops if op in row_loops.OPS]
+    if options.rows_of_eight:
+        archs = options.arch or [80]
+        loops = compile_row_loops(norms, archs)
+        missed = show_row_loops(loops, "group_norm_silu" in norms and 80 in archs, console)
+        return 1 if missed and options.check else 0
+    if not sass.available("nvcc"):
         console.print("[bold red]*** no nvcc: the CUDA kernels are NOT in this report ***[/]")
-    rows = compile_all(ops, options.arch, every=not options.check)
+    archs = options.arch or sorted(sass.SMS)
+    rows, loops = compile_all(ops, archs, not options.check, options.quick)
     failed = judge(rows, console)
     show(rows, console)
+    if norms and sass.available("nvcc"):
+        failed |= show_row_loops(loops, "group_norm_silu" in norms and 80 in archs, console)
     for op in ops:
         module = importlib.import_module(f"ect_kernels.{op}")
         traffic = ", ".join(f"{name} {size}" for name, size in getattr(module, "DRAM", {}).items())

@@ -115,7 +115,7 @@ def sections(folder: Path) -> Iterator[str]:
 
 def floors() -> Iterator[str]:
     yield "## Predicted floors of a DDPM++ step\n\n    python benchmarks/roofline.py\n"
-    yield f"{roofline.NOTE}\n\n{markdown(roofline.assumptions())}\n"
+    yield f"{roofline.note()}\n\n{markdown(roofline.assumptions())}\n"
     for precision in roofline.PRECISIONS:
         table = roofline.table(precision)
         yield f"{table.title}\n\n{markdown(table)}\n"

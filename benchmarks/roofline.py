@@ -1,8 +1,10 @@
 """The time below which a training step of DDPM++ on CIFAR-10 (batch 128) cannot go: python benchmarks/roofline.py.
 
 Every figure is PREDICTED: the FLOPs and bytes of each operation of the step on the fused ops, counted by benchmarks/work.py, at
-the peak rates of a GPU's data sheet. An operation takes the longer of its arithmetic and its traffic, operations run one after
-another, launches cost nothing. --results FILE adds measured / floor for the lines that benchmarks/step_time.py wrote.
+the peak rates of a GPU's data sheet. An operation takes the longest of its arithmetic, its traffic and, where it is a CUDA
+kernel of ours, the issue of its instructions (benchmarks/instructions.py; that takes nvcc, and a minute the first time).
+Operations run one after another, launches cost nothing. A second table shows which limit rules our kernels. --results FILE adds
+measured / floor for the lines that benchmarks/step_time.py wrote.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import history
+import instructions
 import torch
 import work
 from rich.console import Console
@@ -26,14 +29,25 @@ PRECISIONS = {"fp16": torch.float16, "tf32": None}
 KINDS = ("conv", "norm", "residual", "attention", "optimizer", "other")
 NOTE = (
     "Predicted, not measured: FLOPs and bytes counted on the step's operations, at data-sheet peaks, the longer of the two for "
-    "each operation, one after another, without the cost of launches. In fp16, what stays fp32 runs outside tensor cores."
+    "each operation, one after another, without the cost of launches. In fp16, what stays fp32 runs outside tensor cores. "
 )
+ISSUE = (
+    "Our CUDA kernels (norm, residual, optimizer, and two small ones in other) also issue instructions: those of the longest "
+    "way through their loops, counted in the SASS for each GPU's architecture, without what is outside of loops, at four a "
+    "clock and SM and the boost clock, never stalled. The longer of traffic and issue rules."
+)
+NO_ISSUE = (
+    "*** No nvcc or nvdisasm that could do it here: the instructions of our kernels are NOT counted; the times of the norms and "
+    "the optimizer are those of their DRAM traffic alone, too short on the faster GPUs. ***"
+)
+SLOTS = 4  # warp instructions that an SM starts in a clock: one a scheduler
+LANES = 32
 
 
 @dataclass(frozen=True)
 class Gpu:
     """Peak rates by the vendor's data sheet, dense (no sparsity), fp16 with fp32 sums: TFLOP/s and GB/s. fp32: outside of the
-    tensor cores. pattern: of the name that torch gives the device."""
+    tensor cores. pattern: of the name that torch gives the device. sms, clock: SMs and boost clock in GHz."""
 
     name: str
     fp16: float
@@ -42,17 +56,49 @@ class Gpu:
     bandwidth: float
     sheet: str
     pattern: str
+    arch: int
+    sms: int
+    clock: float
+
+    @property
+    def issue(self) -> float:
+        """Warp instructions a second."""
+        return self.sms * SLOTS * self.clock * 1e9
 
 
-# Where a sheet gives a tensor-core rate with sparsity, half of it stands here. White papers round less than data sheets.
+# Where a sheet gives a tensor-core rate with sparsity, half of it stands here. White papers round less than data sheets. SMs
+# and clocks: A100 and RTX 4090, the white papers' tables; H100, SMs from its white paper and the clock that its fp32 rate
+# implies (66.9 TFLOP/s over 132 SMs of 128 lanes), which H200 shares; B200, in no data sheet: what its driver reports.
 GPUS = (
-    Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 data sheet, 40GB", r"A100-(SXM4|PCIE)-40GB$"),
-    Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 data sheet, 80GB SXM", r"A100-SXM4-80GB$"),  # PCIe: 1,935 GB/s
-    Gpu("H100", 989.4, 494.7, 66.9, 3350, "NVIDIA H100 white paper, SXM5; GB/s: data sheet", r"H100 80GB HBM3$"),
-    Gpu("H200", 989.4, 494.7, 66.9, 4800, "as H100; GB/s: NVIDIA H200 data sheet, SXM", r"H200$"),  # the NVL is slower
-    Gpu("RTX 4090", 165.2, 82.6, 82.6, 1008, "NVIDIA Ada white paper, appendix A", r"RTX 4090$"),
-    Gpu("B200", 2250, 1125, 75, 8000, "NVIDIA HGX B200 data sheet, an eighth; GB/s: DGX B200", r"NVIDIA B200$"),
-)
+    Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 data sheet, 40GB", r"A100-(SXM4|PCIE)-40GB$", 80, 108, 1.41),
+    Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 data sheet, 80GB SXM", r"A100-SXM4-80GB$", 80, 108, 1.41),
+    Gpu(
+        "H100",
+        989.4,
+        494.7,
+        66.9,
+        3350,
+        "NVIDIA H100 white paper, SXM5; GB/s: data sheet",
+        r"H100 80GB HBM3$",
+        90,
+        132,
+        1.98,
+    ),
+    Gpu("H200", 989.4, 494.7, 66.9, 4800, "as H100; GB/s: NVIDIA H200 data sheet, SXM", r"H200$", 90, 132, 1.98),
+    Gpu("RTX 4090", 165.2, 82.6, 82.6, 1008, "NVIDIA Ada white paper, appendix A", r"RTX 4090$", 89, 128, 2.52),
+    Gpu(
+        "B200",
+        2250,
+        1125,
+        75,
+        8000,
+        "NVIDIA HGX B200 data sheet, an eighth; GB/s: DGX B200",
+        r"NVIDIA B200$",
+        100,
+        148,
+        1.965,
+    ),
+)  # of the A100-80 the PCIe card has 1,935 GB/s; the H200 NVL is slower
 
 
 def known(device: str) -> Gpu | None:
@@ -60,10 +106,24 @@ def known(device: str) -> Gpu | None:
     return next((gpu for gpu in GPUS if re.search(gpu.pattern, device)), None)
 
 
-def milliseconds(item: work.Work, gpu: Gpu, precision: str) -> float:
-    """The longer of arithmetic and traffic. What stays fp32 in an fp16 step runs outside of the tensor cores."""
+def limits(item: work.Work, gpu: Gpu, precision: str) -> dict[str, float]:
+    """Milliseconds by each limit: 'arithmetic', 'DRAM' and, where its instructions are known, 'issue'. What stays fp32 in an
+    fp16 step runs outside of the tensor cores."""
     rate = gpu.fp16 if item.dtype == torch.float16 else gpu.tf32 if precision == "tf32" else gpu.fp32
-    return max(item.flops / (rate * 1e12), item.bytes / (gpu.bandwidth * 1e9)) * 1e3
+    found = {"arithmetic": item.flops / (rate * 1e9), "DRAM": item.bytes / (gpu.bandwidth * 1e6)}
+    counts = instructions.counts(gpu.arch) if item.kernel else None
+    if counts is not None:
+        found["issue"] = item.rows / LANES * counts[item.bits][item.kernel] / gpu.issue * 1e3
+    return found
+
+
+def milliseconds(item: work.Work, gpu: Gpu, precision: str) -> float:
+    """By the limit that rules."""
+    return max(limits(item, gpu, precision).values())
+
+
+def note() -> str:
+    return NOTE + (NO_ISSUE if instructions.counts(GPUS[0].arch) is None else ISSUE)
 
 
 def floor(gpu: Gpu, precision: str = "fp16", batch: int = BATCH) -> dict[str, float]:
@@ -113,12 +173,33 @@ def table(precision: str) -> Table:
     return out
 
 
+def issue_table(precision: str) -> Table:
+    """Of our kernels, a step's time by DRAM and by issue slots."""
+    groups: dict[tuple[str, str], list[work.Work]] = {}
+    for item in work.ddpmpp_step(BATCH, PRECISIONS[precision]):
+        if item.kernel:
+            groups.setdefault((item.level, item.kernel), []).append(item)
+    out = Table(
+        title=f"{precision}, batch {BATCH}: predicted ms of our kernels by DRAM and by issue slots, the longer one rules"
+    )
+    for column in ("level", "kernel", *(f"{gpu.name}" for gpu in GPUS)):
+        out.add_column(column, justify="left" if column in ("level", "kernel") else "right")
+    for (level, kernel), part in sorted(groups.items(), key=lambda group: -sum(w.bytes for w in group[1])):
+        cells = []
+        for gpu in GPUS:
+            dram, issue = (sum(limits(w, gpu, precision)[limit] for w in part) for limit in ("DRAM", "issue"))
+            cells.append(f"{dram:.2f} {'<' if dram < issue else '>'} {issue:.2f}")
+        out.add_row(level, kernel, *cells)
+    return out
+
+
 def assumptions() -> Table:
     out = Table(title="Peak rates, dense")
-    for name in ("GPU", "fp16 TFLOP/s", "TF32 TFLOP/s", "fp32 TFLOP/s", "GB/s", "source"):
+    for name in ("GPU", "fp16 TFLOP/s", "TF32 TFLOP/s", "fp32 TFLOP/s", "GB/s", "SMs", "GHz", "source"):
         out.add_column(name, justify="left" if name in ("GPU", "source") else "right")
     for gpu in GPUS:
-        out.add_row(gpu.name, f"{gpu.fp16:g}", f"{gpu.tf32:g}", f"{gpu.fp32:g}", f"{gpu.bandwidth:g}", gpu.sheet)
+        rates = (gpu.fp16, gpu.tf32, gpu.fp32, gpu.bandwidth, gpu.sms, gpu.clock)
+        out.add_row(gpu.name, *(f"{rate:g}" for rate in rates), gpu.sheet)
     return out
 
 
@@ -153,7 +234,9 @@ def main(argv: list[str] | None = None) -> int:
         console.print(compared(lines), highlight=False)
         return 0
     console.print(assumptions(), table(options.precision), highlight=False)
-    console.print(NOTE, highlight=False)
+    if instructions.counts(GPUS[0].arch) is not None:
+        console.print(issue_table(options.precision), highlight=False)
+    console.print(note(), highlight=False)
     return 0
 
 

@@ -7,14 +7,37 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
-SM_SHARED = {80: 164 * 1024, 90: 228 * 1024}  # shared memory of an SM, bytes
-CTA_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # the most that one CTA may have
 PHILOX = ("-766435501", "-845247145")  # its two multipliers as PTX writes them
 PHILOX_MULTIPLIES = 18  # high halves of products: 20 in a call, two of which a loop may find before it starts
+
+
+@dataclass(frozen=True)
+class Sm:
+    """What an SM holds at once, by the CUDA programming guide's table of compute capabilities. shared: bytes, of which one CTA
+    may have all but 1 KiB. Every SM has 64 K registers."""
+
+    shared: int
+    threads: int
+    ctas: int
+
+    @property
+    def cta_shared(self) -> int:
+        return self.shared - 1024
+
+
+SMS = {
+    80: Sm(164 * 1024, 2048, 32),
+    86: Sm(100 * 1024, 1536, 16),
+    89: Sm(100 * 1024, 1536, 24),
+    90: Sm(228 * 1024, 2048, 32),
+    100: Sm(228 * 1024, 2048, 32),
+    120: Sm(100 * 1024, 1536, 24),
+}
 
 Widths = dict[str, frozenset[int]]  # "load x" -> bits
 
@@ -68,19 +91,65 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"no {name} on PATH, in CUDA_HOME, /usr/local/cuda or Triton's package")
 
 
-def read(cubin: Path, ptx: str, arch: int) -> dict[str, Usage]:
-    """Usage of each kernel of a cubin by its (mangled) name; `ptx` is the text it was assembled from."""
+# A file of csrc/ whose launchers instantiate the kernels of one dtype, or none.
+PART = """#include "vec.cuh"
+#undef BY_DTYPE
+#define BY_DTYPE(code, CALL) {choice}
+#include "{source}"
+"""
+TYPES = {16: ("F16", "__half"), 32: ("F32", "float")}
+
+
+def compiled(
+    source: Path, arch: int, folder: Path, only: Collection[str] = (), bits: int | None = None
+) -> tuple[Path, str]:
+    """The cubin of a file of csrc/, made by nvcc in a folder, and its PTX. only: of a norm's kernels these alone; bits: those
+    of fp16 or fp32."""
+    file = source
+    if only or bits:
+        file = folder / "part.cu"
+        code, name = TYPES[bits or 32]
+        choice = "" if only else f"if (code == {code}) {{ using T = {name}; CALL; }}"
+        text = PART.format(choice=choice, source=source)
+        for kernel in sorted(only):
+            text += f"template __global__ void {kernel}(const gn::{'Backward' if '_bwd_' in kernel else 'Forward'});\n"
+        file.write_text(text, encoding="utf-8")
+    cubin = folder / "out.cubin"
+    command = [tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{source.parent}/common"]
+    command += ["--keep", "--keep-dir", str(folder), str(file), "-o", str(cubin)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{done.stderr}")
+    return cubin, (folder / f"{file.stem}.ptx").read_text(encoding="utf-8")
+
+
+def disassembled(cubin: Path) -> dict[str, str]:
+    """SASS of each kernel of a cubin by its (mangled) name."""
+    # -ndf: no analysis of the data flow, which takes a third of the time and changes no instruction.
+    return functions(_output("nvdisasm", "-c", "-ndf", str(cubin)))
+
+
+def read(cubin: Path, ptx: str, arch: int, listing: dict[str, str] | None = None) -> dict[str, Usage]:
+    """Usage of each kernel of a cubin by its (mangled) name. ptx: the text it was assembled from; listing: `disassembled`."""
     usage = resources(_output("cuobjdump", "-res-usage", str(cubin)))
     if arch >= 90:  # there the figure includes the 1 KiB that the system keeps
         for kernel in usage.values():
             kernel.static_shared = max(0, kernel.static_shared - 1024)
-    # -ndf: no analysis of the data flow, which takes a third of the time and changes no instruction.
-    for name, text in functions(_output("nvdisasm", "-c", "-ndf", str(cubin))).items():
+    for name, text in (listing or disassembled(cubin)).items():
         count_instructions(usage[name], text)
     for name, (threads, body) in entries(ptx).items():
         usage[name].max_threads = threads
         usage[name].access, usage[name].draws = accesses(body), draws(body)
     return usage
+
+
+def available(name: str) -> bool:
+    """Whether there is such a tool."""
+    try:
+        tool(name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _output(name: str, *args: str) -> str:
@@ -188,11 +257,11 @@ def draws(body: str) -> list[Draws]:
     """`Draws` of each innermost loop of a kernel's PTX that calls Philox, and of the code outside of loops if that does."""
     statements, origin = _parsed(body)
     place = {name: k for k, (opcode, name) in enumerate(statements) if opcode == "label"}
-    # A loop is what lies between a label and a branch back to it.
+    # A loop is what lies between a label and the last branch back to it.
     targets = [
         (k, re.search(r"([\w$.]+)\s*$", text)) for k, (opcode, text) in enumerate(statements) if opcode[:3] == "bra"
     ]
-    loops = [(place[t[1]], k) for k, t in targets if t and place.get(t[1], k) < k]
+    loops = list({place[t[1]]: k for k, t in targets if t and place.get(t[1], k) < k}.items())
     constants = {text.split(",")[0] for opcode, text in statements if opcode[:3] == "mov" and text.endswith(PHILOX)}
     found: dict[tuple[int, int], Draws] = {}
     for k, (opcode, text) in enumerate(statements):
@@ -284,9 +353,10 @@ def _bits(opcode: str) -> int:
 
 def ctas_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
     """Resident CTAs by registers (256 at a time, four partitions), threads and shared memory (1 KiB a CTA is kept)."""
-    if shared > CTA_SHARED[arch]:
+    sm = SMS[arch]
+    if shared > sm.cta_shared:
         return 0
     warps = -(-threads // 32)
     by_registers = 4 * (16384 // (-(-registers * 32 // 256) * 256)) // warps
-    by_shared = SM_SHARED[arch] // (-(-(shared + 1024) // 128) * 128)
-    return min(by_registers, 64 // warps, 32, by_shared)
+    by_shared = sm.shared // (-(-(shared + 1024) // 128) * 128)
+    return min(by_registers, sm.threads // 32 // warps, sm.ctas, by_shared)

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
+import instructions
 import torch
 import torch.nn.functional as F
 from ect_kernels.consistency_loss import consistency_loss
@@ -32,7 +33,8 @@ _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 @dataclass(frozen=True)
 class Work:
     """One operation. level: '32x32', ... or 'vectors'; kind: a category of benchmarks/categories.py; dtype: of its
-    products, None where it has none; backward: belongs to the backward pass."""
+    products, None where it has none; backward: belongs to the backward pass. kernel: of ours, as benchmarks/instructions.py
+    names it, and how many rows of eight elements it handles; bits: of such an element."""
 
     level: str
     kind: str
@@ -40,6 +42,9 @@ class Work:
     bytes: float
     dtype: torch.dtype | None
     backward: bool
+    kernel: str = ""
+    rows: float = 0.0
+    bits: int = 0
 
 
 def nbytes(tensors: Iterable[Any]) -> float:
@@ -50,6 +55,12 @@ def nbytes(tensors: Iterable[Any]) -> float:
             stored = math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride)
             seen[id(t.untyped_storage()), t.storage_offset(), stored] = stored * t.element_size()
     return sum(seen.values())
+
+
+def _rows(kernel: str, tensors: list[Tensor]) -> dict[str, Any]:
+    """Of Work, for a kernel of ours: it handles its largest tensor once."""
+    largest = max(tensors, key=lambda t: nbytes([t]))
+    return {"kernel": kernel, "rows": largest.numel() / 8, "bits": 8 * largest.element_size()}
 
 
 @register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
@@ -89,14 +100,18 @@ class Counter(TorchDispatchMode):
         if name == "convolution_backward":
             self._convolution_backward(args, outputs, flops)
         elif "group_norm_silu" in name:
-            self._norm(name, inputs, outputs)
+            given = {argument.name: arg for argument, arg in zip(func._schema.arguments, args, strict=False)}
+            self._norm(name, inputs, outputs, drops=given["p"] > 0, computes=out[0].numel() > 0)
         else:
             kind = "conv" if flops else "optimizer" if "_foreach" in name or "radam" in name else "other"
-            self.add(kind, inputs + outputs, flops, inputs[0].dtype if flops else None)
+            rows = _rows(name, inputs + outputs) if name in ("perturb", "consistency_loss") else {}
+            self.add(kind, inputs + outputs, flops, inputs[0].dtype if flops else None, **rows)
         return out
 
-    def add(self, kind: str, tensors: list[Tensor], flops: float = 0.0, dtype: torch.dtype | None = None) -> None:
-        self.found.append(Work(self.level(tensors), kind, flops, nbytes(tensors), dtype, self.backward))
+    def add(
+        self, kind: str, tensors: list[Tensor], flops: float = 0.0, dtype: torch.dtype | None = None, **rows: Any
+    ) -> None:
+        self.found.append(Work(self.level(tensors), kind, flops, nbytes(tensors), dtype, self.backward, **rows))
 
     def level(self, tensors: list[Tensor]) -> str:
         """Resolution of the images among the tensors, or of those whose pixels are a matrix's rows: the output's."""
@@ -121,14 +136,18 @@ class Counter(TorchDispatchMode):
         if mask[1]:
             self.add("conv", [x, grad, outputs[1 if mask[0] else 0]], each, grad.dtype)
 
-    def _norm(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """The norm's own part is what it cannot do without, 2 passes forward and 3 backward; the residual sum's is the rest."""
+    def _norm(self, name: str, inputs: list[Tensor], outputs: list[Tensor], drops: bool, computes: bool) -> None:
+        """The norm's own part is what it cannot do without, 2 passes forward and 3 backward; the residual sum's is the rest.
+        Its instructions are shared out like the bytes."""
         total, largest = nbytes(inputs + outputs), max(nbytes([t]) for t in inputs + outputs)
-        own = (3 if name.endswith("_bwd") else 2) * largest if name.startswith("residual") else total
-        level = self.level([*inputs, *outputs])
-        self.found.append(Work(level, "norm", 0.0, min(own, total), None, self.backward))
-        if total > own:
-            self.found.append(Work(level, "residual", 0.0, total - own, None, self.backward))
+        residual, backward = name.startswith("residual"), name.endswith("_bwd")
+        own = min((3 if backward else 2) * largest if residual else total, total)
+        kernel = instructions.norm(name.removesuffix("_bwd"), backward, drops, residual and computes and not backward)
+        level, rows = self.level([*inputs, *outputs]), _rows(kernel, inputs + outputs)
+        for kind, part in (("norm", own), ("residual", total - own)):
+            if part:
+                share = {**rows, "rows": rows["rows"] * part / total}
+                self.found.append(Work(level, kind, 0.0, part, None, self.backward, **share))
 
     @contextmanager
     def fused_attention(self) -> Iterator[None]:
@@ -201,7 +220,7 @@ def step(net: EDMPrecond, batch: int, half: torch.dtype | None) -> list[Work]:
     # an average, and writes all but the gradients, and the half-precision copy.
     read = sum(p.numel() * p.element_size() for p in net.parameters())
     size = read + n * (4 + 4 + 4 * 5 + 4 * 4 + (2 if half is not None else 0))
-    return [*counter.found, Work("vectors", "optimizer", 0.0, size, None, True)]
+    return [*counter.found, Work("vectors", "optimizer", 0.0, size, None, True, "radam_ema", n / 8, 32)]
 
 
 def _image(net: EDMPrecond, batch: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import instructions
 import pytest
 import roofline
 import torch
@@ -12,6 +13,25 @@ import torch.nn.functional as F
 import work
 
 HALF = torch.float16
+TOY = roofline.Gpu(
+    "toy", fp16=2.0, tf32=1.0, fp32=0.5, bandwidth=1000, sheet="", pattern="", arch=80, sms=10, clock=2.0
+)
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Instructions as if they had been counted: about what sm_80 takes, with no compiler."""
+    of_op = dict.fromkeys(instructions.OPS, 200.0)
+    for op, computes in (
+        ("group_norm_silu", False),
+        ("residual_group_norm_silu", False),
+        ("residual_group_norm_silu", True),
+    ):
+        for drops in (False, True):
+            of_op[instructions.norm(op, False, drops, computes)] = 300.0
+            of_op[instructions.norm(op, True, drops)] = 500.0
+    monkeypatch.setattr(instructions, "counts", lambda arch: {16: of_op, 32: of_op})
+    return of_op
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +94,63 @@ def test_norm_and_residual_bytes_by_hand() -> None:
 
 
 def test_a_floor_is_the_longer_of_arithmetic_and_traffic() -> None:
-    gpu = roofline.Gpu("toy", fp16=2.0, tf32=1.0, fp32=0.5, bandwidth=1000, sheet="", pattern="")
     item = work.Work("8x8", "conv", flops=4e12, bytes=1e12, dtype=HALF, backward=False)
-    assert roofline.milliseconds(item, gpu, "fp16") == pytest.approx(2000)
+    assert roofline.milliseconds(item, TOY, "fp16") == pytest.approx(2000)
     fp32 = work.Work("8x8", "conv", flops=4e12, bytes=1e12, dtype=torch.float32, backward=False)
-    assert roofline.milliseconds(fp32, gpu, "tf32") == pytest.approx(4000)
-    assert roofline.milliseconds(fp32, gpu, "fp16") == pytest.approx(8000)
+    assert roofline.milliseconds(fp32, TOY, "tf32") == pytest.approx(4000)
+    assert roofline.milliseconds(fp32, TOY, "fp16") == pytest.approx(8000)
     bound = work.Work("8x8", "norm", flops=0, bytes=3e12, dtype=None, backward=False)
-    assert roofline.milliseconds(bound, gpu, "fp16") == pytest.approx(3000)
+    assert roofline.milliseconds(bound, TOY, "fp16") == pytest.approx(3000)
+
+
+def norm_of(gigabytes: float, rows: float) -> work.Work:
+    kernel = instructions.norm("group_norm_silu", False, True)
+    return work.Work("8x8", "norm", 0.0, gigabytes * 1e9, None, False, kernel, rows, 16)
+
+
+def test_a_kernel_of_ours_takes_the_longer_of_traffic_and_issue(counted: dict[str, float]) -> None:
+    item = norm_of(1.0, 3.2e8)  # 1 ms; 1e7 rows a lane of a warp's 32, 300 instructions each, 10 SMs x 4 slots x 2 GHz
+    assert roofline.limits(item, TOY, "fp16") == pytest.approx({"arithmetic": 0, "DRAM": 1.0, "issue": 37.5})
+    assert roofline.milliseconds(item, TOY, "fp16") == pytest.approx(37.5)
+    assert roofline.milliseconds(norm_of(100.0, 3.2e8), TOY, "fp16") == pytest.approx(100)
+    counted[item.kernel] *= 2
+    assert roofline.milliseconds(item, TOY, "fp16") == pytest.approx(75)  # bound by its instructions
+    assert roofline.milliseconds(norm_of(100.0, 3.2e8), TOY, "fp16") == pytest.approx(100)  # bound by DRAM
+
+
+def test_more_instructions_never_shorten_a_step(counted: dict[str, float]) -> None:
+    gpu = roofline.GPUS[3]
+    before = roofline.floor(gpu)
+    for kernel in counted:
+        counted[kernel] *= 2
+    after = roofline.floor(gpu)
+    assert after["norm"] > 1.3 * before["norm"] and after["step"] > before["step"]
+    assert {kind: after[kind] for kind in ("conv", "attention")} == {
+        kind: before[kind] for kind in ("conv", "attention")
+    }
+
+
+def test_without_a_compiler_the_table_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_issue = roofline.floor(roofline.GPUS[3])["norm"]
+    monkeypatch.setattr(instructions, "counts", lambda arch: None)
+    assert roofline.limits(norm_of(1.0, 3.2e8), TOY, "fp16") == pytest.approx({"arithmetic": 0, "DRAM": 1.0})
+    assert roofline.floor(roofline.GPUS[3])["norm"] < with_issue
+    assert roofline.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "NOT counted" in printed and "issue slots" not in printed
+
+
+def test_work_knows_the_kernels_and_their_rows(items: tuple[work.Work, ...], counted: dict[str, float]) -> None:
+    """Every norm of a step has a count; a residual norm's rows, shared out over its two parts, are those of its tensor."""
+    assert {w.kernel for w in items if w.kind in ("norm", "residual", "optimizer")} <= counted.keys()
+    assert {"perturb", "consistency_loss"} <= {w.kernel for w in items}
+    first = next(w for w in items if w.kernel == "group_norm_silu_fwd dropout")
+    assert (first.rows, first.bits) == (128 * 256 * 32 * 32 / 8, 16)
+    computed = [w for w in items if w.kernel == "residual_group_norm_silu_fwd computed"][:2]
+    assert {w.kind for w in computed} == {"norm", "residual"}
+    assert sum(w.rows for w in computed) == pytest.approx(first.rows / 2)  # the first block has 128 channels
 
 
 @pytest.mark.parametrize("gpu", roofline.GPUS, ids=lambda gpu: gpu.name)
@@ -120,6 +189,13 @@ def test_rates_are_dense(gpu: roofline.Gpu) -> None:
     assert gpu.fp16 == dense[gpu.name]
 
 
+@pytest.mark.parametrize("gpu", roofline.GPUS, ids=lambda gpu: gpu.name)
+def test_sms_and_clocks_agree_with_the_fp32_rate(gpu: roofline.Gpu) -> None:
+    """Two FLOPs a lane and clock; A100 has 64 fp32 lanes an SM, the later ones 128."""
+    lanes = 64 if gpu.arch == 80 else 128
+    assert 2 * gpu.sms * lanes * gpu.clock / 1e3 == pytest.approx(gpu.fp32, rel=0.01)
+
+
 def test_prints_measured_over_floor_of_a_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {"plain": {"ms": 300.0}, "+graph": {"ms": 150.0}, "+fp16": {"ms": None, "why": "out of memory"}}
     line = {"benchmark": "step_time", "device": "toy", "net": "ddpmpp", "rows": rows}
@@ -136,5 +212,5 @@ def test_prints_measured_over_floor_of_a_results_file(tmp_path: Path, capsys: py
 def test_the_table_labels_itself_predicted(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main([]) == 0
     printed = capsys.readouterr().out
-    assert "predicted floor" in printed and "Predicted, not measured" in printed
+    assert "predicted floor" in printed and "Predicted, not measured" in printed and "issue slots" in printed
     assert all(gpu.name in printed for gpu in roofline.GPUS)
