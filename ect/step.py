@@ -62,7 +62,7 @@ class TrainStep:
         self.graphs: list[torch.cuda.CUDAGraph] = []
         model = self.net.model
         if not compiled:
-            model._compiled_call_impl = None
+            model._compiled_call_impl = None  # torch offers no other way back
         elif model._compiled_call_impl is None:
             model.compile(fullgraph=True, dynamic=False)
 
@@ -171,8 +171,8 @@ class TrainStep:
             torch._foreach_copy_(self.tensors(), saved)
 
     def capture(self) -> str | None:
-        """Record `parts()` into CUDA graphs, which later calls replay. Returns why that cannot be, or None; then everything is as
-        it was before, and an update runs without graphs."""
+        """Record `parts()` into CUDA graphs, which later calls replay. Returns None, or why that cannot be: then everything is as
+        it was, and an update runs without graphs."""
         device = self.state.params.device
         try:
             self.graphs = self._captured(device)

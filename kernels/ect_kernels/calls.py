@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 import torch
@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SAMPLES = 4  # of a batch: each is work of its own to every kernel
 ARENA = (1 << 20) + 24  # parameters: whole chunks of the optimizer's kernels and a part of one
-_BY_SAMPLE = ("t", "r", "weight", "flip", "dloss")  # vectors with a number for each sample; others have one for each channel
+_BY_SAMPLE = (
+    "t",
+    "r",
+    "weight",
+    "flip",
+    "dloss",
+)  # vectors with a number for each sample; others have one for each channel
 _STEP = 10  # of the optimizer: past those that RAdam does not rectify
 _KEY = (3 << 32) | 11  # of the random draws: a run's seed and a step
 
@@ -33,13 +39,14 @@ class Shape:
     offset: int
 
     @staticmethod
-    def of(name: str, t: Tensor, arena: bool) -> Shape:
-        size = list(t.shape)
-        if arena and t.dim() == 1 and not name.startswith("state_"):
-            size = [min(size[0], ARENA)]
-        elif t.dim() == 4 or (t.dim() == 2 and name != "weight") or (t.dim() == 1 and name in _BY_SAMPLE):
-            size[0] = min(size[0], SAMPLES)
-        return Shape(tuple(size), t.stride(), t.dtype, t.storage_offset() % 8)
+    def of(t: Tensor, dtype: torch.dtype | None = None) -> Shape:
+        """A tensor's; dtype: in place of a float's own."""
+        dtype = dtype if dtype and t.is_floating_point() else t.dtype
+        return Shape(tuple(t.shape), t.stride(), dtype, int(t.storage_offset()) % 8)
+
+    def cut(self, first: int) -> Shape:
+        """With at most `first` in the first dimension."""
+        return replace(self, size=(min(self.size[0], first), *self.size[1:]))
 
     def place(self, values: Tensor) -> Tensor:
         """A tensor of this shape, in memory of its own, with values [*size] as far as its elements are distinct."""
@@ -108,8 +115,7 @@ class Call:
                 return value if dtype is None else dtype
             if not isinstance(value, Tensor):
                 return value
-            return Shape(tuple(value.shape), value.stride(), dtype if dtype and value.is_floating_point() else value.dtype,
-                         value.storage_offset() % 8).place(value)  # fmt: skip
+            return Shape.of(value, dtype).place(value)
 
         arguments = {name: copy(value) for name, value in inputs.items()}
         out = self.overload(**arguments, backend=backend)
@@ -156,7 +162,11 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Call:
         if isinstance(value, list):
             return tuple(plain(name, item) for item in value)
         if isinstance(value, Tensor) and name not in _INTO_DRAWS:
-            return Shape.of(name, value, arena)
+            shape, dims = Shape.of(value), value.dim()
+            if arena and dims == 1 and not name.startswith("state_"):
+                return shape.cut(ARENA)
+            by_sample = dims == 4 or (dims == 2 and name != "weight") or (dims == 1 and name in _BY_SAMPLE)
+            return shape.cut(SAMPLES) if by_sample else shape
         return _INTO_DRAWS.get(name, value)
 
     named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
@@ -186,7 +196,9 @@ def _draw(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
 
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "t": lambda x: 0.05 + x.abs(),
-    "r": lambda x: (0.05 + x.abs()) / 2 * (torch.arange(len(x), device=x.device) % 4 != 3),  # without a teacher now and then
+    "r": lambda x: (
+        (0.05 + x.abs()) / 2 * (torch.arange(len(x), device=x.device) % 4 != 3)
+    ),  # without a teacher now and then
     "weight": lambda x: 0.5 + x.abs() if x.dim() == 1 else x / x.shape[1] ** 0.5,
     "x": lambda x: x + 0.5,
     "gamma": lambda x: 1 + 0.5 * x,
@@ -230,18 +242,25 @@ def _images(dtype: torch.dtype) -> None:
     for c, h in ((256, 32), (256, 16), (256, 8), (128, 32)):
         x, gamma, beta, v = _meta(n, c, h, h, dtype=dtype), _meta(c), _meta(c), _meta(n, c, dtype=dtype)
         scale, shift = _meta(n, c, dtype=dtype), _meta(n, c, dtype=dtype)
-        for options in ({"v": v, "p": 0.2, "seed": seed, "layer": 3}, {"v": v, "scale": scale, "shift": shift}, {"act": False}):
-            group_norm_silu(x, gamma, beta, 32, 1e-6, **options).sum().backward()  # type: ignore[arg-type]
+        options: list[dict[str, Any]] = [
+            {"v": v, "p": 0.2, "seed": seed},
+            {"v": v, "scale": scale, "shift": shift},
+            {"act": False},
+        ]
+        for some in options:
+            group_norm_silu(x, gamma, beta, 32, 1e-6, **some).sum().backward()
         skip, bias = _meta(n, c, h, h, dtype=dtype), _meta(c)
         y = residual_group_norm_silu(x, gamma, beta, 32, 1e-6, bias, skip, bias, 0.5**0.5, joined=True)
-        sum(part.sum() for part in y).backward()  # type: ignore[union-attr]
+        torch.cat([part.flatten() for part in y]).sum().backward()
         for more in (256, 128):
             other, wide = _meta(n, more, h, h, dtype=dtype), _meta(c + more)
             y = residual_group_norm_silu(x, wide, wide, 32, 1e-6, bias, skip, bias, 0.5**0.5, other, joined=True)
-            sum(part.sum() for part in y).backward()  # type: ignore[union-attr]
+            torch.cat([part.flatten() for part in y]).sum().backward()
             if dtype != torch.float32:
                 weight = _meta(c, c + more, dtype=dtype)
-                skip_product(x.detach(), weight.detach(), x.detach(), other.detach(), bias.detach(), bias.detach(), 0.5**0.5)
+                skip_product(
+                    x.detach(), weight.detach(), x.detach(), other.detach(), bias.detach(), bias.detach(), 0.5**0.5
+                )
     images, t = _meta(n, 32, 32, 3, dtype=torch.uint8), _meta(n, grad=False)
     _, _, x_t, x_r = perturb(images, t, t, 0.5, seed, dtype=dtype, flip=_meta(n, dtype=torch.bool))
     F = _meta(n, 3, 32, 32, dtype=dtype)
@@ -256,7 +275,7 @@ def _vectors() -> None:
     zero = _meta(dtype=torch.int64)
     levels(zero, zero, 0, 128, -1.1, 2.0, 2.0, 8.0, 1.0)
     for half in (None, torch.float16, torch.bfloat16):
-        arenas = [_meta(ARENA, grad=False) for _ in range(5)]
+        params, grads, exp_avg, exp_avg_sq, ema = (_meta(ARENA, grad=False) for _ in range(5))
         shadow = None if half is None else _meta(ARENA, dtype=half, grad=False)
-        state = new_state("radam", 1e-4, (0.9, 0.99), 1e-8, device="meta")
-        radam_ema(*arenas[:4], arenas[4:], shadow, *state)
+        state_f64, state_i64 = new_state("radam", 1e-4, (0.9, 0.99), 1e-8, device="meta")
+        radam_ema(params, grads, exp_avg, exp_avg_sq, [ema], shadow, state_f64, state_i64)

@@ -53,7 +53,9 @@ def check(calls: Sequence[Call], device: torch.device, report: Report | None = N
             backend, reason = failure
             report.failed[name, backend] = reason
             if dispatch.requested(name) is not None:
-                raise BackendError(f"{name}: backend {backend!r} failed its check: {reason}; leave it to auto, or name another")
+                raise BackendError(
+                    f"{name}: backend {backend!r} failed its check: {reason}; leave it to auto, or name another"
+                )
             dispatch.refuse(name, backend, device, reason)
     report.seconds += time.monotonic() - started
     return report
@@ -193,9 +195,7 @@ def bounded(what: str, remedy: str, seconds: float | None = None) -> Iterator[No
     """End the process if the block takes longer than SECONDS, or `seconds`: a kernel that hangs can be neither stopped nor
     survived."""
     seconds = SECONDS if seconds is None else seconds
-    timer = threading.Timer(
-        seconds, _exit, [f"{what} did not return within {seconds:g} s; start again with {remedy}"]
-    )
+    timer = threading.Timer(seconds, _exit, [f"{what} did not return within {seconds:g} s; start again with {remedy}"])
     timer.daemon = True
     timer.start()
     try:
@@ -208,11 +208,8 @@ def bounded(what: str, remedy: str, seconds: float | None = None) -> Iterator[No
 def unwritten_is_nan() -> Iterator[None]:
     """Inside the block, new memory holds NaN (whole numbers their largest), not what was right a moment ago."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with it torch.empty fills what it returns
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
