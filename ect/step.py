@@ -171,8 +171,8 @@ class TrainStep:
             torch._foreach_copy_(self.tensors(), saved)
 
     def capture(self) -> str | None:
-        """Record `parts()` into CUDA graphs, which later calls replay. Returns None, or why that cannot be: then everything is as
-        it was, and an update runs without graphs."""
+        """Record `parts()` into CUDA graphs, which later calls replay. Returns None, or why not: then everything is as it was,
+        and an update runs without graphs."""
         device = self.state.params.device
         try:
             self.graphs = self._captured(device)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ect_kernels import dispatch
-from ect_kernels.calls import Call
+from ect_kernels.calls import Call, Shape
 from ect_kernels.dispatch import BackendError, Op
 
 SECONDS = 60.0  # for one call, the compilation of a Triton kernel included
@@ -132,7 +132,7 @@ def _difference(
     want, near, found = want[sure], near[sure], found[sure]
     if want.numel() == 0:
         return None
-    eps = _eps(got[name].dtype)
+    eps = _eps(call, got[name])
     worst = MARGIN * (2 * _max(near - want) + 4 * eps * _max(want))
     if name == "y" and dict(call.arguments).get("seed") is not None:
         apart = ((found == 0) != (near == 0)) & ((found - near).abs() > worst)
@@ -146,9 +146,14 @@ def _difference(
     return None
 
 
-def _eps(dtype: torch.dtype) -> float:
-    """Of a result; none is better than fp32, in which plain PyTorch and the kernels compute."""
-    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) if dtype.is_floating_point else 0.0
+def _eps(call: Call, result: Tensor) -> float:
+    """Of a result: its dtype's, but an image's is no better than those of the images it came from, in whose dtype a kernel may
+    keep what it sums, and none is better than fp32, in which plain PyTorch and the kernels compute. 0 for whole numbers."""
+    if not result.dtype.is_floating_point:
+        return 0.0
+    shapes = [value for _, value in call.arguments if isinstance(value, Shape) and len(value.size) == 4]
+    images = [shape.dtype for shape in shapes if shape.dtype.is_floating_point] if result.dim() == 4 else []
+    return max(torch.finfo(dtype).eps for dtype in (result.dtype, torch.float32, *images))
 
 
 def _max(x: Tensor) -> float:
