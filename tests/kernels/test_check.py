@@ -166,34 +166,36 @@ import time, torch, pytest
 from ect_kernels import check
 from ect_kernels.calls import default_calls
 from tests.planted import plant
-patch = pytest.MonkeyPatch()
 calls = [call for call in default_calls() if call.op == "levels"]
-plant(patch, "levels", lambda results, arguments: time.sleep(60))
-{more}
+plant(pytest.MonkeyPatch(), "levels", lambda results, arguments: time.sleep(60))
 check.SECONDS = 0.5
 check.check(calls, torch.device("cpu"))
 """
-LOST = """
-def lost(results, arguments):
-    raise RuntimeError("an illegal memory access")
-plant(patch, "levels", lost)
-check.alive = lambda device: False
-"""
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ("", "error: levels: backend planted did not return within 0.5 s; start again with --kernels levels=reference\n"),
-        (LOST, "error: levels: backend planted failed, and the device with it: RuntimeError: an illegal memory access; "
-         "start again with --kernels levels=reference\n"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_survived_ends_the_process_with_a_name_and_a_remedy(more: str, said: str) -> None:
+def test_a_hang_ends_the_process_with_a_name_and_a_remedy() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = HANGS.format(more=more)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (check.HUNG, said)
+    done = subprocess.run([sys.executable, "-c", HANGS], env=environment, capture_output=True, text=True, timeout=100)
+    said = "levels: backend planted did not return within 0.5 s; start again with --kernels levels=reference"
+    assert (done.returncode, done.stderr) == (check.HUNG, f"error: {said}\n")
+
+
+def test_so_does_a_fault_that_takes_the_device_with_it(
+    calls: list[Call], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    plant(monkeypatch, "levels", raises)
+    monkeypatch.setattr(check, "alive", lambda device: False)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as end:
+        check.check(calls, CPU)
+    assert end.value.code == check.HUNG
+    assert capsys.readouterr().err == (
+        "error: levels: backend planted failed, and the device with it: RuntimeError: CUDA error: a planted failure; "
+        "start again with --kernels levels=reference\n"
+    )
 
 
 def test_the_emulated_kernels_pass_at_the_shapes_of_a_network(
