@@ -61,6 +61,25 @@ def check(calls: Sequence[Call], device: torch.device, report: Report | None = N
     return report
 
 
+def each(calls: Sequence[Call], device: torch.device) -> Report:
+    """Check, without refusing any, every backend that auto or a name could choose on the device."""
+    report, started = Report(), time.monotonic()
+    for call in calls:
+        for backend in _candidates(dispatch.OPS[call.op], device):
+            key = call.op, backend
+            if backend == "reference" or key in report.failed:
+                continue
+            try:
+                reason = compare(call, backend, device, report)
+            except BackendError:  # a limit
+                continue
+            report.calls[key] = report.calls.get(key, 0) + 1
+            if reason is not None:
+                report.failed[key] = f"{call}: {reason}"
+    report.seconds = time.monotonic() - started
+    return report
+
+
 def _failure(op: Op, calls: Sequence[Call], device: torch.device, report: Report) -> tuple[str, str] | None:
     """The first backend that fails one of the calls it would be chosen for, and why."""
     counts: dict[tuple[str, str], int] = {}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ect_kernels import check, dispatch
+from ect_kernels.__main__ import main
 from ect_kernels.calls import ARENA, SAMPLES, Call, Recorder, Shape, default_calls
 
 from ect import memory
@@ -207,6 +208,23 @@ def test_the_emulated_kernels_pass_at_the_shapes_of_a_network(
     monkeypatch.setitem(dispatch.AUTO, "cpu", ("emulated", "reference"))
     report = check.check([call for call in calls if call.op != "radam_ema"], CPU)
     assert report.failed == {} and report.calls[OPS[0], "emulated"] == len(of(calls, OPS[0]))
+
+
+@pytest.mark.parametrize(("fault", "status"), [(sound, 0), (off_by_2_percent, 1)])
+def test_the_command_checks_every_backend(
+    fault: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = of(default_calls(), "perturb")
+    plant(monkeypatch, "perturb", fault)
+    monkeypatch.setattr("ect_kernels.calls.default_calls", lambda: calls)
+    assert main(["--check"]) == status
+    out = capsys.readouterr().out
+    assert ("perturb on planted: FAILED: perturb(images" if status else "perturb on planted: 3 calls agree") in out
+    assert f"check: {status} of 1 backends failed" in out and dispatch.refused(CPU) == {}
+
+
+def test_the_command_says_where_there_is_nothing_to_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0 and "check: only references run here" in capsys.readouterr().out
 
 
 def test_the_default_calls_have_every_op_both_ways_in_every_dtype() -> None:
