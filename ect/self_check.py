@@ -144,7 +144,7 @@ class _Steps:
 
     def __init__(self, step: TrainStep, nimg: int, stage: int) -> None:
         self.step, self.at, self.world = step, (nimg, stage), step.world
-        self.gpu = step.state.params.device.type == "cuda"
+        self.device = step.state.params.device
         self.bar = BARS[None if step.state.shadow is None else step.state.shadow.dtype]
 
     def check(self) -> list[str]:
@@ -178,7 +178,7 @@ class _Steps:
             got = self._trace("the compiled step", "--no-compile", COMPILE_SECONDS)
             reason = got.beyond(self.bar, want, self.saved[0])
         except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = check.survived(error, "the compiled step", "--no-compile", self.device)
         if reason := self._any(reason):
             step.use(False, False)
             return want, f"compile failed and is off: {reason}"
@@ -188,23 +188,31 @@ class _Steps:
         """Keep the captured update if every rank's is right; what to say."""
         step, told = self.step, "equals the launched one bit for bit"
         step.use(step.compiled, True)
-        with self._bounded("the captured step", "--no-graph", SECONDS):
-            self._put_back()
-            reason = step.capture()
-        if reason is None:
-            got = self._trace("the replayed step", "--no-graph")
-            if not got.same(want):
-                graphs, step.graphs, step.wants_graph = step.graphs, [], False
-                again = self._trace("the plain step", "--kernels '*=reference'")
-                step.graphs, step.wants_graph = graphs, True
-                reason = got.beyond(self.bar, want, self.saved[0])
-                if again.same(want):
-                    reason = reason or "other bits than those of the launched step, which repeats its own"
-                told = "agrees with the launched one, which does not repeat itself bit for bit"
+        try:
+            with self._bounded("the capture", "--no-graph", SECONDS):
+                self._put_back()
+                reason = step.capture()
+            if reason is None:
+                got = self._trace("the replayed step", "--no-graph")
+                if not got.same(want):
+                    told = "agrees with the launched one, which does not repeat itself bit for bit"
+                    reason = got.beyond(self.bar, want, self.saved[0])
+                    if reason is None and self._launched().same(want):
+                        reason = "other bits than those of the launched step, which repeats its own"
+        except Exception as error:
+            reason = check.survived(error, "the replayed step", "--no-graph", self.device)
         if reason := self._any(reason):
             step.use(step.compiled, False)
             return f"graph failed and is off: {reason}"
         return f"the replayed step {told}"
+
+    def _launched(self) -> Trace:
+        """A trace without the graphs that there are."""
+        graphs, self.step.graphs, self.step.wants_graph = self.step.graphs, [], False
+        try:
+            return self._trace("the launched step", "--kernels '*=reference'")
+        finally:
+            self.step.graphs, self.step.wants_graph = graphs, True
 
     def _any(self, reason: str | None) -> str | None:
         """A reason of this rank or, where it has none, of another one."""
@@ -224,7 +232,7 @@ class _Steps:
 
     def _bounded(self, what: str, remedy: str, seconds: float) -> contextlib.AbstractContextManager[None]:
         """On a CPU a step may take as long as it likes: none hangs there."""
-        return check.bounded(what, remedy, seconds) if self.gpu else contextlib.nullcontext()
+        return check.bounded(what, remedy, seconds) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _put_back(self) -> None:
         for tensor, saved in zip(self.step.tensors(), self.saved, strict=True):

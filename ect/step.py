@@ -178,7 +178,11 @@ class TrainStep:
             self.graphs = self._captured(device)
             return None
         except Exception as error:  # out of memory, or anything that a library does not do while it is captured
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            first: BaseException = error  # the end of a broken capture fails too, with less to say
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = f"{type(first).__name__}: {(str(first).splitlines() or [''])[0]}"
+            del first
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # of the memory that the graphs held: with `error` they are gone
         return reason

@@ -53,20 +53,25 @@ def install(patch: pytest.MonkeyPatch, step: TrainStep, **faults: Any) -> Graphs
 
     @contextmanager
     def stream(new: Any) -> Iterator[None]:
+        depth = len(graphs.streams)
         graphs.streams.append(new)
         try:
             yield
         finally:
-            graphs.streams.pop()
+            del graphs.streams[depth:]
 
     @contextmanager
     def graph(made: FakeGraph, pool: FakeGraph | None, side: FakeStream, mode: str) -> Iterator[None]:
         assert mode == "thread_local" and graphs.streams[-1] is side
         made.part, made.pool_of = step.parts()[len(graphs.made)], pool
         saved = [tensor.clone() for tensor in step.tensors()]
-        yield
-        torch._foreach_copy_(step.tensors(), saved)
-        graphs.fail()
+        graphs.streams.append(side)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(step.tensors(), saved)
+            graphs.fail()
+        graphs.streams.pop()  # where the end of a capture fails, torch does not come to this
         graphs.made.append(made)
 
     def empty_cache() -> None:

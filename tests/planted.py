@@ -49,7 +49,7 @@ FAULTS = {f.__name__: f for f in (raises, off_by_2_percent, one_wrong, one_nan)}
 
 def plant(
     patch: pytest.MonkeyPatch, op: str, forward: Change = sound, backward: Change = sound,
-    limits: Callable[..., str | None] = lambda *args: None,
+    limits: Callable[..., str | None] = lambda *args: None, name: str = NAME,
 ) -> None:  # fmt: skip
     """Give `op` the backend, with a change of the results of its forward and backward."""
     known = dispatch.OPS[op]
@@ -65,5 +65,5 @@ def plant(
         return None if function is None else run
 
     planted = dispatch.Backend(changed(reference.fwd, forward), changed(reference.bwd, backward), limits)  # type: ignore[arg-type]
-    patch.setattr(known, "backends", {**known.backends, NAME: planted})
-    patch.setitem(dispatch.AUTO, "cpu", (NAME, "reference"))
+    patch.setattr(known, "backends", {**known.backends, name: planted})
+    patch.setitem(dispatch.AUTO, "cpu", (name, "reference"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
@@ -23,7 +25,7 @@ from ect.distributed import World
 from ect.errors import UserError
 from ect.job import Job
 from ect.options import parse, resolved
-from ect.step import TrainStep
+from ect.step import WARM_UP, TrainStep
 from ect.trainer import Trainer
 from tests.fake_graphs import Graphs, install
 from tests.planted import NAME, off_by_2_percent, plant, sound
@@ -190,6 +192,30 @@ def test_without_a_check_a_failing_capture_warns_and_trains(
     assert graphs.emptied == 1 and graphs.streams == ["first"] and not step.wants_graph
 
 
+def test_a_broken_capture_names_its_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, count = make(**SMALL), [0]
+    step.use(False, True)
+    install(monkeypatch, step, fail=_invalid)
+    update = step.update
+
+    def broken() -> None:
+        count[0] += 1
+        update()
+        if count[0] > WARM_UP:
+            raise NotImplementedError("not in a capture")
+
+    monkeypatch.setattr(step, "update", broken)
+    assert step.capture() == "NotImplementedError: not in a capture"
+
+
+def test_a_replay_that_raises_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make(**SMALL)
+    step.use(False, True)
+    install(monkeypatch, step, replayed=lambda step: _invalid())
+    line = self_check.run(step, [], 0, 3)[1]
+    assert line.startswith("self-check: graph failed and is off: RuntimeError: CUDA error") and not step.graphs
+
+
 def test_a_warm_up_that_fails_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make(**SMALL)
     step.use(False, True)
@@ -203,6 +229,20 @@ def test_a_warm_up_that_fails_puts_everything_back(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(step, "update", broken)
     assert step.capture() == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
     assert all(torch.equal(a, b) for a, b in zip(state(step), before, strict=True))
+
+
+def test_a_step_that_hangs_ends_the_process_on_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    steps = self_check._Steps(make(**SMALL), 0, 0)
+    for steps.device in (CPU, torch.device("cuda")):
+        with steps._bounded("the replayed step", "--no-graph", 0.05):
+            time.sleep(0.5)
+    assert ended == [check.HUNG]
+    said = "error: the replayed step did not return within 0.05 s; start again with --no-graph\n"
+    assert capsys.readouterr().err == said
 
 
 # --- several ranks ---
@@ -319,6 +359,13 @@ def test_a_resume_keeps_what_was_refused_or_says_what_changed(
     assert "device: cpu, before the resume another GPU" in told
     assert f"radam_ema: on {NAME}, before the resume on reference" in told
     assert resolved(folder)["refused"] == {}
+
+
+def test_a_device_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    recorded = {"device": "NVIDIA H100", "refused": {"levels=triton": "it failed"}}
+    self_check.keep(recorded, torch.device("cuda"))
+    assert dispatch.refused(torch.device("cuda", 0)) == {("levels", "triton"): "it failed"}
 
 
 def test_a_name_stands_above_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

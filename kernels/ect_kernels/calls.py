@@ -8,7 +8,7 @@ that are those of x), the same at every call.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
@@ -219,8 +219,8 @@ def default_calls() -> list[Call]:
     """What the networks of the presets and their training call: forward and backward of every op, in each dtype."""
     recorder = Recorder()
     with recorder:
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            _images(dtype)
+        for dtype, levels in _DEFAULT.items():
+            _images(dtype, levels)
         _vectors()
     return recorder.calls
 
@@ -230,7 +230,15 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> 
     return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 and dtype != torch.uint8 else t
 
 
-def _images(dtype: torch.dtype) -> None:
+_DEFAULT = {
+    torch.float16: ((256, 32), (256, 16), (256, 8)),
+    torch.bfloat16: ((256, 16),),
+    torch.float32: ((256, 32), (128, 8)),
+}
+"""Channels and heights."""
+
+
+def _images(dtype: torch.dtype, levels: Iterable[tuple[int, int]]) -> None:
     """The ops of a U-Net and its loss."""
     from ect_kernels.consistency_loss import consistency_loss
     from ect_kernels.group_norm_silu import group_norm_silu
@@ -239,7 +247,7 @@ def _images(dtype: torch.dtype) -> None:
     from ect_kernels.skip_product import skip_product
 
     n, seed = SAMPLES, _meta(dtype=torch.int64)
-    for c, h in ((256, 32), (256, 16), (256, 8), (128, 32)):
+    for c, h in levels:
         x, gamma, beta, v = _meta(n, c, h, h, dtype=dtype), _meta(c), _meta(c), _meta(n, c, dtype=dtype)
         scale, shift = _meta(n, c, dtype=dtype), _meta(n, c, dtype=dtype)
         options: list[dict[str, Any]] = [

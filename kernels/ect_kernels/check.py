@@ -61,25 +61,6 @@ def check(calls: Sequence[Call], device: torch.device, report: Report | None = N
     return report
 
 
-def each(calls: Sequence[Call], device: torch.device) -> Report:
-    """Check, without refusing any, every backend that auto or a name could choose on the device."""
-    report, started = Report(), time.monotonic()
-    for call in calls:
-        for backend in _candidates(dispatch.OPS[call.op], device):
-            key = call.op, backend
-            if backend == "reference" or key in report.failed:
-                continue
-            try:
-                reason = compare(call, backend, device, report)
-            except BackendError:  # a limit
-                continue
-            report.calls[key] = report.calls.get(key, 0) + 1
-            if reason is not None:
-                report.failed[key] = f"{call}: {reason}"
-    report.seconds = time.monotonic() - started
-    return report
-
-
 def _failure(op: Op, calls: Sequence[Call], device: torch.device, report: Report) -> tuple[str, str] | None:
     """The first backend that fails one of the calls it would be chosen for, and why."""
     counts: dict[tuple[str, str], int] = {}
@@ -115,7 +96,8 @@ def compare(call: Call, backend: str, device: torch.device, report: Report) -> s
         report.skipped.append(f"{call}: not checked, out of memory")
         return None
     try:
-        with bounded(f"{call.op}: backend {backend}", f"--kernels {call.op}={_next(call.op, backend, device)}"):
+        remedy = f"--kernels {call.op}={_next(call.op, backend, device)}"
+        with bounded(f"{call.op}: backend {backend}", remedy):
             if backend == "triton":
                 started = time.monotonic()
                 call.run(inputs, backend)
@@ -130,10 +112,7 @@ def compare(call: Call, backend: str, device: torch.device, report: Report) -> s
         report.skipped.append(f"{call}: {backend} not checked, out of memory")
         return None
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if not alive(device):
-            end(f"{call.op}: backend {backend} failed, and the device with it: {reason}", call.op, backend, device)
-        return reason
+        return survived(error, f"{call.op}: backend {backend}", remedy, device)
     return next((text for name in truth if (text := _difference(name, call, truth, plain, got)) is not None), None)
 
 
@@ -204,13 +183,16 @@ def alive(device: torch.device) -> bool:
         return False
 
 
-def end(what: str, op: str, backend: str, device: torch.device) -> None:
-    """End the process, which no exception could do any more."""
-    _exit(f"{what}; start again with --kernels {op}={_next(op, backend, device)}")
+def survived(error: Exception, what: str, remedy: str, device: torch.device) -> str:
+    """The error in a line. Where the device is lost with it, the process ends: it could do nothing any more."""
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if not alive(device):
+        _exit(f"{what} failed, and the device with it: {reason}", remedy)
+    return reason
 
 
-def _exit(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)
+def _exit(what: str, remedy: str) -> None:
+    print(f"error: {what}; start again with {remedy}", file=sys.stderr, flush=True)
     os._exit(HUNG)
 
 
@@ -219,7 +201,7 @@ def bounded(what: str, remedy: str, seconds: float | None = None) -> Iterator[No
     """End the process if the block takes longer than SECONDS, or `seconds`: a kernel that hangs can be neither stopped nor
     survived."""
     seconds = SECONDS if seconds is None else seconds
-    timer = threading.Timer(seconds, _exit, [f"{what} did not return within {seconds:g} s; start again with {remedy}"])
+    timer = threading.Timer(seconds, _exit, [f"{what} did not return within {seconds:g} s", remedy])
     timer.daemon = True
     timer.start()
     try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from ect_kernels import check, dispatch
+from ect_kernels import check, dispatch, native
 from ect_kernels.__main__ import main
 from ect_kernels.calls import ARENA, SAMPLES, Call, Recorder, Shape, default_calls
 
@@ -199,6 +200,34 @@ def test_so_does_a_fault_that_takes_the_device_with_it(
     )
 
 
+def test_the_device_is_waited_for_and_asked_whether_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    gpu, ones = torch.device("cuda", 1), torch.ones
+    monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
+    monkeypatch.setattr(torch, "ones", lambda n, device: seen.append(device) or ones(n))
+    assert check.alive(gpu) and seen == [gpu, gpu] and check.alive(CPU)
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert not check.alive(gpu)
+
+
+def test_a_triton_kernel_is_compiled_apart(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def slow_at_first(results: Any, arguments: Any) -> Any:
+        if not compiled:
+            compiled.append(time.sleep(0.2))
+        return results
+
+    plant(monkeypatch, "levels", slow_at_first, name="triton")
+    monkeypatch.setattr(native, "why_no_triton", lambda device: None)
+    report = check.check(of(calls, "levels"), CPU)
+    assert 0.2 < report.compiling < report.seconds and report.calls == {("levels", "triton"): 1}
+
+
 def test_the_emulated_kernels_pass_at_the_shapes_of_a_network(
     calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,21 +239,29 @@ def test_the_emulated_kernels_pass_at_the_shapes_of_a_network(
     assert report.failed == {} and report.calls[OPS[0], "emulated"] == len(of(calls, OPS[0]))
 
 
-@pytest.mark.parametrize(("fault", "status"), [(sound, 0), (off_by_2_percent, 1)])
-def test_the_command_checks_every_backend(
-    fault: Any, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("fault", "named", "status", "said"),
+    [
+        (sound, False, 0, "check: perturb on planted: 3 calls agree with the reference\ncheck: all is well; "),
+        (off_by_2_percent, False, 1, "check: perturb on planted FAILED: perturb(images"),
+        (off_by_2_percent, True, 1, "check: FAILED: perturb: backend 'planted' failed its check: perturb(images"),
+    ],
+)
+def test_the_command_checks_what_the_ops_would_use(
+    fault: Any, named: bool, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = of(default_calls(), "perturb")
     plant(monkeypatch, "perturb", fault)
     monkeypatch.setattr("ect_kernels.calls.default_calls", lambda: calls)
+    if named:
+        monkeypatch.setattr(dispatch, "requested", lambda op: NAME if op == "perturb" else None)
     assert main(["--check"]) == status
     out = capsys.readouterr().out
-    assert ("perturb on planted: FAILED: perturb(images" if status else "perturb on planted: 3 calls agree") in out
-    assert f"check: {status} of 1 backends failed" in out and dispatch.refused(CPU) == {}
+    assert said in out and ("1 backends failed" in out) == (status == 1 and not named)
 
 
 def test_the_command_says_where_there_is_nothing_to_check(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--check"]) == 0 and "check: only references run here" in capsys.readouterr().out
+    assert main(["--check"]) == 0 and "check: nothing but references runs here" in capsys.readouterr().out
 
 
 def test_the_default_calls_have_every_op_both_ways_in_every_dtype() -> None:
