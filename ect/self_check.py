@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ect.distributed import World
 from ect.errors import UserError
+from ect.precision import products
 from ect.step import TrainStep
 
 STEPS = 2
@@ -74,18 +75,13 @@ def _ops(calls: Sequence[Call], device: torch.device, world: World) -> list[str]
     lines = [
         f"{op}: {backend} failed and is not used: {why}" for (op, backend), why in dispatch.refused(device).items()
     ]
-    counted = [
-        f"{op} on {backend} ({n} calls)"
-        for (op, backend), n in report.calls.items()
-        if (op, backend) not in report.failed
-    ]
-    agree = (
-        f"equal to the reference within rounding: {', '.join(counted)}" if counted else "no op but references to check"
+    counts = [f"{op} on {backend} ({n} calls)" for (op, backend), n in report.calls.items()]
+    found = (
+        f"equal to the reference within rounding: {', '.join(counts)}" if counts else "no op but references to check"
     )
-    took = f"{report.seconds - report.compiling:.1f} s" + (
-        f", and {report.compiling:.1f} s of compiling" * (report.compiling > 0)
-    )
-    return [f"self-check: {line}" for line in [*lines, *report.skipped, f"{agree} ({took})"]]
+    took = f"{report.seconds - report.compiling:.1f} s"
+    took += f", and {report.compiling:.1f} s of compiling" if report.compiling else ""
+    return [f"self-check: {line}" for line in [*lines, *report.skipped, f"{found} ({took})"]]
 
 
 def _share_refusals(device: torch.device, world: World) -> bool:
@@ -93,13 +89,9 @@ def _share_refusals(device: torch.device, world: World) -> bool:
     pairs = [(op.name, backend) for op in dispatch.OPS.values() for backend in op.backends]
     mine = dispatch.refused(device)
     told = world.gather(torch.tensor([int(pair in mine) for pair in pairs]))
-    new = [
-        (pair, rank)
-        for rank, theirs in enumerate(told)
-        for pair, no in zip(pairs, theirs, strict=True)
-        if no and pair not in mine
-    ]
-    for (op, backend), rank in new:
+    new = {pair: rank for rank, theirs in enumerate(told) for pair, no in zip(pairs, theirs.tolist(), strict=True)
+           if no and pair not in mine}  # fmt: skip
+    for (op, backend), rank in new.items():
         dispatch.refuse(op, backend, device, f"it failed on rank {rank}")
     return bool(new)
 
@@ -145,7 +137,8 @@ class _Steps:
     def __init__(self, step: TrainStep, nimg: int, stage: int) -> None:
         self.step, self.at, self.world = step, (nimg, stage), step.world
         self.device = step.state.params.device
-        self.bar = BARS[None if step.state.shadow is None else step.state.shadow.dtype]
+        half = None if step.state.shadow is None else step.state.shadow.dtype
+        self.bar = BARS[torch.float16 if half is None and products(self.device) == "TF32" else half]  # as many digits
 
     def check(self) -> list[str]:
         """What was found; the step goes on without what failed, and as if nothing had been run."""
@@ -153,21 +146,21 @@ class _Steps:
         if not compiled and not graph:
             return []
         self.saved = [tensor.to("cpu", copy=True) for tensor in step.tensors()]
-        lines, started = [], time.monotonic()
+        lines, started, compiling = [], time.monotonic(), 0.0
         step.world = _Apart(self.world.rank, self.world.size)
         try:
             step.use(False, False)
-            want, compile_seconds = self._trace("the plain step", "--kernels '*=reference'"), 0.0
+            want = self._trace("the plain step", "--kernels '*=reference'")
             if compiled:
+                begin = time.monotonic()
                 want, line = self._compiled(want)
-                compile_seconds = time.monotonic() - started
-                lines.append(f"{line} ({compile_seconds:.0f} s)")
+                compiling = time.monotonic() - begin
+                lines.append(f"{line} ({compiling:.0f} s)")
             if graph:
                 lines.append(self._replayed(want))
         finally:
-            self._put_back()
             step.world = self.world
-        lines.append(f"{time.monotonic() - started - compile_seconds:.1f} s for the steps")
+        lines.append(f"{time.monotonic() - started - compiling:.1f} s for the steps" + ", beside compiling" * compiled)
         return [f"self-check: {line}" for line in lines]
 
     def _compiled(self, want: Trace) -> tuple[Trace, str]:
@@ -190,7 +183,6 @@ class _Steps:
         step.use(step.compiled, True)
         try:
             with self._bounded("the capture", "--no-graph", SECONDS):
-                self._put_back()
                 reason = step.capture()
             if reason is None:
                 got = self._trace("the replayed step", "--no-graph")
@@ -204,7 +196,7 @@ class _Steps:
         if reason := self._any(reason):
             step.use(step.compiled, False)
             return f"graph failed and is off: {reason}"
-        return f"the replayed step {told}"
+        return f"the replayed step {told}" + "; the sum over ranks is between two graphs" * (self.world.size > 1)
 
     def _launched(self) -> Trace:
         """A trace without the graphs that there are."""
@@ -219,24 +211,22 @@ class _Steps:
         return (reason or "it failed on another rank") if self.world.any(reason is not None) else None
 
     def _trace(self, what: str, remedy: str, seconds: float = SECONDS) -> Trace:
-        """Steps from the saved state."""
+        """Some steps, which are then undone."""
         step, (nimg, stage) = self.step, self.at
         with self._bounded(what, remedy, seconds):
-            self._put_back()
-            if step.state.loss_scale is not None:
-                step.state.loss_scale.clamp_(max=LOSS_SCALE)
-            losses = [step(nimg + i * step.batch, stage).to("cpu", copy=True) for i in range(STEPS)]
-            return Trace(
-                torch.stack(losses), step.state.grads.to("cpu", copy=True), step.state.params.to("cpu", copy=True)
-            )
+            try:
+                if step.state.loss_scale is not None:
+                    step.state.loss_scale.clamp_(max=LOSS_SCALE)
+                losses = [step(nimg + i * step.batch, stage).to("cpu", copy=True) for i in range(STEPS)]
+                grads, params = (t.to("cpu", copy=True) for t in (step.state.grads, step.state.params))
+                return Trace(torch.stack(losses), grads, params)
+            finally:
+                for tensor, saved in zip(step.tensors(), self.saved, strict=True):
+                    tensor.copy_(saved)
 
     def _bounded(self, what: str, remedy: str, seconds: float) -> contextlib.AbstractContextManager[None]:
         """On a CPU a step may take as long as it likes: none hangs there."""
         return check.bounded(what, remedy, seconds) if self.device.type == "cuda" else contextlib.nullcontext()
-
-    def _put_back(self) -> None:
-        for tensor, saved in zip(self.step.tensors(), self.saved, strict=True):
-            tensor.copy_(saved)
 
 
 def resolved(step: TrainStep) -> dict[str, Any]:

@@ -276,7 +276,8 @@ def test_several_ranks_sum_between_two_graphs(monkeypatch: pytest.MonkeyPatch) -
     graphs: Graphs = install(monkeypatch, step)
     lines = self_check.run(step, [], 0, 3)
     assert Pair.other == []  # the check waits for no one
-    assert lines[1] == "self-check: the replayed step equals the launched one bit for bit"
+    equal = "self-check: the replayed step equals the launched one bit for bit"
+    assert lines[1] == f"{equal}; the sum over ranks is between two graphs"
     assert len(graphs.made) == 2 and graphs.made[1].pool_of is graphs.made[0]
     loss = step(0, 3)
     assert Pair.other == ["sum"]
