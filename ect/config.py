@@ -162,6 +162,9 @@ class Config:
     """Keep the weights of convolutions in the memory order [out, k, k, in]. None: on a GPU."""
     kernels: str = ""
     """Backends of the fused ops, e.g. 'group_norm_silu=cuda,*=triton' (python -m ect_kernels lists them). Empty: automatic."""
+    self_check: Switch = None
+    """Compare kernels, compiled network and captured update with plain ones before the first step, and go on without what
+    fails. None: on a GPU."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
     data: DataConfig = DataConfig()

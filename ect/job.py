@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from ect_kernels import dispatch
 from rich.console import Console
 from torch import Tensor
 
-from ect import precision, report
+from ect import precision, report, self_check
 from ect.checkpoint import atomic, load_model
 from ect.config import Config, PretrainConfig
 from ect.data import load
@@ -33,8 +34,8 @@ from ect.metrics import (
     quality_rows,
 )
 from ect.models import fused
+from ect.options import RESOLVED, resolved, run_folder, to_dict
 from ect.options import load as load_config
-from ect.options import run_folder, to_dict
 from ect.resume import refuse_changed_maths
 from ect.sampler import generate
 from ect.trainer import StopSignal, Trainer
@@ -109,6 +110,7 @@ class Job:
         self.dataset = load(cfg.data)
         self.stop = StopSignal(world=self.world)
         self.seconds: dict[str, float] = {}
+        self.checked: list[str] = []
         if cfg.resume is None:
             self.run_dir = Path(self.world.first(lambda: str(new_run_dir(cfg))))
         else:
@@ -163,14 +165,19 @@ class Job:
             elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
                 resume = run_dir
         cfg = replace(cfg, resume=resume)
+        before = resolved(run_dir) if resume else {}
+        self_check.keep(before, self.device)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world)
         if self.cfg.preset != "digits" and cfg.objective.kind == "consistency" and cfg.init_from is None and not resume:
             trainer.notes.append("no --init-from: training a consistency model from scratch, not tuning a teacher")
+        now = self_check.resolved(trainer.step)
+        self.checked += [*trainer.checked, *self_check.changes(before, now)]
+        trainer.notes += self_check.changes(before, now)
         writes = self.world.rank == 0
         if writes:
             run_dir.mkdir(exist_ok=True)  # not before the trainer stands: a refused start leaves nothing behind
-            self._write_config(cfg, run_dir)
-            self._write_config(self.cfg, self.run_dir)  # also while pretraining: --resume finds the job by it
+            self._write_config(cfg, run_dir, now)
+            self._write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
         total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None
         log = RunLog(
             run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
@@ -186,9 +193,10 @@ class Job:
         return path if trainer.nimg >= total_img else None
 
     @staticmethod
-    def _write_config(cfg: Config, folder: Path) -> None:
+    def _write_config(cfg: Config, folder: Path, now: dict[str, Any]) -> None:
+        values = to_dict(replace(cfg, resume=None)) | {RESOLVED: now}
         with atomic(folder / "config.json") as temp:
-            temp.write_text(json.dumps(to_dict(replace(cfg, resume=None)), indent=1) + "\n", encoding="utf-8")
+            temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> bool:
         """Samples side by side (samples.png), the table on the console, results.json and results.md; False if stopped."""
@@ -217,7 +225,7 @@ class Job:
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
         columns = self.evaluator.columns if self.evaluator is not None else ()
-        report.write(self.run_dir, rows, columns, self.seconds)
+        report.write(self.run_dir, rows, columns, self.seconds, self.checked)
         report.show(self.console, rows, columns, self.seconds)
         self.console.print(
             f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False

@@ -20,6 +20,8 @@ from ect.config import PRESETS, Config
 from ect.errors import UserError
 
 T = TypeVar("T")
+RESOLVED = "resolved"
+"""Key in config.json beside the options."""
 MAX_TIGHTNESS = 16
 """log2 of the largest q^n_stages: 1 - r/t falls to 2^-16, which fp32 still resolves to 1 part in 256."""
 
@@ -70,9 +72,18 @@ def load(folder: Path) -> Config:
     """The configuration a run was started with, from its config.json."""
     path = folder / "config.json"
     try:
-        return from_dict(Config, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return from_dict(
+            Config, {k: v for k, v in values.items() if k != RESOLVED} if isinstance(values, dict) else values
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a configuration this version can read ({error})") from error
+
+
+def resolved(folder: Path) -> dict[str, Any]:
+    """What the run in a folder computed with (ect.self_check.resolved), from its config.json; {} where it does not say."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get(RESOLVED, {}) if path.is_file() else {}
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

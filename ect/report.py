@@ -63,11 +63,14 @@ def show(console: Console, rows: Sequence[QualityRow], columns: Sequence[Column]
     console.print(wall_clock(seconds), highlight=False)
 
 
-def write(run_dir: Path, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float]) -> None:
-    """results.json, and results.md with the table in Markdown, atomically."""
-    result = {"rows": [row.as_json() for row in rows], "seconds": seconds}
+def write(
+    run_dir: Path, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float],
+    checked: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """results.json, and results.md with the table in Markdown, atomically. checked: what the self-check found."""
+    result = {"rows": [row.as_json() for row in rows], "seconds": seconds, "checked": list(checked)}
     with atomic(run_dir / "results.json") as temp:
         temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = markdown(*table(rows, columns)) + "\n" if rows else ""
     with atomic(run_dir / "results.md") as temp:
-        temp.write_text(text + wall_clock(seconds) + ".\n", encoding="utf-8")
+        temp.write_text("\n\n".join([text + wall_clock(seconds) + ".", *checked]) + "\n", encoding="utf-8")

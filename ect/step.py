@@ -5,6 +5,9 @@ rounding, and a resume needs no generator state. All that changes is on the devi
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from ect_kernels import philox
 from ect_kernels.consistency_loss import consistency_loss
@@ -43,10 +46,8 @@ class TrainStep:
         self.micro_batch = micro_batch or share
         self.starts = range(world.rank * share, (world.rank + 1) * share, self.micro_batch)
         several = len(self.starts) > 1 or self.starts[0] > 0
-        self.net, self.xflip, self.compiled, self.wants_graph = state.compute, xflip, compiled, graph
-        if compiled:
-            self.net.model.compile(fullgraph=True, dynamic=False)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.net, self.xflip = state.compute, xflip
+        self.use(compiled, graph)
         device = state.params.device
         self.augment = AugmentPipe(augment).to(device) if augment > 0 else None
         self.key, self.stage = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
@@ -55,20 +56,39 @@ class TrainStep:
         self.firsts: list[Tensor | int] = list(firsts) if several else [0]
         self.mean_loss = torch.zeros((), device=device)
 
+    def use(self, compiled: bool, graph: bool) -> None:
+        """From the next call on run the network through torch.compile or not, and capture the update or not."""
+        self.compiled, self.wants_graph = compiled, graph
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        model = self.net.model
+        if not compiled:
+            model._compiled_call_impl = None  # torch offers no other way back
+        elif model._compiled_call_impl is None:
+            model.compile(fullgraph=True, dynamic=False)
+
     def __call__(self, nimg: int, stage: int) -> Tensor:
         self.stream.seek(nimg)
         self.key.fill_((self.seed << 32) | (nimg // self.batch))  # the run's seed is the high half of the Philox key
         self.stage.fill_(stage)
-        if self.wants_graph and self.graph is None:
-            self.capture()
-        if self.graph is not None:
-            self.graph.replay()
-        else:
+        if self.wants_graph and not self.graphs and (reason := self.capture()) is not None:
+            self.wants_graph = False
+            warnings.warn(f"the update cannot be captured into a CUDA graph, and runs without: {reason}", stacklevel=2)
+        for i, graph in enumerate(self.graphs):
+            if i > 0:
+                self.world.sum_(self.state.grads)
+            graph.replay()
+        if not self.graphs:
             self.update()
         return self.mean_loss
 
     def update(self) -> None:
         """One update of `tensors()`, from the images and scalars that __call__ put in place."""
+        self.gradients()
+        self.world.sum_(self.state.grads)
+        self.state.step()
+
+    def gradients(self) -> None:
+        """The update's first part: mean loss and gradients of this rank's images."""
         scale = self.mean_loss.new_full((), 1 / self.batch)
         if self.state.loss_scale is not None:
             scale = scale * self.state.loss_scale
@@ -78,8 +98,6 @@ class TrainStep:
             grads = torch.autograd.grad(loss, self.state.inputs, scale, materialize_grads=True)
             self.state.load_grads(grads, add=i > 0)
             self.mean_loss += loss.detach() / (self.batch // self.world.size)
-        self.world.sum_(self.state.grads)
-        self.state.step()
 
     def loss(self, i: int) -> Tensor:
         """Per-sample loss [micro_batch] of the i-th micro-batch."""
@@ -137,21 +155,48 @@ class TrainStep:
         """Every tensor that update() writes and that outlives it."""
         return [*self.state.tensors(), self.mean_loss]
 
-    def warm_up(self, updates: int = WARM_UP) -> None:
-        """Run updates, then put everything back."""
-        saved = [tensor.clone() for tensor in self.tensors()]
-        for _ in range(updates):
-            self.update()
-        torch._foreach_copy_(self.tensors(), saved)
+    def parts(self) -> list[Callable[[], None]]:
+        """The update in pieces, a CUDA graph each: with several ranks the sum over them stays between two graphs, for no device
+        has shown yet that NCCL's sums can be captured."""
+        return [self.update] if self.world.size == 1 else [self.gradients, self.state.step]
 
-    def capture(self) -> None:
-        """Record update(), gradient all-reduce included, into one CUDA graph, which later calls replay."""
+    def warm_up(self, updates: int = WARM_UP) -> None:
+        """Run updates, without the sum over ranks, then put everything back."""
+        saved = [tensor.clone() for tensor in self.tensors()]
+        try:
+            for _ in range(updates):
+                for part in self.parts():
+                    part()
+        finally:
+            torch._foreach_copy_(self.tensors(), saved)
+
+    def capture(self) -> str | None:
+        """Record `parts()` into CUDA graphs, which later calls replay. Returns None, or why not: then everything is as it was,
+        and an update runs without graphs."""
         device = self.state.params.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        try:
+            self.graphs = self._captured(device)
+            return None
+        except Exception as error:  # out of memory, or anything that a library does not do while it is captured
+            first: BaseException = error  # the end of a broken capture fails too, with less to say
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = f"{type(first).__name__}: {(str(first).splitlines() or [''])[0]}"
+            del first
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # of the memory that the graphs held: with `error` they are gone
+        return reason
+
+    def _captured(self, device: torch.device) -> list[torch.cuda.CUDAGraph]:
+        graphs: list[torch.cuda.CUDAGraph] = []
+        side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # a capture that breaks would leave its own stream the current one
             self.warm_up()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads: images, NCCL
-            self.update()
+            for part in self.parts():
+                graph, pool = torch.cuda.CUDAGraph(), graphs[0].pool() if graphs else None
+                with torch.cuda.graph(graph, pool, side, "thread_local"):  # other threads: images, NCCL
+                    part()
+                graphs.append(graph)
+        current.wait_stream(side)
+        return graphs

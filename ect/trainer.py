@@ -9,16 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from ect_kernels.calls import Recorder
 from torch import Tensor
 
-from ect import checkpoint, memory, precision, schedule
+from ect import checkpoint, memory, precision, schedule, self_check
 from ect.assembly import flat_state, network_spec, train_step
 from ect.config import Config
 from ect.data import Dataset, ImageStream
@@ -121,7 +122,9 @@ class Trainer:
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         self.spec, self.net = self._build()
-        plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
+        checking, ops = self_check.wanted(cfg.self_check, self.device), Recorder()
+        with ops if checking else nullcontext():
+            plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
         self.state = flat_state(cfg, self.net)
         # A copy of now, with the memory order that the weights have now: else each call of it would convert them.
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
@@ -133,6 +136,9 @@ class Trainer:
         self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
         if cfg.resume is not None:
             self._resume(cfg.resume)
+        self.checked = self_check.run(self.step, ops.calls, self.nimg, self._stage()) if checking else []
+        """What the self-check found, as lines for log and report."""
+        self.notes += self.checked
         if self.precision.half is not None and self.consistency:
             self.notes.append(self._signal_noise())
 
@@ -192,7 +198,7 @@ class Trainer:
         stopping = self.stop.heard()
         while self.nimg < self.total_img and not stopping:
             started = time.monotonic()
-            stage = schedule.stage_at(self.nimg, cfg.objective)
+            stage = self._stage()
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
             self.state.ema_betas[0] = schedule.ema_beta_at(self.nimg, cfg.batch, cfg.optim)
             self.tally.add(self.step(self.nimg, stage))
@@ -216,6 +222,9 @@ class Trainer:
             if due(every.eval_kimg) and not last and self.evaluator is not None:
                 self.evaluate()
         return self.path
+
+    def _stage(self) -> int:
+        return schedule.stage_at(self.nimg, self.cfg.objective)
 
     def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:
         """Write the statistics since the last row; the loss is their mean over steps and ranks."""

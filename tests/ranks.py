@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from ect_kernels import dispatch
 from rich.console import Console
 
 from ect.distributed import World
@@ -18,9 +20,11 @@ from ect.launch import launch
 from ect.options import parse
 from ect.sample import Options, sample
 from ect.step import TrainStep
+from tests.planted import plant, raises, sound
 from tests.tiny import config
 
 CALL = TrainStep.__call__
+CPU = torch.device("cpu")
 
 
 def exchanges(world: World) -> dict[str, Any]:
@@ -70,6 +74,11 @@ def work(folder: Path, world: World) -> int:
     run(config(run_dir=folder / "accumulated", batch_per_device=2))
     run(parse(["--resume", str(folder / "resumed")]))
     sample(Options(folder / "resumed", seeds="3,7,1-9", batch=4, out=folder / "samples.npz"), world)
+    with pytest.MonkeyPatch.context() as patch:  # a backend that works on one of two machines
+        plant(patch, "radam_ema", raises if world.rank == 1 else sound)
+        run(config(run_dir=folder / "checked", self_check=True, total_kimg=0.008))
+        seen["refused"] = {"=".join(pair): why for pair, why in dispatch.refused(CPU).items()}
+    dispatch.clear_refused()
     if world.rank == 1:
         in_step(3, lambda: signal.raise_signal(signal.SIGTERM))
     run(config(run_dir=folder / "stopped"))

@@ -163,6 +163,16 @@ def test_samples_are_those_of_one_process(folder: Path, seen: list[dict[str, Any
 
 
 @needs_gloo
+def test_the_ranks_use_the_backends_that_work_on_all_of_them(folder: Path, seen: list[dict[str, Any]]) -> None:
+    assert all(found["checked"] for found in seen)
+    first, second = (found["refused"]["radam_ema=planted"] for found in seen)
+    assert first == "it failed on rank 1" and "a planted failure" in second
+    assert (
+        json.loads((folder / "checked" / "config.json").read_text())["resolved"]["kernels"]["radam_ema"] == "reference"
+    )
+
+
+@needs_gloo
 def test_only_rank_0_writes(folder: Path, seen: list[dict[str, Any]]) -> None:
     def names(run_dir: Path) -> list[str]:
         return sorted(path.name for path in run_dir.iterdir() if not path.name.startswith("events."))

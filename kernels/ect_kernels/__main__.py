@@ -1,8 +1,16 @@
-"""python -m ect_kernels: what was built, for which GPUs, and which backend each op would use here."""
+"""python -m ect_kernels: what was built, for which GPUs, and which backend each op would use here.
+
+--check also compares the backend that each op would use with the reference, on the shapes of DDPM++ in each dtype
+(ect_kernels.check), and where it fails the next one; exit status 1 if one failed, 3 if one hangs. Another one than the first
+choice is checked by ECT_KERNELS='*=triton' python -m ect_kernels --check.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import sys
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -28,7 +36,35 @@ def built() -> str:
     return f"CUDA kernels: built for {native.built_for()}"
 
 
-def main() -> None:
+def checked(console: Console, device: torch.device) -> bool:
+    """Check and print; whether nothing failed."""
+    from ect_kernels.calls import default_calls
+    from ect_kernels.check import check
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        report = check(default_calls(), device)
+    except dispatch.BackendError as error:
+        say(f"check: FAILED: {error}")
+        return False
+    for (op, backend), reason in report.failed.items():
+        say(f"check: {op} on {backend} FAILED: {reason}")
+    for (op, backend), count in report.calls.items():
+        say(f"check: {op} on {backend}: {count} calls agree with the reference")
+    for line in report.skipped:
+        say(f"check: {line}")
+    found = "all is well" if not report.failed else f"{len(report.failed)} backends failed"
+    found = found if report.calls or report.failed else "nothing but references runs here"
+    say(f"check: {found}; {report.seconds:.1f} s, of it {report.compiling:.1f} s compiling")
+    return not report.failed
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ect_kernels", description="What the fused ops run on here.")
+    parser.add_argument("--check", action="store_true", help="compare the backends with the reference")
+    options = parser.parse_args(argv)
     for name in OPS:
         importlib.import_module(f"ect_kernels.{name}")
     console = Console()
@@ -41,7 +77,8 @@ def main() -> None:
     console.print(table)
     triton = native.why_no_triton(torch.device("cuda"))
     console.print(f"Triton: {triton or 'installed'}. apex: {native.why_no_apex() or 'installed'}.", highlight=False)
+    return 0 if not options.check or checked(console, device) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,407 @@
+"""The self-check leaves no trace where all is well, and where not, a run without what failed that says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ect_kernels import check, dispatch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ect import self_check
+from ect.data import load
+from ect.distributed import World
+from ect.errors import UserError
+from ect.job import Job
+from ect.options import parse, resolved
+from ect.step import WARM_UP, TrainStep
+from ect.trainer import Trainer
+from tests.fake_graphs import Graphs, install
+from tests.planted import NAME, off_by_2_percent, plant, sound
+from tests.test_step import make
+from tests.tiny import config, run
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {"batch": 4, "net": {"dropout": 0.2}}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_refused() -> Iterator[None]:
+    yield
+    dispatch.clear_refused()
+    dispatch.set_choice(None)
+
+
+def compile_as(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Let nn.Module.compile make a network that changes what the plain one computes."""
+
+    def compile(self: nn.Module, **options: Any) -> None:
+        self._compiled_call_impl = lambda *args: change(self._call_impl(*args))
+
+    patch.setattr(nn.Module, "compile", compile)
+
+
+def state(step: TrainStep) -> list[Tensor]:
+    return [tensor.clone() for tensor in [*step.tensors(), torch.get_rng_state()]]
+
+
+# --- where all is well ---
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_nothing_is_left_of_it_but_the_graph(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_as(monkeypatch, lambda x: x)
+    step, plain = (make(**SMALL, precision=precision, xflip=True) for _ in range(2))
+    step.use(True, True)
+    graphs = install(monkeypatch, step)
+    before = state(step)
+    lines = self_check.run(step, [], 8, 3)
+    assert all(torch.equal(a, b) for a, b in zip(state(step), before, strict=True))
+    assert step.compiled and step.wants_graph and step.graphs == graphs.made and len(graphs.made) == 1
+    assert lines[1].startswith("self-check: the compiled step agrees with the plain one: losses within ")
+    assert lines[2] == "self-check: the replayed step equals the launched one bit for bit"
+    for nimg in (8, 12):  # the data too: the order and the place in it
+        assert torch.equal(step(nimg, 3), plain(nimg, 3))
+    assert torch.equal(step.state.params, plain.state.params) and len(graphs.made) == 1
+
+
+def test_a_step_that_is_neither_compiled_nor_captured_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make(**SMALL)
+    monkeypatch.setattr(step, "update", pytest.fail)
+    assert self_check.run(step, [], 0, 0) == ["self-check: no op but references to check (0.0 s)"]
+
+
+def test_it_is_on_where_there_is_a_gpu() -> None:
+    devices = (CPU, torch.device("cuda"))
+    assert [self_check.wanted(choice, d) for choice in (None, True, False) for d in devices] == [
+        False, True, True, True, False, False,
+    ]  # fmt: skip
+    assert parse(["--total-kimg", "1"]).self_check is None
+
+
+# --- the compiled step ---
+
+
+def _fail(x: Tensor) -> Tensor:
+    raise NotImplementedError("an operator that the compiler lacks\nand a trace")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_fail, "NotImplementedError: an operator that the compiler lacks ("),
+        (lambda x: x * 30, "loss: "),
+        (lambda x: x * 1.1, "gradients: "),
+        (lambda x: x * torch.nan, "loss: nan for "),
+    ],
+)  # fmt: skip
+def test_a_network_that_compiles_wrongly_runs_plain(
+    change: Callable[[Tensor], Tensor], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_as(monkeypatch, change)
+    step, plain = make(**SMALL), make(**SMALL)
+    step.use(True, True)
+    install(monkeypatch, step)
+    line = self_check.run(step, [], 0, 3)[1]
+    assert line.startswith(f"self-check: compile failed and is off: {said}")
+    assert not step.compiled and step.wants_graph and len(step.graphs) == 1
+    assert torch.equal(step(0, 3), plain(0, 3)) and torch.equal(step.state.params, plain.state.params)
+
+
+# --- the captured step ---
+
+
+def _full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+
+def _invalid() -> None:
+    raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nCUDA kernel errors")
+
+
+def _doubled(step: TrainStep) -> None:
+    step.mean_loss.mul_(2)
+
+
+def _one_parameter(step: TrainStep) -> None:
+    step.state.params[3] += 1e-6
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"fail": _full}, "OutOfMemoryError: CUDA out of memory. Tried to allocate"),
+        ({"fail": _invalid}, "RuntimeError: CUDA error: operation failed due to a previous error during capture"),
+        ({"replayed": _doubled}, "loss: "),
+        ({"replayed": _one_parameter}, "other bits than those of the launched step, which repeats its own"),
+    ],
+)  # fmt: skip
+def test_a_graph_that_fails_is_off(faults: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, plain = make(**SMALL), make(**SMALL)
+    step.use(False, True)
+    graphs = install(monkeypatch, step, **faults)
+    before = state(step)
+    line = self_check.run(step, [], 0, 3)[1]
+    assert line.startswith(f"self-check: graph failed and is off: {said}")
+    assert all(torch.equal(a, b) for a, b in zip(state(step), before, strict=True))
+    assert not step.wants_graph and step.graphs == [] and graphs.streams == ["first"]
+    assert torch.equal(step(0, 3), plain(0, 3)) and torch.equal(step.state.params, plain.state.params)
+
+
+def test_bits_are_not_asked_of_a_step_that_has_none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, count = make(**SMALL), [0]
+    step.use(False, True)
+    install(monkeypatch, step)
+    update = step.update
+
+    def shaky() -> None:
+        count[0] += 1
+        update()
+        step.state.grads.mul_(1 + 1e-6 * count[0])
+
+    monkeypatch.setattr(step, "update", shaky)
+    line = self_check.run(step, [], 0, 3)[1]
+    assert (
+        line == "self-check: the replayed step agrees with the launched one, which does not repeat itself bit for bit"
+    )
+    assert step.wants_graph and len(step.graphs) == 1
+
+
+@pytest.mark.parametrize("fail", [_full, _invalid])
+def test_without_a_check_a_failing_capture_warns_and_trains(
+    fail: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, plain = make(**SMALL), make(**SMALL)
+    step.use(False, True)
+    graphs = install(monkeypatch, step, fail=fail)
+    with pytest.warns(UserWarning, match=r"cannot be captured into a CUDA graph, and runs without: \w+Error: CUDA"):
+        loss = step(0, 3)
+    assert torch.equal(loss, plain(0, 3)) and torch.equal(step(4, 3), plain(4, 3))
+    assert torch.equal(step.state.params, plain.state.params)
+    assert graphs.emptied == 1 and graphs.streams == ["first"] and not step.wants_graph
+
+
+def test_a_broken_capture_names_its_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, count = make(**SMALL), [0]
+    step.use(False, True)
+    install(monkeypatch, step, fail=_invalid)
+    update = step.update
+
+    def broken() -> None:
+        count[0] += 1
+        update()
+        if count[0] > WARM_UP:
+            raise NotImplementedError("not in a capture")
+
+    monkeypatch.setattr(step, "update", broken)
+    assert step.capture() == "NotImplementedError: not in a capture"
+
+
+def test_a_replay_that_raises_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make(**SMALL)
+    step.use(False, True)
+    install(monkeypatch, step, replayed=lambda step: _invalid())
+    line = self_check.run(step, [], 0, 3)[1]
+    assert line.startswith("self-check: graph failed and is off: RuntimeError: CUDA error") and not step.graphs
+
+
+def test_a_warm_up_that_fails_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make(**SMALL)
+    step.use(False, True)
+    install(monkeypatch, step)
+    update, before = step.update, state(step)
+
+    def broken() -> None:
+        update()
+        _full()
+
+    monkeypatch.setattr(step, "update", broken)
+    assert step.capture() == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert all(torch.equal(a, b) for a, b in zip(state(step), before, strict=True))
+
+
+def test_a_step_that_hangs_ends_the_process_on_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    steps = self_check._Steps(make(**SMALL), 0, 0)
+    for steps.device in (CPU, torch.device("cuda")):
+        with steps._bounded("the replayed step", "--no-graph", 0.05):
+            time.sleep(0.5)
+    assert ended == [check.HUNG]
+    said = "error: the replayed step did not return within 0.05 s; start again with --no-graph\n"
+    assert capsys.readouterr().err == said
+
+
+# --- several ranks ---
+
+
+class Pair(World):
+    """Rank 0 of two, which hears what the other one says and does not wait for it."""
+
+    other: list[Any] = []  # noqa: RUF012  of a frozen dataclass that a test fills
+
+    def sum_(self, tensor: Tensor) -> None:
+        self.other.append("sum")
+        tensor.mul_(2)
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        theirs = part.clone()
+        names = [(op.name, backend) for op in dispatch.OPS.values() for backend in op.backends]
+        for pair in self.other:
+            if pair in names:
+                theirs[names.index(pair)] = 1
+        return [part, theirs]
+
+
+def test_several_ranks_sum_between_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pair, "other", [])
+    step, plain = (make(**SMALL, world=Pair(0, 2)) for _ in range(2))
+    step.use(False, True)
+    graphs: Graphs = install(monkeypatch, step)
+    lines = self_check.run(step, [], 0, 3)
+    assert Pair.other == []  # the check waits for no one
+    equal = "self-check: the replayed step equals the launched one bit for bit"
+    assert lines[1] == f"{equal}; the sum over ranks is between two graphs"
+    assert len(graphs.made) == 2 and graphs.made[1].pool_of is graphs.made[0]
+    loss = step(0, 3)
+    assert Pair.other == ["sum"]
+    assert torch.equal(loss, plain(0, 3)) and torch.equal(step.state.params, plain.state.params)
+
+
+def test_ranks_take_the_weakest_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "levels")
+    monkeypatch.setattr(Pair, "other", [("levels", NAME)])
+    lines = self_check.run(make(**SMALL, world=Pair(0, 2)), [], 0, 3)
+    assert lines[0] == f"self-check: levels: {NAME} failed and is not used: it failed on rank 1"
+    assert dispatch.OPS["levels"].candidates(CPU) == ["reference"]
+
+
+@pytest.mark.parametrize("what", ["compile", "graph"])
+def test_a_rank_gives_up_what_another_one_must(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_as(monkeypatch, lambda x: x)
+    step, answers = make(**SMALL, world=Pair(0, 2)), iter([False, what == "compile", what == "graph"])
+    monkeypatch.setattr(Pair, "any", lambda self, flag: next(answers))
+    step.use(True, True)
+    install(monkeypatch, step)
+    lines = self_check.run(step, [], 0, 3)
+    assert any(line.startswith(f"self-check: {what} failed and is off: it failed on another rank") for line in lines)
+    assert (step.compiled, step.wants_graph) == (what != "compile", what != "graph")
+
+
+# --- whole runs ---
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ect.trainer.Trainer.grids", lambda self: None)
+    monkeypatch.setattr("ect.job.STRIP_SEEDS", range(1))
+
+
+def checked(**changes: Any) -> Any:
+    return config(self_check=True, total_kimg=0.016, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run whose optimizer's first choice is wrong: its folder, and what it said."""
+    folder, said = tmp_path_factory.mktemp("whole") / "run", StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ect.trainer.Trainer.grids", lambda self: None)
+        plant(patch, "radam_ema", off_by_2_percent)
+        assert Job(checked(run_dir=folder), Console(file=said, width=10_000)).run()
+    dispatch.clear_refused()
+    return folder, said.getvalue()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_goes_on_without_what_failed_and_writes_it_down(whole: tuple[Path, str], tmp_path: Path) -> None:
+    folder, out = whole
+    found = resolved(folder)
+    assert found["kernels"]["radam_ema"] == "reference" and found["device"] == "cpu"
+    assert list(found["refused"]) == [f"radam_ema={NAME}"] and not found["compile"] and not found["graph"]
+    said = f"self-check: radam_ema: {NAME} failed and is not used: radam_ema(params"
+    assert said in out and said in (folder / "results.md").read_text()
+    assert json.loads((folder / "results.json").read_text())["checked"][0].startswith(said)
+    run(config(total_kimg=0.016), tmp_path / "plain")
+    got, want = (load_file(f / "checkpoint-000000.016.state.safetensors") for f in (folder, tmp_path / "plain"))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_resume_keeps_what_was_refused_or_says_what_changed(
+    whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    plant(monkeypatch, "radam_ema", sound)  # which would pass now
+    kept = run(parse(["--resume", str(folder)]), folder)
+    assert resolved(folder) == resolved(whole[0]) and not any("before" in line for line in kept.checked)
+    dispatch.clear_refused()
+    values = json.loads((folder / "config.json").read_text())
+    values["resolved"]["device"] = "another GPU"
+    (folder / "config.json").write_text(json.dumps(values))
+    told = run(parse(["--resume", str(folder)]), folder).checked
+    assert "device: cpu, before the resume another GPU" in told
+    assert f"radam_ema: on {NAME}, before the resume on reference" in told
+    assert resolved(folder)["refused"] == {}
+
+
+def test_a_device_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    recorded = {"device": "NVIDIA H100", "refused": {"levels=triton": "it failed"}}
+    self_check.keep(recorded, torch.device("cuda"))
+    assert dispatch.refused(torch.device("cuda", 0)) == {("levels", "triton"): "it failed"}
+
+
+def test_a_name_stands_above_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = {"device": "cpu", "refused": {"levels=emulated": "it failed", "gone=cuda": "it failed"}}
+    dispatch.set_choice("levels=emulated")
+    self_check.keep(recorded, CPU)
+    assert dispatch.refused(CPU) == {}
+    dispatch.set_choice(None)
+    self_check.keep(recorded, CPU)
+    assert dispatch.refused(CPU) == {("levels", "emulated"): "it failed"}
+
+
+def test_a_backend_asked_for_by_name_is_refused_before_anything_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, "radam_ema", off_by_2_percent)
+    monkeypatch.setattr(dispatch, "NAMES", (*dispatch.NAMES, NAME))
+    with pytest.raises(UserError, match=f"--kernels: radam_ema: backend '{NAME}' failed its check: .*params: "):
+        Job(checked(run_dir=tmp_path / "run", kernels=f"radam_ema={NAME}"), Console(quiet=True)).run()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_no_self_check_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "check", pytest.fail)
+    cfg = replace(checked(), self_check=False)
+    assert Trainer(cfg, tmp_path, load(cfg.data), CPU).checked == []
+
+
+def test_the_ops_of_the_network_are_those_that_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(check, "check", lambda calls, *rest: seen.append(calls))
+    dispatch.set_choice("*=reference")
+    cfg = checked(kernels="*=reference")
+    Trainer(cfg, tmp_path, load(cfg.data), CPU)
+    (calls,) = seen
+    functions = {call.function for call in calls}
+    norms = {f"{op}{way}" for op in ("group_norm_silu", "residual_group_norm_silu") for way in ("", "_bwd")}
+    assert functions == norms | {"levels", "perturb", "consistency_loss", "radam_ema"}
