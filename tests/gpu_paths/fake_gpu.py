@@ -210,6 +210,8 @@ class FakeGpu:
         self.made_current = enter(told(self.gpu, self.devices))
         extension = None if self.archs is None else Extension(self.archs, self.launches)
         enter(mock.patch.object(native, "extension", lambda: extension))
+        native._probe.cache_clear()
+        self._stack.callback(native._probe.cache_clear)
         if self.triton is not None:
             enter(mock.patch.object(native, "why_no_triton", lambda device: self.triton))
         enter(mock.patch.object(FakeTensor, "data_ptr", address, create=True))
@@ -238,8 +240,8 @@ class Extension:
     def archs(self) -> list[tuple[int, int]]:
         return self._archs
 
-    def probe(self, *args: Any) -> int:
-        return 0
+    def probe(self) -> str:
+        return ""
 
     def __getattr__(self, name: str) -> Any:
         if not name.endswith(("_fwd", "_bwd")):
