@@ -125,6 +125,8 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
         "reset_peak_memory_stats": lambda device=None: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device=None: None,
         "manual_seed_all": lambda seed: None,
         "is_current_stream_capturing": lambda: False,
         "current_stream": Stream,
@@ -217,11 +219,22 @@ class FakeGpu:
         enter(mock.patch.object(FakeTensor, "data_ptr", address, create=True))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU, then copied
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, before)
-        enter(_Memory(self))
+        self._memory = enter(_Memory(self))
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    @contextlib.contextmanager
+    def for_compiler(self) -> Iterator[None]:
+        """Inside the block torch.compile can trace, which it refuses to do under a mode that is not torch's own: every tensor is
+        fake, and nothing is watched."""
+        self._memory.__exit__(None, None, None)
+        try:
+            with self._memory.fake:
+                yield
+        finally:
+            self._memory.__enter__()
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[list[Event]]:

@@ -25,6 +25,7 @@ from typing import Any
 import ect_kernels
 import torch
 import triton
+from ect_kernels import consistency_loss, group_norm_silu, perturb, radam_ema
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -155,6 +156,24 @@ def recipe(case: dict[str, Any]) -> Any:
     return train_step(cfg, state, ImageStream(data, 0, "cuda", cfg.batch))
 
 
+def ops() -> None:
+    """What no step asks for: other numbers of averages, sizes that need the general kernels, noise that is given."""
+    cuda = torch.device("cuda")
+    for count, shadow in ((0, None), (2, torch.float16), (3, torch.bfloat16)):
+        arenas = [torch.zeros(64, device=cuda) for _ in range(4 + count)]
+        state = radam_ema.new_state("adam", 1e-3, (0.9, 0.99), 1e-8, device=cuda)
+        half = None if shadow is None else arenas[0].to(shadow)
+        radam_ema.radam_ema(*arenas[:4], arenas[4:], half, *state)
+    seed, t = torch.zeros((), dtype=torch.int64, device=cuda), torch.ones(2, device=cuda)
+    for size, eps in ((7, None), (8, torch.zeros(2, 3, 8, 8, device=cuda))):
+        images = torch.zeros(2, size, size, 3, dtype=torch.uint8, device=cuda)
+        perturb.perturb(images, t, t, 0.5, seed, eps=eps)
+    large = torch.zeros(2, 3, 64, 64, device=cuda)  # no sample of it fits into one block
+    consistency_loss.consistency_loss(large, large, large, large, t, t, t, 0.0, 0.5)
+    x = torch.zeros(2, 24, 5, 5, device=cuda)  # rows that no eight divide
+    group_norm_silu.group_norm_silu(x[:, :12], x[0, :12, 0, 0], x[0, :12, 0, 0], 3, 1e-6, p=0.1, seed=seed)
+
+
 def kernels() -> dict[str, JITFunction]:
     """Every kernel of the package by name, without the functions that only kernels call."""
     found = {}
@@ -163,6 +182,20 @@ def kernels() -> dict[str, JITFunction]:
             members = vars(importlib.import_module(f"ect_kernels.{module.name}")).items()
             found |= {name: f for name, f in members if isinstance(f, JITFunction) and name.endswith("_kernel")}
     return found
+
+
+@triton.jit
+def _params_kernel(params, n):  # type: ignore[no-untyped-def]
+    pass
+
+
+@triton.jit
+def _specialize_impl_kernel(specialize_impl, n):  # type: ignore[no-untyped-def]
+    pass
+
+
+# Names that binders of Triton have for themselves, or had in some version.
+PLANTS = (_params_kernel, _specialize_impl_kernel)
 
 
 def bind(function: JITFunction) -> str | None:
@@ -190,9 +223,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     for case in request.get("steps", ()):
         with FakeGpu(gpu, triton=None) as fake:
             update(fake, dict(case))
+    if request.get("ops"):
+        with FakeGpu(gpu, triton=None):
+            ops()
     found.seconds = time.process_time() - started
     binds = {name: bind(function) for name, function in kernels().items()} if request.get("bind") else {}
-    return asdict(found) | {"binds": binds}
+    plants = [bind(function) for function in PLANTS] if request.get("plants") else []
+    return asdict(found) | {"binds": binds, "plants": plants}
 
 
 if __name__ == "__main__":
