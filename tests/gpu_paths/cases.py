@@ -31,6 +31,12 @@ AXES: dict[str, list[Any]] = {
 }
 BUILT = [(80, 0), (86, 0), (89, 0), (90, 0), (100, 0), (120, 120)]
 
+
+def allowed(case: Case) -> bool:
+    """The precision is one that the device has."""
+    return case.get("gpu") != "T4" or case.get("precision") not in ("bf16", "tf32")
+
+
 MAIN = ("arch", "objective", "precision", "kernels", "accumulation", "labels", "augment")
 
 
@@ -38,7 +44,8 @@ def full() -> list[Case]:
     """Every combination of the axes that decide which code runs; the others take turns."""
     turns = {axis: itertools.cycle(values) for axis, values in AXES.items() if axis not in MAIN}
     found = product({axis: AXES[axis] for axis in MAIN})
-    return [case | {axis: next(turn) for axis, turn in turns.items()} for case in found]
+    cases = (case | {axis: next(turn) for axis, turn in turns.items()} for case in found)
+    return [case if allowed(case) else case | {"gpu": "A100"} for case in cases]
 
 
 def archs(case: Case) -> list[tuple[int, int]] | None:
@@ -47,10 +54,11 @@ def archs(case: Case) -> list[tuple[int, int]] | None:
 
 
 def configuration(**case: Any) -> Config:
-    """Of a case, or of a part of one."""
+    """Of a case, or of a part of one; small: with as few shapes as a U-Net can have."""
     base = PRESETS["edm-cifar10" if case.get("objective") == "diffusion" else "cifar10-1h"]
     net = replace(
-        base.net, arch=case.get("arch", "ddpmpp"), model_channels=32, channel_mult=(1, 2), num_blocks=1,
+        base.net, arch=case.get("arch", "ddpmpp"), model_channels=32, num_blocks=1,
+        channel_mult=(1,) if case.get("small") else (1, 2),
         attn_resolutions=(RESOLUTION // 2,), label_dropout=0.1 if case.get("labels") else 0.0,
     )  # fmt: skip
     return replace(

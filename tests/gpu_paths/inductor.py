@@ -1,7 +1,7 @@
 """The U-Net through Dynamo, AOTAutograd and Inductor for a GPU that is not there, down to the code that would run. Prints one
 JSON object.
 
-    python -m tests.gpu_paths.inductor '{"gpu": "A100", "arch": "ddpmpp", "precision": "fp16"}'
+    python -m tests.gpu_paths.inductor '{"gpus": ["A100", "H100"], "arch": "ddpmpp", "precision": "fp16"}'
 
 Run by test_inductor.py in processes of its own. What of torch is mocked is here and in fake_gpu.told, and nowhere else.
 """
@@ -9,6 +9,7 @@ Run by test_inductor.py in processes of its own. What of torch is mocked is here
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -190,21 +191,19 @@ def planted() -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 
 def main(case: dict[str, Any]) -> dict[str, Any]:
-    gpu = GPUS[case.pop("gpu")]
+    gpus = [GPUS[name] for name in case.pop("gpus")]
     plant = case.pop("plant", False)
-    with FakeGpu(gpu, archs=cases.BUILT) as fake, inductor_on(gpu):
+    with FakeGpu(gpus[0], archs=cases.BUILT) as fake, inductor_on(gpus[0]):
         function, inputs = planted() if plant else network(case)
         with fake.for_compiler():
-            forward, backward = traced(function, *inputs)
-    zeros = zero_images(backward)
-    with told(gpu), inductor_on(gpu):
-        codes = {"forward": lowered(forward, False), "backward": lowered(backward, True)}
-    if keep := os.environ.get("KEEP_CODE"):
-        for name, code in codes.items():
-            with open(f"{keep}/{name}.py", "w") as file:
-                file.write(code)
-    copies = {name: copies_round_convolutions(code) for name, code in codes.items()}
-    return {"zeros": zeros, "copies": copies, "runs": {name: operations(code) for name, code in codes.items()}}
+            graphs = dict(zip(("forward", "backward"), traced(function, *inputs), strict=True))
+    answer: dict[str, Any] = {"zeros": zero_images(graphs["backward"])}
+    for gpu in gpus:
+        with told(gpu), inductor_on(gpu):
+            codes = {way: lowered(copy.deepcopy(graph), way == "backward") for way, graph in graphs.items()}
+        copies = {way: copies_round_convolutions(code) for way, code in codes.items()}
+        answer[f"sm_{gpu.arch}"] = {"copies": copies, "runs": {way: operations(code) for way, code in codes.items()}}
+    return answer
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             ops()
     found.seconds = time.process_time() - started
     binds = {name: bind(function) for name, function in kernels().items()} if request.get("bind") else {}
-    plants = [bind(function) for function in PLANTS] if request.get("plants") else []
+    plants = [bind(function) for function in PLANTS]
     return asdict(found) | {"binds": binds, "plants": plants}
 
 

@@ -25,60 +25,53 @@ for _module, _name in INTERNALS.items():
     if not hasattr(_found, _name):
         pytest.skip(f"this torch has no {_module}.{_name}", allow_module_level=True)
 
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("A100", "ddpmpp", {"precision": "fp16"}),
-    ("H100", "ddpmpp", {"precision": "fp16"}),
-    ("A100", "ncsnpp", {"precision": "bf16", "labels": True}),
-    ("H100", "ncsnpp", {"precision": "fp32"}),
-    ("A100", "adm", {"precision": "fp32"}),
-    ("H100", "adm", {"precision": "fp16", "labels": True}),
-]
-FULL = [
-    (gpu, arch, {"precision": precision, "labels": labels})
-    for gpu in ("A100", "H100") for arch in ("ddpmpp", "ncsnpp", "adm")
-    for precision in ("fp16", "bf16", "fp32") for labels in (False, True)
-]  # fmt: skip
-PLANT = "A100", "plant", {"plant": True}
+GPUS = ["A100", "H100"]
+CASES: dict[str, dict[str, Any]] = {
+    "ddpmpp, fp16": {"arch": "ddpmpp", "precision": "fp16"},
+    "ncsnpp, bf16": {"arch": "ncsnpp", "precision": "bf16"},
+    "adm, fp32, labels": {"arch": "adm", "precision": "fp32", "labels": True},
+}
+FULL = {
+    f"{arch}, {precision}{', labels' if labels else ''}": {"arch": arch, "precision": precision, "labels": labels}
+    for arch in ("ddpmpp", "ncsnpp", "adm") for precision in ("fp16", "bf16", "fp32") for labels in (False, True)
+}  # fmt: skip
+PLANT = {"plant": True}
 
 
 @pytest.fixture(scope="session")
 def lowered(pytestconfig: pytest.Config) -> Iterator[Any]:
-    """lowered(case): what inductor.py found; two processes at a time, all of them started by the first call."""
-    cases = [*CASES, PLANT, *(FULL if pytestconfig.getoption("--full") else [])]
+    """lowered(name): what inductor.py found; two processes at a time, all of them started by the first call."""
+    requests = {**CASES, "plant": PLANT, **(FULL if pytestconfig.getoption("--full") else {})}
     with ThreadPoolExecutor(2) as pool:
 
         @cache
         def started() -> dict[str, Future[dict[str, Any]]]:
-            return {str(c): pool.submit(ask, "inductor", {"gpu": c[0], "arch": c[1], **c[2]}) for c in cases}
+            return {name: pool.submit(ask, "inductor", {"gpus": GPUS, **case}) for name, case in requests.items()}
 
-        yield lambda case: started()[str(case)].result()
-
-
-def parameters(cases: list[Any], *marks: Any) -> list[Any]:
-    return [pytest.param(c, id=f"{c[0]} {c[1]} {' '.join(map(str, c[2].values()))}", marks=marks) for c in cases]
+        yield lambda name: started()[name].result()
 
 
-every_case = pytest.mark.parametrize("case", parameters(CASES) + parameters(FULL, pytest.mark.full))
+REST = [pytest.param(name, marks=pytest.mark.full) for name in FULL if name not in CASES]
+every_case = pytest.mark.parametrize("name", [*CASES, *REST])
 
 
 @every_case
-def test_no_layout_is_copied_round_a_convolution(case: Any, lowered: Any) -> None:
-    assert lowered(case)["copies"] == {"forward": [], "backward": []}
+def test_the_backward_fills_no_images_with_zeros(name: str, lowered: Any) -> None:
+    assert lowered(name)["zeros"] == []
 
 
 @every_case
-def test_the_backward_fills_no_images_with_zeros(case: Any, lowered: Any) -> None:
-    assert lowered(case)["zeros"] == []
-
-
-@every_case
-def test_convolutions_and_ops_run_as_themselves(case: Any, lowered: Any) -> None:
-    runs = lowered(case)["runs"]
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_no_layout_is_copied_round_a_convolution(name: str, arch: str, lowered: Any) -> None:
+    found = lowered(name)[arch]
+    assert found["copies"] == {"forward": [], "backward": []}
+    runs = found["runs"]
     assert runs["forward"]["convolution"] > 20 and runs["backward"]["convolution_backward"] > 20
     assert runs["forward"]["group_norm_silu"] > 5 and runs["backward"]["residual_group_norm_silu_bwd"] > 5
 
 
 def test_planted_faults_are_found(lowered: Any) -> None:
-    found = lowered(PLANT)
-    assert len(found["copies"]["forward"]) == 1 == len(found["copies"]["backward"])
+    found = lowered("plant")
+    for arch in ("sm_80", "sm_90"):
+        assert {way: len(copies) for way, copies in found[arch]["copies"].items()} == {"forward": 1, "backward": 1}
     assert found["zeros"] == ["aten.full.default (2, 8, 16, 16) for aten.cat.default"]

@@ -20,3 +20,12 @@ def test_every_pair_is_covered_by_few_cases() -> None:
 def test_the_product_is_whole() -> None:
     assert len(product(AXES)) == 96 == len({tuple(case.values()) for case in product(AXES)})
     assert all(case[axis] in AXES[axis] for case, axis in itertools.product(product(AXES), AXES))
+
+
+def test_what_is_not_allowed_is_left_out() -> None:
+    def allowed(case: dict[str, object]) -> bool:
+        return case.get("a") != 3 or case.get("b") != "z"
+
+    found, every = cover(AXES, allowed), product(AXES, allowed)
+    assert len(every) == 88 and all(map(allowed, found))
+    assert set().union(*map(pairs, found)) == set().union(*map(pairs, every))

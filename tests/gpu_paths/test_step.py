@@ -15,7 +15,7 @@ from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
 from tests.gpu_paths.pairwise import Case, cover, name
 
-COVER = cover(cases.AXES)
+COVER = cover(cases.AXES, cases.allowed)
 FULL = [pytest.param(case, id=f"full: {name(case)}", marks=pytest.mark.full) for case in cases.full()]
 
 

@@ -27,6 +27,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "B200": [{"precision": "bf16", "arch": "adm", "labels": True}],
     "RTX 5090": [{"precision": "fp16", "arch": "ncsnpp", "clip": True}],
 }
+OPS = "H100"  # where calls that no step makes are compiled too
 DDPMPP = [{"ddpmpp": True, "precision": precision} for precision in ("fp16", "bf16", "fp32")]
 FULL: dict[str, list[dict[str, Any]]] = {
     gpu: [{"precision": precision, "arch": arch, "xflip": True} for precision in ("fp16", "bf16", "fp32")
@@ -43,8 +44,10 @@ def launches(pytestconfig: pytest.Config) -> Iterator[Any]:
 
         @cache
         def started() -> dict[str, Future[dict[str, Any]]]:
-            requests = {gpu: {"gpu": gpu, "steps": steps, "ops": True, "bind": True} for gpu, steps in
-                        (FULL if full else SMALL).items()}  # fmt: skip
+            requests = {gpu: {"gpu": gpu, "steps": steps, "ops": True} for gpu, steps in FULL.items()} if full else {
+                gpu: {"gpu": gpu, "steps": [step | {"small": True} for step in steps], "ops": gpu == OPS}
+                for gpu, steps in SMALL.items()
+            }  # fmt: skip
             return {gpu: pool.submit(ask, "launches", request) for gpu, request in requests.items()}
 
         yield lambda gpu: started()[gpu].result()
@@ -54,7 +57,7 @@ def launches(pytestconfig: pytest.Config) -> Iterator[Any]:
 def test_every_launch_of_a_step_compiles(gpu: str, launches: Any) -> None:
     found = launches(gpu)
     assert found["failures"] == {}
-    assert found["gpu"] == GPUS[gpu].name and found["launches"] > 60
+    assert found["gpu"] == GPUS[gpu].name and found["launches"] > 40
     names = {kernel["name"].removesuffix("_kernel") for kernel in found["kernels"]}
     used = {"group_norm_silu_fwd", "group_norm_silu_bwd", "residual_group_norm_silu_fwd", "residual_group_norm_silu_bwd",
             "radam_ema_check", "radam_ema_scalars", "radam_ema_update", "sum_over_n"}  # fmt: skip
@@ -77,12 +80,9 @@ def test_all_kernels_of_all_ops_are_seen(launches: Any) -> None:
         assert "triton" not in op.backends or any(name.startswith(op.name) for name in seen), op.name
 
 
-@pytest.mark.parametrize("gpu", SMALL)
-def test_no_parameter_of_a_kernel_hides_a_name_of_tritons_binder(gpu: str, launches: Any) -> None:
-    binds = launches(gpu)["binds"]
-    assert len(binds) >= 10
-    assert {name: fault for name, fault in binds.items() if fault is not None} == {}
-
-
-def test_such_a_name_is_found() -> None:
-    assert any(ask("launches", {"gpu": "A100", "plants": True})["plants"])
+def test_no_parameter_of_a_kernel_hides_a_name_of_tritons_binder() -> None:
+    """Nor would a planted one pass: names that some version of Triton keeps for itself."""
+    found = ask("launches", {"gpu": "A100", "bind": True})
+    assert len(found["binds"]) >= 10
+    assert {name: fault for name, fault in found["binds"].items() if fault is not None} == {}
+    assert any(found["plants"])
