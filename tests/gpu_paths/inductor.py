@@ -1,0 +1,211 @@
+"""The U-Net through Dynamo, AOTAutograd and Inductor for a GPU that is not there, down to the code that would run. Prints one
+JSON object.
+
+    python -m tests.gpu_paths.inductor '{"gpus": ["A100", "H100"], "arch": "ddpmpp", "precision": "fp16"}'
+
+Run by test_inductor.py in processes of its own. What of torch is mocked is here and in fake_gpu.told, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+import torch
+import torch._dynamo.device_interface as device_interface
+import torch._dynamo.utils
+import torch._inductor.fx_passes.fuse_attention as fuse_attention
+import torch._inductor.fx_passes.misc_patterns as misc_patterns
+import torch._inductor.fx_passes.pad_mm as pad_mm
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import detect_fake_mode
+from torch._inductor import config
+from torch._inductor.compile_fx import _recursive_joint_graph_passes, _recursive_post_grad_passes
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from triton.runtime import driver
+
+from ect.models import MaskKey
+from tests.gpu_paths import cases
+from tests.gpu_paths.fake_gpu import GPUS, FakeGpu, Gpu, told
+from tests.gpu_paths.launches import Driver
+
+Graph = torch.fx.GraphModule
+CONVOLUTIONS = ("extern_kernels.convolution(", "aten.convolution_backward", "convolution_backward(")
+NAME = re.compile(r"\b(?:buf|primals_|tangents_|arg)\w+\b")  # of a tensor in Inductor's code
+RUN = re.compile(r"\s*(triton_\w+)\.run\((.*)\)")
+KERNEL = re.compile(r"(triton_\w+) = async_compile\.triton\(.*?, '''(.*?)'''", re.S)
+
+
+class Stop(Exception):
+    """The graphs are there; they need not run."""
+
+
+@contextlib.contextmanager
+def inductor_on(gpu: Gpu) -> Iterator[None]:
+    """Inductor as it would be on a machine with this GPU."""
+    driver.set_active(Driver(gpu))
+    interface = device_interface.CudaInterface
+    answers: list[tuple[Any, str, Any]] = [
+        (interface, "is_available", staticmethod(lambda: True)),
+        (interface, "get_compute_capability", staticmethod(lambda device=None: gpu.arch)),
+        (interface, "current_device", staticmethod(lambda: 0)),
+        (interface, "get_device_properties", staticmethod(gpu.properties)),
+        (interface, "is_triton_capable", staticmethod(lambda device=None: True)),
+        (interface, "raise_if_triton_unavailable", staticmethod(lambda device=None: None)),
+        (interface.Worker, "get_device_properties", staticmethod(gpu.properties)),
+        (interface.Worker, "current_device", staticmethod(lambda: 0)),
+        (torch._dynamo.utils, "preserve_rng_state", contextlib.nullcontext),
+        # Patterns are made by tracing on a real device.
+        (fuse_attention, "_sfdp_init", lambda *args, **kwargs: None),
+        (pad_mm, "_pad_mm_init", lambda *args, **kwargs: None),
+        (misc_patterns, "_misc_patterns_init", lambda *args, **kwargs: None),
+    ]
+    with contextlib.ExitStack() as stack:
+        for where, name, answer in answers:
+            stack.enter_context(mock.patch.object(where, name, answer))
+        # Folding constants computes them on the device.
+        stack.enter_context(config.patch({"compile_threads": 1, "joint_graph_constant_folding": False}))
+        yield
+
+
+def traced(function: Callable[..., Any], *inputs: Any) -> tuple[Graph, Graph]:
+    """Forward and backward graph, as Inductor's passes before the partition leave them."""
+    graphs: list[Graph] = []
+
+    def partition(joint: Graph, args: Any, **options: Any) -> Any:
+        values = [n.meta["val"] for n in joint.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        with V.set_fake_mode(detect_fake_mode(values)):
+            _recursive_joint_graph_passes(joint)
+        graphs.extend(min_cut_rematerialization_partition(joint, args, compiler="inductor", **options))
+        raise Stop
+
+    def run(graph: Graph, inputs: Any) -> Any:
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=run, bw_compiler=run, partition_fn=partition, decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )  # fmt: skip
+    try:
+        torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*inputs)
+    except Exception as error:
+        if not graphs:
+            raise
+        assert "Stop" in repr(error), error
+    return graphs[0], graphs[1]
+
+
+def lowered(graph: Graph, backward: bool) -> str:
+    """Inductor's code of a graph."""
+    inputs = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+    with V.set_fake_mode(detect_fake_mode(inputs)), V.set_debug_handler(DebugContext()):
+        _recursive_post_grad_passes(graph, is_inference=False)
+        lowering = GraphLowering(graph, example_inputs=inputs, is_inference=False, is_backward=backward)
+        with V.set_graph_handler(lowering), V.set_extern_kernel_nodes([]):
+            lowering.run(*inputs)
+            code = lowering.codegen()
+    code = code[0] if isinstance(code, tuple) else code
+    return str(getattr(code, "value", code))
+
+
+def zero_images(graph: Graph) -> list[str]:
+    """4-D tensors of one value that a graph fills, and who reads them."""
+    return [
+        f"{node.target} {tuple(node.meta['val'].shape)} for {', '.join(sorted(str(user.target) for user in node.users))}"
+        for node in graph.graph.nodes
+        if node.op == "call_function" and re.search("zeros|full|ones", str(node.target)) and node.meta["val"].dim() == 4
+        and node.users
+    ]  # fmt: skip
+
+
+def copies_round_convolutions(code: str) -> list[str]:
+    """Kernels that only move values from one layout to another, to or from a convolution."""
+    calls = code[code.index("def call(") :].splitlines()
+    touched = {name for line in calls if any(c in line for c in CONVOLUTIONS) for name in NAME.findall(line)}
+    for line in calls:  # results of a convolution's backward by their place: buf3 = buf2[0]
+        if (part := re.match(r"\s*(\w+) = (\w+)\[\d\]", line)) is not None and part[2] in touched:
+            touched.add(part[1])
+    moves = {name for name, source in KERNEL.findall(code) if only_moves(source)}
+    runs = [(match[1], set(NAME.findall(match[2]))) for line in calls if (match := RUN.match(line)) is not None]
+    return [name for name, given in runs if name in moves and given & touched]
+
+
+def only_moves(source: str) -> bool:
+    """Whether a kernel stores what it loaded, in the same dtype."""
+    values = re.findall(r"^\s*(tmp\d+) = (.*)$", source, re.M)
+    stores = re.findall(r"tl\.store\((\w+) \+ .*, (tmp\d+), ", source)
+    types = dict(re.findall(r"'((?:in|out)_ptr\d+)': '(\*\w+)'", source))
+    loads = {name: match[1] for name, value in values if (match := re.match(r"tl\.load\((\w+) ", value)) is not None}
+    return len(loads) == len(values) > 0 and all(types.get(to) == types.get(loads[value]) for to, value in stores)
+
+
+def operations(code: str) -> Counter[str]:
+    """What runs, by name; Inductor's own kernels as 'triton'."""
+    calls = code[code.index("def call(") :].splitlines()
+    pattern = r"\s*(?:\w+ = )?(?:(?:extern_kernels|torch\.ops\.aten|torch\.ops\.ect)\.(\w+)|(triton)_\w+\.run\()"
+    found = [match for line in calls if (match := re.match(pattern, line)) is not None]
+    return Counter(match[1] or match[2] for match in found)
+
+
+def network(case: dict[str, Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The U-Net of a step and what it is called with."""
+    step = cases.step(**case)
+    step.stream.close()
+    unet, n, size = step.net.model, step.micro_batch, cases.RESOLUTION
+    x = torch.zeros(n, size, size, 3, device="cuda").permute(0, 3, 1, 2)
+    labels = torch.zeros(n, 10, device="cuda") if case.get("labels") else None
+    return unet, (x, torch.zeros(n, device="cuda"), labels, None, MaskKey(step.key, step.firsts[0]))
+
+
+def planted() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A convolution whose input lies otherwise than its weight, and a backward that fills an image with zeros."""
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :8].clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            return torch.cat([dy, torch.zeros_like(dy)], 1)
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, weight, padding=1).cos() + Half.apply(x.sin()).repeat(1, 2, 1, 1)
+
+    weight = torch.zeros(16, 3, 3, 16, device="cuda").permute(0, 3, 1, 2)
+    return function, (torch.zeros(2, 16, 16, 16, device="cuda").requires_grad_(), weight.requires_grad_())
+
+
+def main(case: dict[str, Any]) -> dict[str, Any]:
+    gpus = [GPUS[name] for name in case.pop("gpus")]
+    plant = case.pop("plant", False)
+    with FakeGpu(gpus[0], archs=cases.BUILT) as fake, inductor_on(gpus[0]):
+        function, inputs = planted() if plant else network(case)
+        with fake.for_compiler():
+            graphs = dict(zip(("forward", "backward"), traced(function, *inputs), strict=True))
+    answer: dict[str, Any] = {"zeros": zero_images(graphs["backward"])}
+    for gpu in gpus:
+        with told(gpu), inductor_on(gpu):
+            codes = {way: lowered(copy.deepcopy(graph), way == "backward") for way, graph in graphs.items()}
+        copies = {way: copies_round_convolutions(code) for way, code in codes.items()}
+        answer[f"sm_{gpu.arch}"] = {"copies": copies, "runs": {way: operations(code) for way, code in codes.items()}}
+    return answer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,93 @@
+"""What a run does on a GPU beside its steps, on one that is not there: samples, evaluation, checkpoints, resume, notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ect.config import OptimConfig
+from ect.metrics import Evaluator, consistency_samplers, heun_samplers, quality_rows
+from ect.metrics.evaluator import Column
+from ect.sampler import generate
+from ect.signal_noise import signal_noise
+from tests.gpu_paths import cases
+from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
+from tests.gpu_paths.pairwise import Case, cover, name
+from tests.tiny import config, run
+
+SAMPLING = {
+    "arch": ["ddpmpp", "ncsnpp", "adm"],
+    "labels": [False, True],
+    "sampler": ["one step", "two steps", "heun"],
+    "gpu": ["T4", "H100"],
+}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "one step": {"sigmas": [80.0]},
+    "two steps": {"sigmas": [80.0, 0.8]},
+    "heun": {"heun_steps": 3},
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name(case)) for case in cover(SAMPLING)])
+def test_sampling_waits_for_the_device_once_a_batch(case: Case) -> None:
+    with FakeGpu(GPUS[case["gpu"]], archs=cases.BUILT) as gpu:
+        data = cases.dataset(case["labels"])
+        net = cases.network(cases.configuration(**case), data).eval()
+        with gpu.watch() as events:
+            images = torch.cat(list(generate(net, range(5), batch=3, device="cuda", **SAMPLERS[case["sampler"]])))
+        assert images.shape == (5, 16, 16, 3) and images.dtype == torch.uint8 and (images == 1).all()
+        found = {event.kind for event in events}
+        assert found <= {"host work", "host copy", "host data"}, events  # latents and classes come from the host
+        back = [e for e in events if e.kind == "host copy" and "cuda" in e.what]
+        assert len(back) == 2, back  # of two batches
+
+
+class Counting(Evaluator):
+    """Rates by counting."""
+
+    columns = (Column("images", "higher"),)
+
+    def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
+        made = list(images)
+        assert all(some.device.type == "cpu" for some in made)
+        return {"images": float(sum(map(len, made)))}
+
+
+def test_a_quality_table_is_made_on_the_device() -> None:
+    with FakeGpu(GPUS["A100"], archs=cases.BUILT):
+        net = cases.network(cases.configuration(), cases.dataset()).eval()
+        samplers = consistency_samplers([0.8]) + heun_samplers([2])
+        rows = quality_rows(net, Counting(), samplers, samples=5, batch=4, device="cuda")
+    assert [row.mean("images") for row in rows] == [5.0] * 3
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "fp32"])
+def test_the_noise_on_the_signal_is_measured_on_the_device(precision: str, labels: bool) -> None:
+    with FakeGpu(GPUS["RTX 3090"], archs=cases.BUILT) as gpu:
+        data = cases.dataset(labels)
+        net = cases.network(cases.configuration(precision=precision, labels=labels), data)
+        images, classes = data.images.cuda(), None if data.labels is None else data.labels.cuda()
+        with gpu.watch() as events:
+            found = signal_noise(net, precision, images, classes, levels=(0.1, 3.0))
+        assert list(found) == [0.1, 3.0]
+        assert "mixed devices" not in {event.kind for event in events}, events
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) -> None:
+    cfg = config(device="cuda", precision=precision, compile=False, total_kimg=0.016, optim=OptimConfig())
+
+    with FakeGpu(GPUS["RTX 4090"], archs=cases.BUILT) as gpu:
+        first = run(cfg, tmp_path / "run")
+        assert gpu.launches["radam_ema_fwd"] >= 2
+        gpu.launches.clear()
+        run(replace(cfg, total_kimg=0.024, resume=tmp_path / "run"), tmp_path / "run")
+        assert gpu.launches["radam_ema_fwd"] >= 1
+        assert first is not None and "mixed devices" not in {event.kind for event in gpu.events}
