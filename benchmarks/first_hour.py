@@ -27,13 +27,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import first_hour_report
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 8.0  # seconds below which a stage is not begun
+ON_A_CPU = 600.0  # seconds of a stage there, where other work may want the cores
 GRACE = 8.0  # seconds between asking a process to stop and killing it
 
 
@@ -77,7 +78,7 @@ def stages(device: str, out: Path) -> list[Stage]:
         profile, times, ops = ["--net", "ddpmpp"], ["--rounds", "5", "--limit", "150"], []
         kernels, training = gpu_tests("tests/kernels"), gpu_tests("tests")
     else:
-        size = ["--threads", "1", "--batch", "8", "--net.model-channels", "8", "--net.channel-mult", "1"]
+        size = ["--threads", "1", "--batch", "8", "--net.model-channels", "8", "--net.channel-mult", "1", "1", "1"]
         size += ["--net.num-blocks", "1", "--net.attn-resolutions"]
         short = ["--total-kimg", "0.128", "--pretrain.total-kimg", "0.128", "--eval.samples", "0"]
         kimg, often = 0.008, (1, 4, 8, 10)
@@ -88,7 +89,7 @@ def stages(device: str, out: Path) -> list[Stage]:
     every = ["--log.stats-kimg", stats, "--log.sample-kimg", save, "--log.checkpoint-kimg", save]
     two = ["--self-check", "--total-kimg", f"{2 * kimg:g}", "--run-dir", str(check)]
     trainer, benchmark = "torch numpy PIL safetensors rich tyro", "torch numpy PIL safetensors rich"
-    return [
+    found = [
         Stage("machine", 1, 40, [py, "benchmarks/machine_facts.py", str(out / "machine.json")]),
         Stage("build", 1, 200, build, "setuptools"),
         Stage("self-check of the kernels", 1, 60, [py, "-m", "ect_kernels", "--check"], "torch rich"),
@@ -116,6 +117,7 @@ def stages(device: str, out: Path) -> list[Stage]:
         Stage("resume", 2, 60, [*tune, *size, *every, "--total-kimg", more, "--resume", str(run)], trainer),
         Stage("digits", 2, 90, [*train, *short, "--run-dir", str(demo)], trainer, demo),
     ]
+    return found if gpu else [replace(stage, seconds=ON_A_CPU) for stage in found]
 
 
 def gpu_tests(folder: str) -> list[str]:

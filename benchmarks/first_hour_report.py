@@ -60,7 +60,8 @@ def _lines(path: Path) -> list[Json]:
 def _head(out: Path, outcomes: Sequence[Json], notes: Sequence[str]) -> Iterator[str]:
     good = sum(outcome["status"] == "ok" for outcome in outcomes)
     yield "# The first hour\n"
-    yield f"{good} of {len(outcomes)} stages are well. Measured unless it says predicted, by `python benchmarks/first_hour.py`.\n"
+    of = len(outcomes)
+    yield f"{good} of {of} stages are well. Measured, unless it says predicted, by `python benchmarks/first_hour.py`.\n"
     for note in notes:
         yield f"- {note}"
     for name, fact in _json(out / "machine.json").items():

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 try:
-    from tyro.conf import DisallowNone
-except ImportError:  # where the kernels and their benchmarks run, and nobody parses a command line
-    DisallowNone = None  # type: ignore[assignment]
+    import tyro
 
-Switch = Annotated[bool | None, DisallowNone]
+    _TAKES_NO_VALUE: object = tyro.conf.DisallowNone
+except ImportError:  # where the kernels and their benchmarks run, and nobody parses a command line
+    _TAKES_NO_VALUE = None
+
+Switch = Annotated[bool | None, _TAKES_NO_VALUE]
 """`--name` or `--no-name`; None where neither is given: as the device and the run suggest."""
 
 
