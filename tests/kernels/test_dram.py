@@ -75,7 +75,7 @@ ORIGINS = {
 }
 ALIASES = {"group_norm_silu": {"da": "dx"}, "radam_ema": {"weights": "params"}}  # of parameters of Triton kernels
 
-# Cases that read again what the chip could not keep: CUDA two tensors of 24 channels, 96 KB where a block may have 80; Triton's
+# Cases that read again what the chip could not keep: CUDA two tensors of 24 channels, 96 KB where two blocks have 164; Triton's
 # loop over rows at 32x32; samples larger than what the loss keeps.
 SECOND_READ = {
     ("cuda", "group_norm_silu backward"): r"^384x32",
@@ -156,9 +156,10 @@ class Meter:
 
 @contextmanager
 def cuda_meters(source: Path) -> Iterator[dict[str, Meter]]:
-    """Counts of the launchers of a .cu file that are called in the block, as backend 'emulated': {"forward": ...}."""
+    """Counts of the launchers of a .cu file that are called in the block, as backend 'emulated' of an A100: {"forward": ...}."""
     meters: dict[str, Meter] = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_HOST_DEVICE", "1")
         patch.setitem(emulator.FLAGS, "count", COUNT)
         try:
             path = emulator.build("count", source)

@@ -6,14 +6,18 @@ The accesses of 32 neighbouring threads that come at the same place of their ord
 from __future__ import annotations
 
 import ctypes
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import emulator
 import launches
 import numpy as np
 import pytest
+import sass
 import torch
 from ect_kernels import native
 from torch import Tensor
@@ -131,3 +135,37 @@ def test_halves_of_sectors_are_found() -> None:
     assert sectors(accesses) == 64
     accesses["address"] = 16 * accesses["thread"] + 512 * np.repeat([0, 1], 32)
     assert sectors(accesses) == 32
+
+
+STORES = """
+#include "access.cuh"
+__global__ void stores(const __half* x, __half* y, float* z) {
+  float e[8], first[4];
+  load<true>(x, e);
+  for (int j = 0; j < 4; j++) first[j] = e[j];
+  store<true>(y, e);
+  store<true>(z, first);
+}
+"""
+
+
+def test_outputs_are_stored_whole_and_stay_in_l2(tmp_path: Path) -> None:
+    """128 bits at once and without evict-first: the next convolution reads at once what a norm has written."""
+    try:
+        nvcc = sass.tool("nvcc")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    (tmp_path / "stores.cu").write_text(STORES, encoding="utf-8")
+    command = [
+        nvcc,
+        "-ptx",
+        "-arch=sm_80",
+        "-std=c++17",
+        f"-I{emulator.ROOT}/csrc/common",
+        "stores.cu",
+        "-o",
+        "stores.ptx",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    stores = re.findall(r"\bst\.[\w.]+", (tmp_path / "stores.ptx").read_text(encoding="utf-8"))
+    assert stores == ["st.global.wb.v4.u32"] * 2
