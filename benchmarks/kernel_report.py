@@ -51,7 +51,7 @@ UNUSED = {
 # Triton parameters that are no tensors of the data's size: vectors by channel, sample or group, and workspace of that size.
 # (For CUDA the report sees the sizes in the launches.)
 SMALL = re.compile(
-    r"(d?(gamma|beta|bias|skip_bias|v|scale|shift)|mean|rstd|seed|t|r|weight|loss|flip|partials|f|s|c)(_ptr)?"
+    r"(d?(gamma|beta|bias|skip_bias|v|scale|shift)|mean|rstd|seed|n0|t|r|weight|loss|flip|partials|f|s|c)(_ptr)?"
 )
 
 # (op, form, bar): what may be found (a pattern), and why.
