@@ -51,7 +51,7 @@ UNUSED = {
 # Triton parameters that are no tensors of the data's size: vectors by channel, sample or group, and workspace of that size.
 # (For CUDA the report sees the sizes in the launches.)
 SMALL = re.compile(
-    r"(d?(gamma|beta|bias|skip_bias|v|scale|shift)|mean|rstd|seed|t|r|weight|loss|flip|partials|f|s|c)(_ptr)?"
+    r"(d?(gamma|beta|bias|skip_bias|v|scale|shift)|mean|rstd|seed|n0|t|r|weight|loss|flip|partials|f|s|c)(_ptr)?"
 )
 
 # (op, form, bar): what may be found (a pattern), and why.
@@ -232,6 +232,8 @@ def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
 def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str, launches.Launch]) -> list[Row]:
     """Rows of every kernel instantiation of csrc/<op>.cu; those that a DDPM++/NCSN++ shape launches are held to the bars."""
     plain, rows = launches.demangle(list(usages)), []
+    if lost := {kernel for kernel in used if kernel.startswith(op)} - set(plain.values()):
+        raise RuntimeError(f"launched, but not compiled for sm_{arch}: {', '.join(sorted(lost))}")
     for symbol, usage in usages.items():
         launch = used.get(plain[symbol])
         threads = launch.threads if launch else usage.max_threads

@@ -115,10 +115,11 @@ def run(function: Any, arguments: dict[str, Any]) -> None:
 DEVICES = {99: 0, 163: 1, 227: 2}
 
 
-def record(op: str, kilobytes: int = 99) -> dict[str, Launch]:
-    """{kernel: Launch} of csrc/<op>.cu at the shapes of `calls`, on a device that gives a block so much shared memory; the
-    kernel's name as `demangle` writes it."""
-    with mock.patch.dict(os.environ, CUDA_HOST_DEVICE=str(DEVICES[kilobytes])):
+def record(op: str, kilobytes: int | None = None) -> dict[str, Launch]:
+    """{kernel: Launch} of csrc/<op>.cu at the shapes of `calls`; the kernel's name as `demangle` writes it. kilobytes: of
+    shared memory that a block may have on the device; default: on the emulator's current one."""
+    chosen = {} if kilobytes is None else {"CUDA_HOST_DEVICE": str(DEVICES[kilobytes])}
+    with mock.patch.dict(os.environ, chosen):
         return _record(op)
 
 

@@ -37,8 +37,8 @@ ISSUE = (
     "clock and SM and the boost clock, never stalled. The longer of traffic and issue rules."
 )
 NO_ISSUE = (
-    "*** No nvcc or nvdisasm that could do it here: the instructions of our kernels are NOT counted; the times of the norms and "
-    "the optimizer are those of their DRAM traffic alone, too short on the faster GPUs. ***"
+    "*** No nvcc or nvdisasm that could do it here: the instructions of our kernels are NOT counted; the times of the norms "
+    "and the optimizer are those of their DRAM traffic alone, too short on the faster GPUs. ***"
 )
 SLOTS = 4  # warp instructions that an SM starts in a clock: one a scheduler
 LANES = 32
