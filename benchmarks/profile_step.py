@@ -181,7 +181,7 @@ def table(result: dict[str, Any], rows: int) -> Iterator[Table]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--device", default="auto", type=measure.device_option)
     parser.add_argument("--net", choices=("digits", "ddpmpp"), default="ddpmpp")
     parser.add_argument("--batch", type=int, help="default: 64 for digits; 128 for ddpmpp, on a CPU 4")
     parser.add_argument("--rounds", type=int, default=5)

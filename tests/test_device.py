@@ -12,6 +12,7 @@ from typing import Any
 
 import ops
 import precision
+import profile_step
 import pytest
 import step_time
 import torch
@@ -21,6 +22,7 @@ from ect.distributed import World
 from ect.driver import Driver
 from ect.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 STUB = """
 #include <stdlib.h>
 static int set(const char* name) { const char* text = getenv(name); return text ? atoi(text) : 0; }
@@ -176,6 +178,12 @@ def test_hidden_gpus_are_meant(value: str, monkeypatch: pytest.MonkeyPatch) -> N
         device.resolve("cuda")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_no_benchmark_reads_a_device_of_its_own(path: Path) -> None:
+    """As torch.device reads it, cuda:1 would not be the current device."""
+    assert "type=torch.device" not in path.read_text(encoding="utf-8")
+
+
 def _status(run: Callable[[], Any]) -> Any:
     try:
         return run()
@@ -192,8 +200,9 @@ def _status(run: Callable[[], Any]) -> Any:
         lambda device, path: ops.main(["--device", device]),
         lambda device, path: step_time.main(["--device", device]),
         lambda device, path: precision.main(["--device", device]),
+        lambda device, path: profile_step.main(["--device", device]),
     ],
-    ids=["train", "sample", "evaluate", "ops", "step_time", "precision"],
+    ids=["train", "sample", "evaluate", "ops", "step_time", "precision", "profile_step"],
 )
 def test_every_command_reads_its_device_so(
     command: Callable[[str, Path], Any],
@@ -273,9 +282,7 @@ def test_torch_itself_on_an_old_driver(stub: Path, tmp_path: Path) -> None:
         "LD_LIBRARY_PATH": str(stub.parent) + (f":{paths}" if paths else ""),
     }
     env.pop("CUDA_VISIBLE_DEVICES", None)
-    done = subprocess.run(
-        [sys.executable, "-c", SCENE], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    done = subprocess.run([sys.executable, "-c", SCENE], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stdout == "" and done.stderr.count("UserWarning") == 1
     facts = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, and the driver"

@@ -25,8 +25,9 @@ _STREAM = tl.constexpr(philox.STREAM_EPS)
 def _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, W, C: tl.constexpr):
     """All outputs of the elements `at` of sample n, whose noise is z."""
     source = at
-    if flip is not None and tl.load(flip + n) != 0:
-        source = at + (W - 1 - 2 * (at // C % W)) * C
+    if flip is not None:  # noqa: SIM102  Triton before 3.3 evaluates both sides of an `and`
+        if tl.load(flip + n) != 0:
+            source = at + (W - 1 - 2 * (at // C % W)) * C
     y = tl.div_rn(tl.load(images + base + source, mask=mask, other=0).to(tl.float32), 127.5) - 1.0
     sigma_t, sigma_r = tl.load(t + n), tl.load(r + n)
     positive = tl.where(sigma_r > 0, sigma_r, 1.0)
@@ -40,6 +41,21 @@ def _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, 
 
 
 @triton.jit
+def _normal(key, block, blocks, m: tl.constexpr, C: tl.constexpr):
+    """The m-th of the noise values in memory order: of pixel m // C and channel m % C, whose counters start at C's `blocks`.
+
+    The four pixels of a channel share a Philox call. It is written once for each (Triton before 3.3 has no tuples to keep its
+    values in) and compiled once.
+    """
+    w0, w1, w2, w3 = tl.philox(key, (block + m % C * blocks).to(tl.uint32), _STREAM, 0, 0)
+    if m // C < 2:
+        even, odd = box_muller(w0, w1)
+    else:
+        even, odd = box_muller(w2, w3)
+    return odd if m // C % 2 == 1 else even
+
+
+@triton.jit
 def perturb_fwd_kernel(
     images, t, r, seed, flip, eps, n0, in_t, in_r, x_t, x_r, sd2, W, HW, chunks, C: tl.constexpr, B: tl.constexpr
 ):
@@ -49,20 +65,14 @@ def perturb_fwd_kernel(
     group = pid % chunks * B + tl.arange(0, B)
     mask = tl.expand_dims(group < HW // 4, 1)
     base = n * HW * C
-    values = ()  # of channel 0, pixels 0 to 3, then of channel 1 ...
     if eps is None:
-        key, first = tl.load(seed), first_sample(n0)
-        for c in tl.static_range(C):
-            block = (n + first) * (HW // 4 * C) + (c * (HW // 4) + group)
-            w0, w1, w2, w3 = tl.philox(key, block.to(tl.uint32), _STREAM, 0, 0)
-            values = values + box_muller(w0, w1) + box_muller(w2, w3)
+        key = tl.load(seed)
+        block = (n + first_sample(n0)) * (HW // 4 * C) + group
     for i in tl.static_range(C):  # the i-th vector of the 4 C values in memory order
         at = tl.expand_dims(group * (4 * C), 1) + (4 * i + tl.expand_dims(tl.arange(0, 4), 0))
         if eps is None:
-            a = values[4 * i % C * 4 + 4 * i // C]
-            b = values[(4 * i + 1) % C * 4 + (4 * i + 1) // C]
-            c = values[(4 * i + 2) % C * 4 + (4 * i + 2) // C]
-            d = values[(4 * i + 3) % C * 4 + (4 * i + 3) // C]
+            a, b = _normal(key, block, HW // 4, 4 * i, C), _normal(key, block, HW // 4, 4 * i + 1, C)
+            c, d = _normal(key, block, HW // 4, 4 * i + 2, C), _normal(key, block, HW // 4, 4 * i + 3, C)
             z = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (B, 4))
         else:
             z = tl.load(eps + base + at, mask=mask, other=0.0)
