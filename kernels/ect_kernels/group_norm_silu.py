@@ -107,7 +107,7 @@ class Grads(NamedTuple):
 def empty_output(i: Inputs) -> Output:
     """Room for the forward's results; gamma says how many channels, of x or of more than x."""
     mean = i.x.new_empty((i.x.shape[0], i.groups), dtype=i.wide)
-    return Output(tensors.empty_image(i.x, i.gamma.shape[0]), mean, torch.empty_like(mean))
+    return Output(tensors.empty_image(i.x, i.gamma.shape[-1]), mean, torch.empty_like(mean))
 
 
 def empty_grads(s: Saved, i: Inputs) -> Grads:
@@ -181,7 +181,7 @@ def reference_bwd(s: Saved, i: Inputs) -> Grads:
 
 def limits(i: Inputs, most: int) -> str | None:
     """Why kernels that take at most `most` channels a group cannot run, or None."""
-    c, (h, w) = i.gamma.shape[0], i.x.shape[2:]
+    c, (h, w) = i.gamma.shape[-1], i.x.shape[2:]
     if i.x.dtype not in native.DTYPES:
         return f"dtype {i.x.dtype} (only float32, float16, bfloat16)"
     if h * w * c >= 2**31 or c > 2**22:
@@ -253,7 +253,7 @@ def apex_bwd(s: Saved, i: Inputs) -> Grads:
 
 
 def _prepare_fwd(i: Inputs) -> tuple[Inputs]:
-    return (i._replace(x=tensors.nhwc(i.x)),)
+    return (i._replace(x=tensors.nhwc(i.x), gamma=vector(i.gamma), beta=vector(i.beta)),)
 
 
 def _prepare_bwd(s: Saved, i: Inputs) -> tuple[Any, ...]:
@@ -276,25 +276,24 @@ OP = Op(
 _forward_op, _backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
-class _Norm(torch.autograd.Function):
-    """The op with gamma and beta as [C] or as rows [N, C]."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(mean, rstd, *inputs[:8])
+    ctx.rest = inputs[8:]
 
-    @staticmethod
-    def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
-        i = Inputs(*args)
-        one = i._replace(gamma=vector(i.gamma), beta=vector(i.beta))
-        y, mean, rstd = _forward_op(*one, backend)
-        ctx.save_for_backward(mean, rstd, *one[:8])
-        ctx.forms = [form(i.gamma), form(i.beta)]
-        ctx.rest = (*one[8:], backend)
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        mean, rstd, *saved = ctx.saved_tensors
-        dx, rows, *others = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
-        others = [None if t is None else g.to(t.dtype) for g, t in zip(others, saved[3:6], strict=True)]
-        return None, dx, *gradients(rows, ctx.forms), *others, *[None] * 7
+def _autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 14
+    mean, rstd, *saved = ctx.saved_tensors
+    dx, rows, *others = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
+    others = [None if t is None else g.to(t.dtype) for g, t in zip(others, saved[3:6], strict=True)]
+    return dx, *gradients(rows, [form(t) for t in saved[1:3]]), *others, *[None] * 8
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def group_norm_silu(
@@ -324,7 +323,7 @@ def group_norm_silu(
     seed = seed if philox.dropout_threshold(p) > 0 else None
     first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)
     inputs = Inputs(x, gamma, beta, v, scale, shift, seed, first, groups, eps, act, p, layer)
-    y: Tensor = _Norm.apply(backend or "", *inputs)
+    y: Tensor = _forward_op(*inputs, backend or "")[0]
     return y
 
 
