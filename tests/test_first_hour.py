@@ -16,7 +16,9 @@ from typing import Any
 
 import first_hour
 import first_hour_report
+import measure
 import pytest
+import torch
 from first_hour import Stage
 
 from ect import options
@@ -167,6 +169,7 @@ def test_every_command_is_understood(device: str, tmp_path: Path, monkeypatch: p
         parse(*args, **options)
         raise Parsed
 
+    monkeypatch.setattr(measure, "device_option", torch.device)  # looks for the device
     run = tmp_path / "work" / "run"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(options.to_dict(PRESETS["cifar10-1h"])))
@@ -182,10 +185,10 @@ def test_every_command_is_understood(device: str, tmp_path: Path, monkeypatch: p
             assert (ROOT / words[0]).is_file()
             if name in ("step_time", "ops", "profile_step"):
                 module = importlib.import_module(name)
-                monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
-                with pytest.raises(Parsed):
-                    module.main(words[1:])
-                monkeypatch.undo()
+                with monkeypatch.context() as patch:
+                    patch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+                    with pytest.raises(Parsed):
+                        module.main(words[1:])
                 seen.add(name)
         for path in (word for word in words if word.startswith("tests")):
             assert (ROOT / path).exists()
@@ -224,7 +227,7 @@ WAY = {
     "by_kind": {"conv": 12.0, "norm": 6.0}, "kernels": [{"name": f"kernel{i}", "count": i, "ms": 1.0} for i in range(60)],
     "memory": {
         "tensors": 7_000_000_000, "in_use": 9_000_000_000, "predicted_run": 11_800_000_000,
-        "predicted": {"state": 1_600_000_000, "update": 5_100_000_000, "allowance": 2_100_000_000},
+        "predicted": {"state": 1_600_000_000, "update": 5_100_000_000, "allowance": 2_100_000_000, "launches": 560},
     },
 }  # fmt: skip
 
@@ -261,7 +264,8 @@ def test_the_report_sets_measured_beside_predicted(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     for cells in (
         "ms a step | 20.00 | 10.00 | 2.00", "ms in kernels: norm | 6.00 | 1.50 | 4.00", "peak | 7.00 | 6.70 | 1.04",
-        "whole run |  | 11.80 |  ", "kernel0 | 0 | 1.000 | 5.6 %", "every op on Triton |  |  |  |  | TypeError: params",
+        "whole run |  | 11.80 |  ", "launches | 700 | 560 | 1.25",
+        "kernel0 | 0 | 1.000 | 5.6 %", "every op on Triton |  |  |  |  | TypeError: params",
         "params \\| given twice",
         "plain | 20.00 | 1.000 | 6400 | 2.7 | 700 | 3.0", "+compile | RuntimeError: no",
     ):  # fmt: skip
