@@ -70,7 +70,7 @@ def test_no_stage_stops_the_next(hour: Hour) -> None:
     }  # fmt: skip
     assert found["raises"]["why"] == "ValueError: no kernel image"
     assert found["hangs"]["why"] == "stopped after 1 s; deep in thought"
-    assert "no_such_package, nor_this" in found["lacks"]["why"] and "json" not in found["lacks"]["why"]
+    assert "needs no_such_package, nor_this: " in found["lacks"]["why"] and "json" not in found["lacks"]["why"]
     assert "--wheels" in found["lacks"]["why"]
     assert "all is well" in (hour.out / found["fine"]["log"]).read_text()
     assert "1 of 5 stages are well" in hour.report and all(name in hour.report for name in found)
@@ -147,6 +147,16 @@ def test_wheels_stand_in_for_a_network(hour: Hour, tmp_path: Path) -> None:
     (wheels / "broken-1-py3-none-any.whl").write_text("no zip")
     assert hour("--wheels", str(wheels)) == 0  # the first one is still there
     assert "pip could not install" in hour.report
+
+
+def test_only_the_build_differs_between_a_cpu_and_a_gpu() -> None:
+    cpu, gpu = (first_hour.environment(device, Path("out")) for device in ("cpu", "cuda"))
+    assert cpu["ECT_SKIP_CUDA"] == gpu["ECT_CUDA_REQUIRED"] == "1"
+    assert cpu["PYTHONPATH"].split(os.pathsep)[:2] == [str(Path("out/work/site")), str(ROOT)]
+    assert cpu["PATH"].startswith(str(Path("out/work/site/bin")))
+    assert {k: v for k, v in cpu.items() if k != "ECT_SKIP_CUDA"} == {
+        k: v for k, v in gpu.items() if k != "ECT_CUDA_REQUIRED"
+    }
 
 
 def test_bad_options_are_named(hour: Hour, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
