@@ -9,9 +9,10 @@ and goes on where others failed. --out gets a log a stage, all figures, and repo
 
 Python packages that the machine lacks are taken from --wheels, a folder filled where there is a network:
 
-    python -m pip download --only-binary=:all: --no-deps -d wheels tyro typeguard docstring-parser typing-extensions
+    python -m pip download --only-binary=:all: --no-deps -d wheels \\
+        tyro typeguard docstring-parser typing-extensions rich safetensors pybind11 ninja pytest-xdist pytest-timeout
 
-with --python-version 3.12 --platform manylinux_2_28_x86_64 or the like where that machine differs. A stage whose packages are
+with --python-version 3.12 --platform manylinux2014_x86_64 or the like where that machine differs. A stage whose packages are
 missing says so. --device cpu runs everything at small sizes: the test of this script.
 """
 
@@ -35,6 +36,7 @@ import first_hour_report
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 8.0  # seconds below which a stage is not begun
 ON_A_CPU = 600.0  # seconds of a stage there, where other work may want the cores
+DISTRIBUTIONS = {"PIL": "pillow"}  # where a package is imported by another name
 GRACE = 8.0  # seconds between asking a process to stop and killing it
 
 
@@ -147,7 +149,10 @@ def environment(device: str, out: Path) -> dict[str, str]:
     paths = [out / "work" / "site", ROOT, ROOT / "kernels", ROOT / "benchmarks"]
     found = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     found["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return found | ({"ECT_SKIP_CUDA": "1"} if device == "cpu" else {})
+    found["PATH"] = os.pathsep.join([str(paths[0] / "bin"), os.environ.get("PATH", "")])  # ninja's wheel has a program
+    return found | {
+        "ECT_SKIP_CUDA" if device == "cpu" else "ECT_CUDA_REQUIRED": "1"
+    }  # no extension: the build has failed
 
 
 def install(wheels: Path, out: Path, environment: dict[str, str]) -> str:
@@ -169,7 +174,8 @@ def run(stage: Stage, number: int, left: float, out: Path, environment: dict[str
     outcome = Outcome(stage.name, stage.part, "not run", log=f"logs/{stage.part}{number:02d}-{slug(stage.name)}.log")
     absent = missing(stage.needs, environment)
     if absent:
-        outcome.why = f"needs {', '.join(absent)}: pip download them beforehand, and pass the folder by --wheels"
+        names = ", ".join(DISTRIBUTIONS.get(name, name) for name in absent)
+        outcome.why = f"needs {names}: pip download it beforehand, and pass the folder by --wheels"
         return outcome
     limit = min(stage.seconds, left)
     if limit < LEAST:

@@ -93,8 +93,10 @@ def _profile(out: Path) -> Iterator[str]:
     ran = next((way for way in result["ways"] if "kernels" in way), None)
     if ran is None:
         return
-    yield f"**Measured against predicted**, {ran['name']}. Time: {_sheet(result)}; memory: `ect.memory`.\n"
-    yield table(["what", "measured", "predicted", "ratio"], [*_times(ran, result["floor"]), *_memory(ran)])
+    yield f"**Measured against predicted**, {ran['name']}. Time: {_sheet(result)}; memory, launches: `ect.memory`.\n"
+    yield table(
+        ["what", "measured", "predicted", "ratio"], [*_times(ran, result["floor"]), *_memory(ran), _launches(ran)]
+    )
     busy = sum(ran["by_kind"].values())
     shown = [
         (k["name"][:90], k["count"], f"{k['ms']:.3f}", f"{100 * k['ms'] / busy:.1f} %") for k in ran["kernels"][:TOP]
@@ -141,6 +143,11 @@ def _memory(way: Json) -> list[tuple[str, str, str, str]]:
             )
         )
     return rows
+
+
+def _launches(way: Json) -> tuple[str, str, str, str]:
+    """Counted: a convolution, product or attention is one, whatever the library makes of it."""
+    return _against("launches", way["launches"], way["memory"]["predicted"].get("launches"), "d")
 
 
 def _rows(out: Path) -> Iterator[str]:

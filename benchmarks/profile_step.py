@@ -128,18 +128,18 @@ def _memory(way: Way, case: waterfall.Case, device: torch.device) -> dict[str, A
 
 def run(case: waterfall.Case, device: torch.device, rounds: int, out: Path | None) -> dict[str, Any]:
     """All ways, and what they are measured against."""
-    gpu = roofline.known(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    floor = roofline.floor(gpu, batch=case.cfg.batch) if gpu is not None and case.name == "ddpmpp" else None
     result: dict[str, Any] = {
-        **measure.machine(device), "net": case.name, "batch": case.cfg.batch, "floor": floor, "sheet": gpu and gpu.name,
-        "ways": [],
+        **measure.machine(device), "net": case.name, "batch": case.cfg.batch, "floor": None, "sheet": None, "ways": [],
     }  # fmt: skip
 
-    def keep(found: dict[str, Any]) -> None:
-        result["ways"] = [way for way in result["ways"] if way["name"] != found["name"]] + [found]
+    def write() -> None:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def keep(found: dict[str, Any]) -> None:
+        result["ways"] = [way for way in result["ways"] if way["name"] != found["name"]] + [found]
+        write()
 
     for way in ways(device):
         if (lost := measure.lost(device)) is not None:
@@ -154,6 +154,10 @@ def run(case: waterfall.Case, device: torch.device, rounds: int, out: Path | Non
         finally:
             dispatch.set_choice(None)
             gc.collect()
+    gpu = roofline.known(result["device"])
+    if gpu is not None and case.name == "ddpmpp":  # last of all: counting instructions may take a minute
+        result |= {"floor": roofline.floor(gpu, batch=case.cfg.batch), "sheet": gpu.name}
+        write()
     return result
 
 
@@ -188,7 +192,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=25, help="kernels to print")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     options = parser.parse_args(argv)
-    torch.backends.cudnn.benchmark = True
     result = run(
         waterfall.case(options.net, options.device, options.batch), options.device, options.rounds, options.out
     )

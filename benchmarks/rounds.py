@@ -68,7 +68,7 @@ class Measurement:
         self.done = 0
         self.found: dict[str, Result] = {}
         self.runners: dict[str, Callable[[], Any]] = {}
-        self.floor: Result | None = _floor(case, device)
+        self.floor: Result | None = None
 
     def run(self, names: list[str] | None) -> Result:
         for row in waterfall.rows(self.device):
@@ -81,6 +81,11 @@ class Measurement:
             raise NoRow(f"{self.case.name}, batch {self.case.cfg.batch}: no row ran ({'; '.join(sorted(why))})")
         if measure.lost(self.device) is None:
             self.take_turns()
+        if self.device.type == "cuda":  # last of all: counting instructions may take a minute
+            try:
+                self.floor = floor(self.case, self.device)
+            except Exception as error:
+                self.floor = {"ms": None, "what": f"none: {reason(error, self.limit)}"}
         return self.result()
 
     def prepare(self, row: waterfall.Row) -> None:
@@ -105,7 +110,7 @@ class Measurement:
 
     def take_turns(self) -> None:
         """The rounds. A row that fails in one is left out; where it takes the device along, all else stays as it was."""
-        if self.floor is None:
+        if self.device.type != "cuda":
             self._prepare_products()
 
         def failed(name: str, error: Exception) -> None:
@@ -195,12 +200,10 @@ def quartiles(values: list[float]) -> list[float]:
     return [q1, q3]
 
 
-def _floor(case: waterfall.Case, device: torch.device) -> Result | None:
-    """From the data sheet of a known GPU; None where a floor must be measured."""
-    if device.type != "cuda":
-        return None
-    gpu = roofline.known(torch.cuda.get_device_name(device))
-    if gpu is None or case.name != "ddpmpp":
+def floor(case: waterfall.Case, gpu: torch.device) -> Result:
+    """From the data sheet of a known GPU."""
+    sheet = roofline.known(torch.cuda.get_device_name(gpu))
+    if sheet is None or case.name != "ddpmpp":
         return {"ms": None, "what": "none: no data sheet for this device and network"}
-    step = roofline.floor(gpu, batch=case.cfg.batch)["step"]
-    return {"ms": step, "what": f"predicted: fp16 roofline of {gpu.name}"}
+    step = roofline.floor(sheet, batch=case.cfg.batch)["step"]
+    return {"ms": step, "what": f"predicted: fp16 roofline of {sheet.name}"}

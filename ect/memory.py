@@ -39,7 +39,7 @@ class Prediction:
 
     state: parameters, gradients, moments, averages, the averaged network, images. update: the most that an update has alive
     beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the update's memory meanwhile.
-    allowance: for what lies outside of tensors.
+    allowance: for what lies outside of tensors. launches: no memory, but counted on the way: of an update.
     """
 
     batch_per_device: int
@@ -48,6 +48,7 @@ class Prediction:
     between: int
     allowance: int
     graph: bool
+    launches: int = 0
 
     @property
     def total(self) -> int:
@@ -105,7 +106,13 @@ def predict(
     allowance = CUDA_CONTEXT + WORKSPACES + round(FRAGMENTATION * transient) if gpu else process
     between = max(sampling.peak_bytes - sampling.state_bytes, checkpoint)
     return Prediction(
-        batch_per_device, update.state_bytes + weights, transient, between, allowance, captures(cfg, device)
+        batch_per_device,
+        update.state_bytes + weights,
+        transient,
+        between,
+        allowance,
+        captures(cfg, device),
+        update.launches,
     )
 
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import first_hour
 import first_hour_report
+import measure
 import pytest
+import torch
 from first_hour import Stage
 
 from ect import options
@@ -68,7 +70,7 @@ def test_no_stage_stops_the_next(hour: Hour) -> None:
     }  # fmt: skip
     assert found["raises"]["why"] == "ValueError: no kernel image"
     assert found["hangs"]["why"] == "stopped after 1 s; deep in thought"
-    assert "no_such_package, nor_this" in found["lacks"]["why"] and "json" not in found["lacks"]["why"]
+    assert "needs no_such_package, nor_this: " in found["lacks"]["why"] and "json" not in found["lacks"]["why"]
     assert "--wheels" in found["lacks"]["why"]
     assert "all is well" in (hour.out / found["fine"]["log"]).read_text()
     assert "1 of 5 stages are well" in hour.report and all(name in hour.report for name in found)
@@ -147,6 +149,16 @@ def test_wheels_stand_in_for_a_network(hour: Hour, tmp_path: Path) -> None:
     assert "pip could not install" in hour.report
 
 
+def test_only_the_build_differs_between_a_cpu_and_a_gpu() -> None:
+    cpu, gpu = (first_hour.environment(device, Path("out")) for device in ("cpu", "cuda"))
+    assert cpu["ECT_SKIP_CUDA"] == gpu["ECT_CUDA_REQUIRED"] == "1"
+    assert cpu["PYTHONPATH"].split(os.pathsep)[:2] == [str(Path("out/work/site")), str(ROOT)]
+    assert cpu["PATH"].startswith(str(Path("out/work/site/bin")))
+    assert {k: v for k, v in cpu.items() if k != "ECT_SKIP_CUDA"} == {
+        k: v for k, v in gpu.items() if k != "ECT_CUDA_REQUIRED"
+    }
+
+
 def test_bad_options_are_named(hour: Hour, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, said in ((["--only", "dance"], "'dance'"), (["--wheels", str(tmp_path / "none")], "no such folder")):
         with pytest.raises(SystemExit) as stop:
@@ -167,6 +179,7 @@ def test_every_command_is_understood(device: str, tmp_path: Path, monkeypatch: p
         parse(*args, **options)
         raise Parsed
 
+    monkeypatch.setattr(measure, "device_option", torch.device)  # looks for the device
     run = tmp_path / "work" / "run"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(options.to_dict(PRESETS["cifar10-1h"])))
@@ -182,10 +195,10 @@ def test_every_command_is_understood(device: str, tmp_path: Path, monkeypatch: p
             assert (ROOT / words[0]).is_file()
             if name in ("step_time", "ops", "profile_step"):
                 module = importlib.import_module(name)
-                monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
-                with pytest.raises(Parsed):
-                    module.main(words[1:])
-                monkeypatch.undo()
+                with monkeypatch.context() as patch:
+                    patch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+                    with pytest.raises(Parsed):
+                        module.main(words[1:])
                 seen.add(name)
         for path in (word for word in words if word.startswith("tests")):
             assert (ROOT / path).exists()
@@ -224,7 +237,7 @@ WAY = {
     "by_kind": {"conv": 12.0, "norm": 6.0}, "kernels": [{"name": f"kernel{i}", "count": i, "ms": 1.0} for i in range(60)],
     "memory": {
         "tensors": 7_000_000_000, "in_use": 9_000_000_000, "predicted_run": 11_800_000_000,
-        "predicted": {"state": 1_600_000_000, "update": 5_100_000_000, "allowance": 2_100_000_000},
+        "predicted": {"state": 1_600_000_000, "update": 5_100_000_000, "allowance": 2_100_000_000, "launches": 560},
     },
 }  # fmt: skip
 
@@ -261,7 +274,8 @@ def test_the_report_sets_measured_beside_predicted(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     for cells in (
         "ms a step | 20.00 | 10.00 | 2.00", "ms in kernels: norm | 6.00 | 1.50 | 4.00", "peak | 7.00 | 6.70 | 1.04",
-        "whole run |  | 11.80 |  ", "kernel0 | 0 | 1.000 | 5.6 %", "every op on Triton |  |  |  |  | TypeError: params",
+        "whole run |  | 11.80 |  ", "launches | 700 | 560 | 1.25",
+        "kernel0 | 0 | 1.000 | 5.6 %", "every op on Triton |  |  |  |  | TypeError: params",
         "params \\| given twice",
         "plain | 20.00 | 1.000 | 6400 | 2.7 | 700 | 3.0", "+compile | RuntimeError: no",
     ):  # fmt: skip
