@@ -104,16 +104,26 @@ class Graph:
 
 
 @contextlib.contextmanager
-def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
-    """torch.cuda as it speaks on a machine with `devices` such GPUs. Yields the devices that were made current, in order."""
-    made_current: list[Any] = []
+def told(gpu: Gpu, devices: int = 1) -> Iterator[list[int]]:
+    """torch.cuda as it speaks on a machine with `devices` such GPUs. Yields the current device's number, the last of a stack."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(where: Any) -> Iterator[None]:
+        current.append(_number(where, current))
+        yield
+        current.pop()
+
+    def set_device(where: Any) -> None:
+        current[-1] = _number(where, current)
+
     free = gpu.memory * 9 // 10
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: devices,
-        "current_device": lambda: made_current[-1] if made_current else 0,
-        "set_device": lambda device: made_current.append(torch.device("cuda", 0).index if device is None else device),
+        "current_device": lambda: current[-1],
+        "set_device": set_device,
         "get_device_capability": lambda device=None: gpu.capability,
         "get_device_name": lambda device=None: gpu.name,
         "get_device_properties": gpu.properties,
@@ -131,7 +141,7 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
         "is_current_stream_capturing": lambda: False,
         "current_stream": Stream,
         "stream": Stream,
-        "device": Stream,
+        "device": device,
         "Stream": Stream,
         "Event": Stream,
         "CUDAGraph": Graph,
@@ -150,7 +160,12 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new.data)))
         stack.enter_context(walked_in_python())
         torch._C._ensureCUDADeviceGuardSet()  # nothing is asked of the driver when a device becomes current
-        yield made_current
+        yield current
+
+
+def _number(device: Any, current: list[int]) -> int:
+    index = device if isinstance(device, int) else torch.device(device).index
+    return current[-1] if index is None else index
 
 
 _CUDNN = torch._C._ConvBackend.Cudnn
@@ -191,7 +206,7 @@ class Event:
 
 class FakeGpu:
     """The context. events: what happened since the last `watch()` that a step on the device must not do. calls: operations.
-    launches: of the stub that stands for the CUDA extension, by name.
+    launches: of the stub that stands for the CUDA extension, by name; launched_on: which devices were current then.
 
     archs: what that extension was built for, as its `archs()` says; None: it was not built. triton: why Triton cannot be used,
     or None. The implementations of the ops run too, as far as they can without values: down to the launch.
@@ -204,13 +219,13 @@ class FakeGpu:
         self.events: list[Event] = []
         self.calls: list[str] = []
         self.launches: Counter[str] = Counter()
-        self.made_current: list[Any] = []
+        self.launched_on: set[int] = set()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> FakeGpu:
         enter, before = self._stack.enter_context, torch._C._only_lift_cpu_tensors()
-        self.made_current = enter(told(self.gpu, self.devices))
-        extension = None if self.archs is None else Extension(self.archs, self.launches)
+        self.current = enter(told(self.gpu, self.devices))
+        extension = None if self.archs is None else Extension(self)
         enter(mock.patch.object(native, "extension", lambda: extension))
         native._probe.cache_clear()
         self._stack.callback(native._probe.cache_clear)
@@ -247,11 +262,11 @@ class FakeGpu:
 class Extension:
     """Stands for the compiled module: counts what is launched."""
 
-    def __init__(self, archs: list[tuple[int, int]], launches: Counter[str]) -> None:
-        self._archs, self._launches = archs, launches
+    def __init__(self, owner: FakeGpu) -> None:
+        self._owner = owner
 
     def archs(self) -> list[tuple[int, int]]:
-        return self._archs
+        return self._owner.archs or []
 
     def probe(self) -> str:
         return ""
@@ -262,7 +277,8 @@ class Extension:
 
         def launcher(*args: Any) -> None:
             assert all(isinstance(a, int | float) for a in args), args
-            self._launches[name] += 1
+            self._owner.launches[name] += 1
+            self._owner.launched_on.add(self._owner.current[-1])
 
         return launcher
 
