@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Gpu:
-    """What torch and Triton ask of a device. shared: bytes of shared memory that one block may have; shared_sm: all of an SM's."""
+    """What torch and Triton ask of a device. shared, shared_sm: bytes of shared memory of one block at most, and of an SM."""
 
     name: str
     capability: tuple[int, int]
@@ -105,7 +105,7 @@ class Graph:
 
 @contextlib.contextmanager
 def told(gpu: Gpu, devices: int = 1) -> Iterator[list[int]]:
-    """torch.cuda as it speaks on a machine with `devices` such GPUs. Yields the current device's number, the last of a stack."""
+    """torch.cuda as it speaks on a machine with such GPUs. Yields a stack whose last entry is the current device's number."""
     current = [0]
 
     @contextlib.contextmanager
@@ -151,13 +151,15 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        stack.enter_context(mock.patch.object(torch._C, "_select_conv_backend", lambda *a, **k: _CUDNN))
+        stack.enter_context(mock.patch.object(torch._C, "_select_conv_backend", return_value=_CUDNN))
         stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _layout))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention(gpu)))
         # torch holds every tensor on a device that it finds absent for one of its own making; here some are of ours.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         # nn.Module.to: torch swaps fake parameters, which their weak references forbid.
-        stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new.data)))
+        stack.enter_context(
+            mock.patch.object(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new.data))
+        )
         stack.enter_context(walked_in_python())
         torch._C._ensureCUDADeviceGuardSet()  # nothing is asked of the driver when a device becomes current
         yield current
@@ -226,11 +228,11 @@ class FakeGpu:
         enter, before = self._stack.enter_context, torch._C._only_lift_cpu_tensors()
         self.current = enter(told(self.gpu, self.devices))
         extension = None if self.archs is None else Extension(self)
-        enter(mock.patch.object(native, "extension", lambda: extension))
+        enter(mock.patch.object(native, "extension", return_value=extension))
         native._probe.cache_clear()
         self._stack.callback(native._probe.cache_clear)
         if self.triton is not None:
-            enter(mock.patch.object(native, "why_no_triton", lambda device: self.triton))
+            enter(mock.patch.object(native, "why_no_triton", return_value=self.triton))
         enter(mock.patch.object(FakeTensor, "data_ptr", address, create=True))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU, then copied
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, before)
@@ -242,7 +244,7 @@ class FakeGpu:
 
     @contextlib.contextmanager
     def for_compiler(self) -> Iterator[None]:
-        """Inside the block torch.compile can trace, which it refuses to do under a mode that is not torch's own: every tensor is
+        """Inside the block torch.compile can trace, which it refuses under modes that are not torch's own: every tensor is
         fake, and nothing is watched."""
         self._memory.__exit__(None, None, None)
         try:
@@ -343,7 +345,7 @@ def implementation(name: str) -> Callable[..., Any]:
     """What runs on the device for an op ect.<name>.default."""
     op = name.split(".")[1]
     definition = OPDEFS.get(f"ect::{op}")
-    return getattr(importlib.import_module(f"ect_kernels.{op}"), "_run") if definition is None else definition._init_fn
+    return importlib.import_module(f"ect_kernels.{op}")._run if definition is None else definition._init_fn
 
 
 def _fault(func: Any, name: str, tensors: list[Tensor], wanted: str | None) -> str | None:
