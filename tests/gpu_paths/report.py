@@ -60,6 +60,8 @@ def _decides(node: ast.AST) -> str:
             return ast.unparse(node.subject)
         case ast.FunctionDef():
             return node.name
+        case ast.Expr(value=ast.Constant()):  # a text
+            return ""
         case ast.stmt() if not hasattr(node, "body"):
             return ast.unparse(node)
     return ""
