@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo test test-gpu gpu sanitize check format readme kernel-report bench clean
+.PHONY: demo test test-gpu gpu gpu-paths sanitize check format readme kernel-report bench clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
 
 test: .venv/.test-installed
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python tests/gpu_paths/report.py
 
 # The tests that need a CUDA device, by what is installed, with no network: $(PYTHON) where there is no .venv.
 test-gpu:
@@ -17,6 +18,9 @@ test-gpu:
 
 gpu:  # the first hour on a GPU machine without a network, twice ten minutes (PART=1, PART=2: one of them)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_hour.py $(if $(PART),--part $(PART))
+
+gpu-paths: .venv/.test-installed  # the code of a GPU without one: every combination, where `make test` takes every pair
+	$(BIN)/python -m pytest tests/gpu_paths --full
 
 sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py

@@ -75,14 +75,15 @@ def dataset(labels: bool = False, count: int = 16) -> Dataset:
     return Dataset("nothing", images, torch.eye(10)[torch.arange(count) % 10] if labels else None)
 
 
-def network(cfg: Config, data: Dataset) -> EDMPrecond:
+def network(cfg: Config, data: Dataset, device: str = "cuda") -> EDMPrecond:
     precond = "ECMPrecond" if cfg.objective.kind == "consistency" else "EDMPrecond"
-    return build(network_spec(cfg.net, precond, data, 9 if cfg.data.augment else 0)).to("cuda").train()
+    return build(network_spec(cfg.net, precond, data, 9 if cfg.data.augment else 0)).to(device).train()
 
 
 def step(**case: Any) -> TrainStep:
     """The update of a case, ready to run on the device that torch has now."""
     cfg, data = configuration(**case), dataset(bool(case.get("labels")))
-    state = flat_state(cfg, network(cfg, data))
+    device = case.get("device", "cuda")
+    state = flat_state(cfg, network(cfg, data, device))
     resident = {"resident": True, "streamed": False}.get(case.get("images", ""))
-    return train_step(cfg, state, ImageStream(data, cfg.seed, "cuda", cfg.batch, resident))
+    return train_step(cfg, state, ImageStream(data, cfg.seed, device, cfg.batch, resident))

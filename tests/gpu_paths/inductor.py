@@ -102,10 +102,9 @@ def traced(function: Callable[..., Any], *inputs: Any) -> tuple[Graph, Graph]:
     )  # fmt: skip
     try:
         torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*inputs)
-    except Exception as error:
+    except Exception:  # Stop, in an exception of Dynamo's
         if not graphs:
             raise
-        assert "Stop" in repr(error), error
     return graphs[0], graphs[1]
 
 

@@ -1,5 +1,5 @@
-"""Every Triton launch of some updates, through Triton's own launch code: its binder, specialisation and compiler, for a GPU that
-is not there. Prints one JSON object.
+"""Every Triton launch of some updates, through Triton's own launch code: its binder, specialisation and compiler, for a GPU
+that is not there. Prints one JSON object.
 
     python tests/gpu_paths/launches.py '{"gpu": "H100", "steps": [{"precision": "fp16"}], "ddpmpp": false}'
 

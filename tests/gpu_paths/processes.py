@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def ask(module: str, request: dict[str, Any]) -> dict[str, Any]:
-    """What `python -m tests.gpu_paths.<module>` answers. TRITON_INTERPRET is not set there; kernels are kept for the next time."""
+    """What `python -m tests.gpu_paths.<module>` answers, without TRITON_INTERPRET; compiled kernels are kept in build/."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
     env |= {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), "OMP_NUM_THREADS": "1"}

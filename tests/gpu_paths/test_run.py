@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ect_kernels import dispatch
 from torch import Tensor
 
 from ect.config import OptimConfig
@@ -82,7 +83,8 @@ def test_the_noise_on_the_signal_is_measured_on_the_device(precision: str, label
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) -> None:
-    cfg = config(device="cuda", precision=precision, compile=False, total_kimg=0.016, optim=OptimConfig())
+    switches = {"compile": False, "self_check": False}  # no value can be compared here
+    cfg = config(device="cuda", precision=precision, total_kimg=0.016, optim=OptimConfig(), **switches)
 
     with FakeGpu(GPUS["RTX 4090"], archs=cases.BUILT) as gpu:
         first = run(cfg, tmp_path / "run")
@@ -91,3 +93,15 @@ def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) ->
         run(replace(cfg, total_kimg=0.024, resume=tmp_path / "run"), tmp_path / "run")
         assert gpu.launches["radam_ema_fwd"] >= 1
         assert first is not None and "mixed devices" not in {event.kind for event in gpu.events}
+
+
+def test_a_run_goes_on_whatever_its_check_finds(tmp_path: Path) -> None:
+    """No result can be compared here, so that every backend fails its check but the last: each is tried, none is needed."""
+    switches = {"compile": False, "graph": True, "total_kimg": 0.016, "optim": OptimConfig()}
+    try:
+        with FakeGpu(GPUS["H100"], archs=cases.BUILT) as gpu:
+            job = run(config(device="cuda", precision="fp32", **switches), tmp_path / "run")
+            assert {"group_norm_silu_fwd", "group_norm_silu_bwd", "levels_fwd", "radam_ema_fwd"} <= set(gpu.launches)
+    finally:
+        dispatch.clear_refused()
+    assert any("self-check" in line for line in job.checked), job.checked

@@ -40,13 +40,21 @@ def test_an_update_stays_on_the_device(case: Case) -> None:
                 assert not gpu.launches
 
 
+def test_kernels_run_on_the_device_of_their_tensors() -> None:
+    with FakeGpu(GPUS["A100"], devices=2, archs=cases.BUILT) as gpu:
+        step = cases.step(device="cuda:1", small=True)
+        with closing(step.stream):
+            step(0, 0)
+        assert gpu.launched_on == {1} and gpu.current == [0]
+
+
 def test_a_capture_holds_one_update_and_a_call_copies_only_the_images() -> None:
     with FakeGpu(GPUS["H100"], archs=cases.BUILT) as gpu:
-        step = cases.step()
+        step = cases.step(small=True)
         step.wants_graph = True
         with closing(step.stream):
             step(0, 0)
-            assert step.graph is not None
+            assert len(step.graphs) == 1
             with gpu.watch() as events:
                 step(step.batch, 0)
             assert {event.kind for event in events} <= {"host work", "host copy"}, events
@@ -70,7 +78,7 @@ PLANTS: dict[str, tuple[str, Callable[[TrainStep], object]]] = {
 def test_the_watch_finds_a_planted_fault(plant: str) -> None:
     kind, fault = PLANTS[plant]
     with FakeGpu(GPUS["A100"]) as gpu:
-        step = cases.step()
+        step = cases.step(small=True)
         with closing(step.stream), gpu.watch() as events, suppress(DynamicOutputShapeException):
             fault(step)
         assert kind in {event.kind for event in events}, events
