@@ -68,6 +68,7 @@ def _failure(op: Op, calls: Sequence[Call], device: torch.device, report: Report
         for backend in _candidates(op, device):
             if backend == "reference":
                 break
+            before = len(report.skipped)
             try:
                 reason = compare(call, backend, device, report)
             except BackendError:  # a limit of the backend: the next one runs this call
@@ -76,9 +77,9 @@ def _failure(op: Op, calls: Sequence[Call], device: torch.device, report: Report
                 continue
             if reason is not None:
                 return backend, f"{call}: {reason}"
-            counts[op.name, backend] = counts.get((op.name, backend), 0) + 1
+            counts[op.name, backend] = counts.get((op.name, backend), 0) + (len(report.skipped) == before)
             break
-    report.calls |= counts
+    report.calls = {key: n for key, n in report.calls.items() if key[0] != op.name} | counts
     return None
 
 

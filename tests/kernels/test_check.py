@@ -161,6 +161,7 @@ def test_out_of_memory_is_no_verdict(calls: list[Call], monkeypatch: pytest.Monk
     plant(monkeypatch, "levels", full)
     report = check.check(calls, CPU)
     assert report.failed == {} and [line.split("(")[0] for line in report.skipped] == ["levels"]
+    assert report.calls == {("levels", NAME): 0}
 
 
 HANGS = """
