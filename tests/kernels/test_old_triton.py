@@ -1,4 +1,4 @@
-"""The Triton kernels keep to what the oldest Triton can compile that pyproject.toml admits: 3.2, of torch 2.6.
+"""The Triton kernels keep to what the oldest Triton can compile that pyproject.toml admits, 3.2.
 
 It is not installed beside the tests. Two things that it does not know have stood here before, and are sought in the source: it
 keeps no tuple in a variable, and it evaluates both sides of an `and`, the second also where the first is false.
