@@ -8,9 +8,11 @@
 // 16-byte vector, or eight elements where the types differ.
 #define BY_DTYPES(a_code, x_code, ...) \
   if (a_code == x_code) { BY_DTYPE(x_code, { using A = T; constexpr int V = Vec<T>::N; __VA_ARGS__; }) } \
-  else if (a_code == F32) { BY_DTYPE(x_code, { using A = float; constexpr int V = 8; __VA_ARGS__; }) } \
-  else if (x_code == F32) { BY_DTYPE(a_code, { using A = T; constexpr int V = 8; { using T = float; __VA_ARGS__; } }) } \
+  MIXED(a_code, x_code, F32, float, F16, __half, __VA_ARGS__) MIXED(a_code, x_code, F32, float, BF16, __nv_bfloat16, __VA_ARGS__) \
+  MIXED(a_code, x_code, F16, __half, F32, float, __VA_ARGS__) MIXED(a_code, x_code, BF16, __nv_bfloat16, F32, float, __VA_ARGS__) \
   else return (int)cudaErrorInvalidValue;
+#define MIXED(a_code, x_code, OF_A, A_, OF_X, T_, ...) \
+  else if (a_code == OF_A && x_code == OF_X) { using A = A_; using T = T_; constexpr int V = 8; __VA_ARGS__; }
 
 template <class A, class T, int V, bool RESIDENT> __global__ void __launch_bounds__(gn::THREADS, 2) residual_group_norm_silu_fwd_kernel(const gn::Forward f) {
   gn::forward<T, V, RESIDENT, true, A>(f);

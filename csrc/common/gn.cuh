@@ -171,10 +171,11 @@ template <int V> struct Channels {
 };
 
 // Philox bits of the V elements of the thread's next ROWS rows: one call for eight of them. Two neighbouring threads of four
-// channels have two blocks of eight in two rows: each draws one and gives the other its half.
-template <int V> struct Mask {
+// channels have two blocks of eight in two rows: each draws one and gives the other its half. KEYS: these stay in registers.
+template <int V, bool KEYS = true> struct Mask {
   RoundKeys keys;
-  uint32_t next, step, layer, limit;    // counter of the block to draw; between draws
+  uint64_t seed = 0;
+  uint32_t next = 0, step = 0, layer, limit;    // counter of the block to draw; between draws
   uint64_t index, index_step;           // V = 1: the element's place in the global batch; between rows
   bool on, odd = false;
   int first = 0;                        // V = 1: the element's place in its block
@@ -182,7 +183,8 @@ template <int V> struct Mask {
   __device__ Mask(const Drop& d, const Layout& p, const Block& b, int c) : layer(d.layer), limit(d.limit), on(d.seed != nullptr) {
     if (!on) return;
     const uint32_t rows = p.teams.rows;
-    keys = RoundKeys((uint64_t)*d.seed);
+    seed = (uint64_t)*d.seed;
+    keys = RoundKeys(seed);
     index = (uint64_t((d.n0 ? *d.n0 : 0) + b.n) * p.hw + b.row) * (p.c1 + p.c2) + c;
     index_step = uint64_t(rows) * (p.c1 + p.c2);
     odd = V == 4 && (b.column & 1);
@@ -195,7 +197,7 @@ template <int V> struct Mask {
       first = int(index & 7);
       index += index_step;
     }
-    bits = philox(keys, next, layer);
+    bits = philox(KEYS ? keys : RoundKeys(anew(seed)), next, layer);
     next += step;
     if constexpr (V == 4) {
       const unsigned pair = 3u << (threadIdx.x & 30);

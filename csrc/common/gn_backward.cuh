@@ -4,26 +4,32 @@
 
 namespace gn {
 
-// From x and dy of a thread's row to x_hat and keep * dz, in place.
-template <int V> struct Gradient {
-  float m[V], rstd[V], w[V], own_add;   // x_hat = ((x + v) - m) * rstd, z = ((x + v) - m) * w + add
-  const float *add, *v;   // read for every row: registers are short
+// From x and dy of a thread's row to x_hat and keep * dz, in place. x_hat = ((x + v) - m) * rstd, z = ((x + v) - m) * w + add.
+template <int V, bool RESIDENT> struct Gradient {
+  float m[V], rstd[V], w[V], add[V];
+  const float *params, *v;   // of the first channel
+  int slab;
   bool act;
-  __device__ Gradient(const Backward& f, const float* params, const Block& b, const Channels<V>& ch)
-      : add(params + 3 * f.p.slab + ch.k), v(nullptr), act(f.act) {
+  __device__ Gradient(const Backward& f, const float* params_, const Block& b, const Channels<V>& ch)
+      : params(params_ + ch.k), v(nullptr), slab(f.p.slab), act(f.act) {
     if constexpr (V > 1) {
-      load<false>(params + ch.k, m);
-      load<false>(params + f.p.slab + ch.k, rstd);
-      load<false>(params + 2 * f.p.slab + ch.k, w);
-      if (f.affine.v) v = params + 4 * f.p.slab + ch.k;
+      load<false>(params, m);
+      load<false>(params + slab, rstd);
+      load<false>(params + 2 * slab, w);
+      if (f.affine.v) v = params + 4 * slab;
     } else {
       const int64_t g = f.group(b.n, ch.c);
       m[0] = f.mean[g];
       rstd[0] = f.rstd[g];
       w[0] = f.affine.gain(b.n, ch.c) * rstd[0];
-      own_add = f.affine.bias(b.n, ch.c);
+      add[0] = f.affine.bias(b.n, ch.c);
       if (f.affine.v) v = f.affine.v + b.n * f.affine.v_rows + ch.c;
     }
+  }
+  // Read for every row, for registers are short; the more so where rows from global memory take some.
+  __device__ __forceinline__ void refresh() {
+    if constexpr (V > 1) load<false>(params + 3 * slab, add);
+    if constexpr (V > 1 && !RESIDENT) { load<false>(params, m); load<false>(params + slab, rstd); }
   }
   // (x + v) - m, in this order: it is the mean of the rounded x + v that rounds as they do, and m - v would round too.
   __device__ __forceinline__ void centre(float (&x)[V]) const {
@@ -36,23 +42,17 @@ template <int V> struct Gradient {
 #pragma unroll
     for (int j = 0; j < V; j++) x[j] -= m[j];
   }
-  __device__ __forceinline__ void x_hat(float (&x)[V]) const {
-    centre(x);
-#pragma unroll
-    for (int j = 0; j < V; j++) x[j] *= rstd[j];
-  }
-  __device__ __forceinline__ void operator()(const Mask<V>& mask, int r, float (&x)[V], float (&d)[V]) const {
+  template <class M> __device__ __forceinline__ void operator()(const M& mask, int r, float (&x)[V], float (&d)[V]) {
     if (mask.on) {
 #pragma unroll
       for (int j = 0; j < V; j++) d[j] = mask.keep(r, j) ? d[j] : 0.f;
     }
+    refresh();
     centre(x);
     if (act) {
-      float shift[V];
-      if constexpr (V > 1) load<false>(add, shift); else shift[0] = own_add;
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const float z = x[j] * w[j] + shift[j], s = sigmoid(z);
+        const float z = x[j] * w[j] + add[j], s = sigmoid(z);
         d[j] *= s * (1.f + z * (1.f - s));
       }
     }
@@ -111,8 +111,8 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
     const Channels<V> ch(p, b, first);
     float q[3][V] = {};
     if (ch.active) {
-      const Gradient<V> gradient(f, params, b, ch);
-      Mask<V> mask(f.drop, p, b, ch.c);
+      Gradient<V, RESIDENT> gradient(f, params, b, ch);
+      Mask<V, RESIDENT> mask(f.drop, p, b, ch.c);
       auto add = [&](int r, float (&e)[V], float (&d)[V]) {
         gradient(mask, r, e, d);
 #pragma unroll
@@ -203,27 +203,30 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
     void* wanted = ch.second ? f.dother : f.dx;
     const bool adds = RESIDUAL && !ch.second && f.dx_in != nullptr, joins = RESIDUAL && f.djoined != nullptr;
     if (ch.active && (wanted != nullptr || adds)) {
-      const Gradient<V> gradient(f, params, b, ch);
+      Gradient<V, RESIDENT> gradient(f, params, b, ch);
       float c1[V], c2[V];
       auto load_means = [&] { load<false>(sums + ch.k, c1); load<false>(sums + p.slab + ch.k, c2); };
       if constexpr (RESIDENT) load_means();
-      Mask<V> mask(f.drop, p, b, ch.c);
+      Mask<V, RESIDENT> mask(f.drop, p, b, ch.c);
       const float factor = RESIDUAL && !ch.second ? f.skip_scale : 1.f;
       int64_t at = ch.offset, whole = ch.whole;
       const T *x = static_cast<const T*>(ch.second ? f.other : f.x), *mine_x = tile_x + slot, *mine_d = tile_d + slot;
-      Run<T, V> next_x, next_d, next_in = {}, next_joined = {};   // the row after this one, on its way
+      // The row after this one is on its way, but where four tensors of two vectors each would take too many registers.
+      constexpr bool AHEAD = RESIDENT || V * sizeof(T) <= 16;
+      Run<T, V> next_x, next_d, next_in = {}, next_joined = {};
       auto request = [&] {
         if constexpr (!RESIDENT) { next_x = fetch<true, V>(x + at); next_d = fetch<true, V>(dy + whole); }
         if (adds) next_in = fetch<true, V>(static_cast<const T*>(f.dx_in) + at);
         if (joins) next_joined = fetch<true, V>(static_cast<const T*>(f.djoined) + whole);
       };
-      request();
+      if (AHEAD) request();
 #pragma unroll 1
       for (int row = b.row; row < p.hw;) {
         if (!RESIDENT && mask.on) mask.draw();
 #pragma unroll
         for (int r = 0; r < ROWS<V> && (r == 0 || row < p.hw); r++) {
           float e[V], d[V], more[V] = {};
+          if (!AHEAD) request();
           if (adds) unpack<T, V>(next_in, more);
           if (joins) {
             float joined[V];
@@ -234,12 +237,14 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
           if constexpr (!RESIDENT) { unpack<T, V>(next_x, e); unpack<T, V>(next_d, d); }
           const int64_t to = at;
           row += rows; at += ch.step; whole += ch.step_whole;
-          if (row < p.hw) request();
+          if (AHEAD && row < p.hw) request();
           if constexpr (RESIDENT) {
             load<false>(mine_x, e);
             load<false>(mine_d, d);
             mine_x += slot_step; mine_d += slot_step;
-            gradient.x_hat(e);
+            gradient.centre(e);
+#pragma unroll
+            for (int j = 0; j < V; j++) e[j] *= gradient.rstd[j];
           } else {
             gradient(mask, r, e, d);
 #pragma unroll

@@ -27,6 +27,13 @@ __device__ __forceinline__ uint4 philox(const RoundKeys& key, uint32_t c0, uint3
   }
   return make_uint4(c0, c1, c2, c3);
 }
+// The seed again: what follows from it is not worked out ahead of a loop whose registers are short.
+__device__ __forceinline__ uint64_t anew(uint64_t seed) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(seed));
+#endif
+  return seed;
+}
 __device__ __forceinline__ uint4 philox(uint64_t seed, uint32_t c0, uint32_t c1) { return philox(RoundKeys(seed), c0, c1); }
 
 // Element k (0..7) of a block of eight: word k / 2, low half first; kept where the 16-bit value is at least the threshold, which

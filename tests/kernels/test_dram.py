@@ -156,7 +156,7 @@ class Meter:
 
 @contextmanager
 def cuda_meters(source: Path) -> Iterator[dict[str, Meter]]:
-    """Counts of the launchers of a .cu file that are called in the block, as backend 'emulated', an A100: {"forward": ...}."""
+    """Counts of the launchers of a .cu file called in the block, as backend 'emulated' of an A100: {"forward": ...}."""
     meters: dict[str, Meter] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_HOST_DEVICE", "1")
