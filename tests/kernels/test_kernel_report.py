@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_report
+import launches
 import pytest
 import sass
 
@@ -247,3 +248,13 @@ def test_every_kernel_meets_the_bars() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if "NOT in this report" in done.stdout:
         pytest.skip("no nvcc: Triton's kernels meet the bars, those of csrc/ were not compiled")
+
+
+def test_launches_are_recorded_on_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(launches, "_record", lambda op: seen.append(os.environ.get("CUDA_HOST_DEVICE")) or {})
+    monkeypatch.setenv("CUDA_HOST_DEVICE", "1")
+    for arch in sorted(sass.SMS):
+        launches.record("group_norm_silu", sass.SMS[arch].cta_shared // 1024)
+    launches.record("group_norm_silu")
+    assert seen == ["1", "0", "0", "2", "2", "0", "1"]  # sm_80, 86, 89, 90, 100, 120; the one of the environment
