@@ -42,6 +42,7 @@ _BY_NAME = {
     "mm": "gemm/attention", "addmm": "gemm/attention", "bmm": "gemm/attention", "_scaled_dot_product": "gemm/attention",
     "_softmax": "gemm/attention", "_safe_softmax": "gemm/attention",
     "group_norm_silu": "norm", "residual_group_norm_silu": "norm", "native_group_norm": "norm", "sum_rows": "norm",
+    "join_columns": "other",
     "skip_product": "conv 1x1 as gemm", "silu": "activation", "cat": "concat",
     "radam_ema": "optimizer", "perturb": "data/loss", "consistency_loss": "data/loss",
 }  # fmt: skip
@@ -278,8 +279,8 @@ def _kernels(name: str, args: Any) -> int:
         return sum(args[10]) + _relayouts(args[:3])
     if name == "addmm":
         return 1 + (args[0].dim() == 2)  # a matrix to be added is copied into the output first
-    if name == "sum_rows":
-        return 1 + -(-len(args[0]) // _CAT)
+    if name in ("sum_rows", "join_columns"):
+        return -(-len(args[0]) // _CAT) + (name == "sum_rows")
     if name.startswith("_foreach"):
         return foreach_kernels(name, *args[:2])
     return _KERNELS.get(name, 1)

@@ -147,7 +147,9 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
         # torch holds every tensor on a device that it finds absent for one of its own making; here some are of ours.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         # nn.Module.to: torch swaps fake parameters, which their weak references forbid.
-        stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new.data)))
+        stack.enter_context(
+            mock.patch.object(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new.data))
+        )
         stack.enter_context(walked_in_python())
         torch._C._ensureCUDADeviceGuardSet()  # nothing is asked of the driver when a device becomes current
         yield made_current

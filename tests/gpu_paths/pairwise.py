@@ -39,7 +39,9 @@ def cover(axes: Axes, allowed: Rule = anything) -> list[Case]:
         for axis, values in axes.items():
             if axis not in case:
                 possible = [value for value in values if allowed(case | {axis: value})]
-                case[axis] = max(possible, key=lambda v: sum(frozenset(((axis, v), known)) in left for known in case.items()))
+                case[axis] = max(
+                    possible, key=lambda v: sum(frozenset(((axis, v), known)) in left for known in case.items())
+                )
         left -= pairs(case)
         chosen.append({axis: case[axis] for axis in axes})
     return chosen
@@ -51,4 +53,6 @@ def pairs(case: Case) -> set[frozenset[Any]]:
 
 def name(case: Case) -> str:
     """A test's id."""
-    return ", ".join(str(axis if value is True else value) for axis, value in case.items() if value not in (None, False))
+    return ", ".join(
+        str(axis if value is True else value) for axis, value in case.items() if value not in (None, False)
+    )

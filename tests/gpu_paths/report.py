@@ -34,7 +34,9 @@ class Line:
     reason: str | None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.number} ({self.function}): {self.text}" + (f"    {self.reason}" if self.reason else "")
+        return f"{self.file}:{self.number} ({self.function}): {self.text}" + (
+            f"    {self.reason}" if self.reason else ""
+        )
 
 
 def source_files(root: Path = ROOT) -> Iterator[Path]:
@@ -47,7 +49,11 @@ def device_lines(text: str) -> set[int]:
     found: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.If | ast.IfExp | ast.While | ast.With | ast.Match):
-            tests = node.items if isinstance(node, ast.With) else [node.subject if isinstance(node, ast.Match) else node.test]
+            tests = (
+                node.items
+                if isinstance(node, ast.With)
+                else [node.subject if isinstance(node, ast.Match) else node.test]
+            )
             if any(SPEAKS_OF_A_GPU.search(ast.get_source_segment(text, test) or ast.unparse(test)) for test in tests):
                 found |= _span(node)
         elif isinstance(node, ast.FunctionDef) and SPEAKS_OF_A_GPU.search(node.name):

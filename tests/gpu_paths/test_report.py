@@ -6,7 +6,7 @@ import pytest
 
 from tests.gpu_paths import report
 
-SOURCE = '''
+SOURCE = """
 import torch
 
 
@@ -30,7 +30,7 @@ class Stream:
 
     def other(self):
         sixth()
-'''
+"""
 
 
 def numbers(*words: str) -> set[int]:
