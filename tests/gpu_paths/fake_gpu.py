@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Gpu:
-    """What torch and Triton ask of a device. shared: bytes of shared memory that one block may have; shared_sm: all of an SM's."""
+    """What torch and Triton ask of a device. shared, shared_sm: bytes of shared memory of one block at most, and of an SM."""
 
     name: str
     capability: tuple[int, int]
@@ -96,24 +96,44 @@ class Stream:
         return True
 
 
+class Generator(torch.Generator):
+    """Of any device; those of the GPU draw nothing."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls, "cpu")
+
+
 class Graph:
     """Of torch.cuda: what it captured ran once, and a replay runs nothing."""
 
     def replay(self) -> None:
         pass
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
 
 @contextlib.contextmanager
-def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
-    """torch.cuda as it speaks on a machine with `devices` such GPUs. Yields the devices that were made current, in order."""
-    made_current: list[Any] = []
+def told(gpu: Gpu, devices: int = 1) -> Iterator[list[int]]:
+    """torch.cuda as it speaks on a machine with such GPUs. Yields a stack whose last entry is the current device's number."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(where: Any) -> Iterator[None]:
+        current.append(_number(where, current))
+        yield
+        current.pop()
+
+    def set_device(where: Any) -> None:
+        current[-1] = _number(where, current)
+
     free = gpu.memory * 9 // 10
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: devices,
-        "current_device": lambda: made_current[-1] if made_current else 0,
-        "set_device": lambda device: made_current.append(torch.device("cuda", 0).index if device is None else device),
+        "current_device": lambda: current[-1],
+        "set_device": set_device,
         "get_device_capability": lambda device=None: gpu.capability,
         "get_device_name": lambda device=None: gpu.name,
         "get_device_properties": gpu.properties,
@@ -131,19 +151,20 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
         "is_current_stream_capturing": lambda: False,
         "current_stream": Stream,
         "stream": Stream,
-        "device": Stream,
+        "device": device,
         "Stream": Stream,
         "Event": Stream,
         "CUDAGraph": Graph,
-        "graph": lambda graph, **kwargs: Stream(),
+        "graph": lambda *args, **kwargs: Stream(),
         "_lazy_init": lambda: None,
     }
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        stack.enter_context(mock.patch.object(torch._C, "_select_conv_backend", lambda *a, **k: _CUDNN))
+        stack.enter_context(mock.patch.object(torch._C, "_select_conv_backend", return_value=_CUDNN))
         stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _layout))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention(gpu)))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         # torch holds every tensor on a device that it finds absent for one of its own making; here some are of ours.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         # nn.Module.to: torch swaps fake parameters, which their weak references forbid.
@@ -152,7 +173,12 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[Any]]:
         )
         stack.enter_context(walked_in_python())
         torch._C._ensureCUDADeviceGuardSet()  # nothing is asked of the driver when a device becomes current
-        yield made_current
+        yield current
+
+
+def _number(device: Any, current: list[int]) -> int:
+    index = device if isinstance(device, int) else torch.device(device).index
+    return current[-1] if index is None else index
 
 
 _CUDNN = torch._C._ConvBackend.Cudnn
@@ -193,7 +219,7 @@ class Event:
 
 class FakeGpu:
     """The context. events: what happened since the last `watch()` that a step on the device must not do. calls: operations.
-    launches: of the stub that stands for the CUDA extension, by name.
+    launches: of the stub that stands for the CUDA extension, by name; launched_on: which devices were current then.
 
     archs: what that extension was built for, as its `archs()` says; None: it was not built. triton: why Triton cannot be used,
     or None. The implementations of the ops run too, as far as they can without values: down to the launch.
@@ -206,18 +232,18 @@ class FakeGpu:
         self.events: list[Event] = []
         self.calls: list[str] = []
         self.launches: Counter[str] = Counter()
-        self.made_current: list[Any] = []
+        self.launched_on: set[int] = set()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> FakeGpu:
         enter, before = self._stack.enter_context, torch._C._only_lift_cpu_tensors()
-        self.made_current = enter(told(self.gpu, self.devices))
-        extension = None if self.archs is None else Extension(self.archs, self.launches)
-        enter(mock.patch.object(native, "extension", lambda: extension))
+        self.current = enter(told(self.gpu, self.devices))
+        extension = None if self.archs is None else Extension(self)
+        enter(mock.patch.object(native, "extension", return_value=extension))
         native._probe.cache_clear()
         self._stack.callback(native._probe.cache_clear)
         if self.triton is not None:
-            enter(mock.patch.object(native, "why_no_triton", lambda device: self.triton))
+            enter(mock.patch.object(native, "why_no_triton", return_value=self.triton))
         enter(mock.patch.object(FakeTensor, "data_ptr", address, create=True))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU, then copied
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, before)
@@ -229,7 +255,7 @@ class FakeGpu:
 
     @contextlib.contextmanager
     def for_compiler(self) -> Iterator[None]:
-        """Inside the block torch.compile can trace, which it refuses to do under a mode that is not torch's own: every tensor is
+        """Inside the block torch.compile can trace, which it refuses under modes that are not torch's own: every tensor is
         fake, and nothing is watched."""
         self._memory.__exit__(None, None, None)
         try:
@@ -249,11 +275,11 @@ class FakeGpu:
 class Extension:
     """Stands for the compiled module: counts what is launched."""
 
-    def __init__(self, archs: list[tuple[int, int]], launches: Counter[str]) -> None:
-        self._archs, self._launches = archs, launches
+    def __init__(self, owner: FakeGpu) -> None:
+        self._owner = owner
 
     def archs(self) -> list[tuple[int, int]]:
-        return self._archs
+        return self._owner.archs or []
 
     def probe(self) -> str:
         return ""
@@ -264,7 +290,8 @@ class Extension:
 
         def launcher(*args: Any) -> None:
             assert all(isinstance(a, int | float) for a in args), args
-            self._launches[name] += 1
+            self._owner.launches[name] += 1
+            self._owner.launched_on.add(self._owner.current[-1])
 
         return launcher
 
@@ -288,6 +315,8 @@ class _Memory(TorchDispatchMode):
         kwargs.pop("pin_memory", None)  # host memory that no driver has to know
         name, tensors = str(func), [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+        if wanted == "cuda" and "generator" in kwargs:
+            kwargs["generator"] = None
         self.owner.calls.append(name)
         if (kind := _fault(func, name, tensors, wanted)) is not None:
             shapes = ", ".join(f"{t.device.type} {tuple(t.shape)}" for t in tensors[:4])
@@ -329,7 +358,7 @@ def implementation(name: str) -> Callable[..., Any]:
     """What runs on the device for an op ect.<name>.default."""
     op = name.split(".")[1]
     definition = OPDEFS.get(f"ect::{op}")
-    return getattr(importlib.import_module(f"ect_kernels.{op}"), "_run") if definition is None else definition._init_fn
+    return importlib.import_module(f"ect_kernels.{op}")._run if definition is None else definition._init_fn
 
 
 def _fault(func: Any, name: str, tensors: list[Tensor], wanted: str | None) -> str | None:

@@ -46,25 +46,29 @@ def source_files(root: Path = ROOT) -> Iterator[Path]:
 
 def device_lines(text: str) -> set[int]:
     """Numbers of the lines that belong to a GPU."""
-    found: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.If | ast.IfExp | ast.While | ast.With | ast.Match):
-            tests = (
-                node.items
-                if isinstance(node, ast.With)
-                else [node.subject if isinstance(node, ast.Match) else node.test]
-            )
-            if any(SPEAKS_OF_A_GPU.search(ast.get_source_segment(text, test) or ast.unparse(test)) for test in tests):
-                found |= _span(node)
-        elif isinstance(node, ast.FunctionDef) and SPEAKS_OF_A_GPU.search(node.name):
-            found |= _span(node)
-        elif isinstance(node, ast.stmt) and not hasattr(node, "body") and SPEAKS_OF_A_GPU.search(ast.unparse(node)):
-            found |= _span(node)
-    return found
+    return set().union(*(_span(node) for node in ast.walk(ast.parse(text)) if SPEAKS_OF_A_GPU.search(_decides(node))))
 
 
-def _span(node: ast.stmt | ast.expr) -> set[int]:
-    return set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+def _decides(node: ast.AST) -> str:
+    """What says whether a statement belongs to a GPU, with all that is in it."""
+    match node:
+        case ast.If() | ast.IfExp() | ast.While():
+            return ast.unparse(node.test)
+        case ast.With():
+            return " ".join(map(ast.unparse, node.items))
+        case ast.Match():
+            return ast.unparse(node.subject)
+        case ast.FunctionDef():
+            return node.name
+        case ast.Expr(value=ast.Constant()):  # a text
+            return ""
+        case ast.stmt() if not hasattr(node, "body"):
+            return ast.unparse(node)
+    return ""
+
+
+def _span(node: ast.AST) -> set[int]:
+    return set(range(node.lineno, node.end_lineno + 1))  # type: ignore[attr-defined]
 
 
 def functions(text: str) -> dict[str, tuple[int, int]]:
