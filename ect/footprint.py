@@ -42,6 +42,7 @@ _BY_NAME = {
     "mm": "gemm/attention", "addmm": "gemm/attention", "bmm": "gemm/attention", "_scaled_dot_product": "gemm/attention",
     "_softmax": "gemm/attention", "_safe_softmax": "gemm/attention",
     "group_norm_silu": "norm", "residual_group_norm_silu": "norm", "native_group_norm": "norm", "sum_rows": "norm",
+    "join_columns": "other",
     "skip_product": "conv 1x1 as gemm", "silu": "activation", "cat": "concat",
     "radam_ema": "optimizer", "perturb": "data/loss", "consistency_loss": "data/loss",
 }  # fmt: skip
@@ -199,10 +200,10 @@ class Recorder(TorchDispatchMode):
             self.live.see(t, made=True)
         name = func._schema.name.split("::")[1]
         site, group = self._origin()
-        moved = _bytes_moved(func, name, args, kwargs, made)
+        moved = bytes_moved(func, name, args, kwargs, made)
         if moved:
             category = _category(name, group, [*made, *inputs])
-            self.footprint.add(category, name, site, _launches(name, args), _kernels(name, args), moved)
+            self.footprint.add(category, name, site, launches(name, args), _kernels(name, args), moved)
         return out
 
     def _origin(self) -> tuple[str, str]:
@@ -241,7 +242,7 @@ def _category(name: str, group: str, tensors: list[Tensor]) -> str:
     return group if group in CATEGORIES and group != "conv 1x1 as gemm" else "other"
 
 
-def _bytes_moved(func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]) -> int:
+def bytes_moved(func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]) -> int:
     """What an operation must read, write in place and make; 0 for a view or an allocation."""
     moved = sum(_extent(t) for t in made)
     if name.startswith(("empty", "new_empty")) or not (moved or func._schema.is_mutable):
@@ -264,8 +265,8 @@ def _extent(t: Tensor) -> int:
     return t.element_size() * torch.Size(sizes).numel()
 
 
-def _launches(name: str, args: Any) -> int:
-    """See Footprint.launches."""
+def launches(name: str, args: Any) -> int:
+    """Of an operation; see Footprint.launches."""
     library = name.rstrip("_") in _GEMMS or name.startswith(("convolution", "_scaled_dot_product"))
     return 1 if library else _kernels(name, args)
 
@@ -278,8 +279,8 @@ def _kernels(name: str, args: Any) -> int:
         return sum(args[10]) + _relayouts(args[:3])
     if name == "addmm":
         return 1 + (args[0].dim() == 2)  # a matrix to be added is copied into the output first
-    if name == "sum_rows":
-        return 1 + -(-len(args[0]) // _CAT)
+    if name in ("sum_rows", "join_columns"):
+        return -(-len(args[0]) // _CAT) + (name == "sum_rows")
     if name.startswith("_foreach"):
         return foreach_kernels(name, *args[:2])
     return _KERNELS.get(name, 1)
@@ -299,7 +300,7 @@ def foreach_kernels(
     blocks of `chunk` values, whichever is reached first. The limits are those of CUDA 12; CUDA 13 has 448 and 2,240."""
     if not _foreach_is_fast(lists, cast=name == "_foreach_copy_"):
         return sum(t.numel() > 0 for t in lists[0])
-    launches = waiting = held = 0  # blocks and tensors of the launch that is being filled
+    count = waiting = held = 0  # launches; blocks and tensors of the one that is being filled
     for size in (t.numel() for t in lists[0] if t.numel()):
         chunks = -(-size // chunk)
         held += 1
@@ -307,8 +308,8 @@ def foreach_kernels(
             waiting += 1
             last = i == chunks - 1
             if waiting == blocks or (held == tensors and last):
-                launches, waiting, held = launches + 1, 0, int(not last)
-    return launches + (waiting > 0)
+                count, waiting, held = count + 1, 0, int(not last)
+    return count + (waiting > 0)
 
 
 def _foreach_is_fast(lists: Sequence[Sequence[Tensor]], cast: bool) -> bool:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from ect_kernels import dispatch
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
-from ect_kernels.rows import by_sample
+from ect_kernels.rows import by_sample, split_columns
 from ect_kernels.skip_product import pixels, skip_product
 from torch import Tensor, nn
 
@@ -236,7 +236,7 @@ def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor,
     bias = bias if adaptive else bias.view(2, -1).sum(0)
     rows = torch.addmm(bias, emb, torch.cat([block.affine.weight for block in blocks]).t())
     parts = 2 if adaptive else 1
-    columns = rows.split([block.out_channels for block in blocks for _ in range(parts)], dim=1)
+    columns = split_columns(rows, [block.out_channels for block in blocks for _ in range(parts)])
     return [columns[i : i + parts] for i in range(0, len(columns), parts)]
 
 

@@ -27,6 +27,35 @@ def _(rows: Sequence[Tensor]) -> Tensor:
     return rows[0].new_empty(sum(t.shape[1] for t in rows))
 
 
+@torch.library.custom_op("ect::join_columns", mutates_args=())
+def join_columns(columns: Sequence[Tensor]) -> Tensor:
+    """All [N, C_i] side by side: [N, sum of C_i]. An op of its own, as sum_rows is."""
+    return torch.cat(list(columns), dim=1)
+
+
+@join_columns.register_fake
+def _(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0].new_empty(len(columns[0]), sum(t.shape[1] for t in columns))
+
+
+class _Split(torch.autograd.Function):
+    """split_columns, whose backward is one join_columns."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        return rows.split(sizes, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *columns: Tensor) -> tuple[Tensor | None, ...]:
+        return join_columns(columns), *[None] * len(columns)
+
+
+def split_columns(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """rows [N, C] in parts of so many columns, without a copy."""
+    parts: tuple[Tensor, ...] = _Split.apply(rows, *sizes)
+    return parts
+
+
 class _BySample(torch.autograd.Function):
     """by_sample, whose backward is one sum_rows."""
 

@@ -108,8 +108,8 @@ def traced(function: Callable[..., Any], *inputs: Any) -> tuple[Graph, Graph]:
     return graphs[0], graphs[1]
 
 
-def lowered(graph: Graph, backward: bool) -> str:
-    """Inductor's code of a graph."""
+def lowered(graph: Graph, backward: bool) -> tuple[str, GraphLowering]:
+    """Inductor's code of a graph, and what it made the code from."""
     inputs = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
     with V.set_fake_mode(detect_fake_mode(inputs)), V.set_debug_handler(DebugContext()):
         _recursive_post_grad_passes(graph, is_inference=False)
@@ -118,7 +118,7 @@ def lowered(graph: Graph, backward: bool) -> str:
             lowering.run(*inputs)
             code = lowering.codegen()
     code = code[0] if isinstance(code, tuple) else code
-    return str(getattr(code, "value", code))
+    return str(getattr(code, "value", code)), lowering
 
 
 def zero_images(graph: Graph) -> list[str]:
@@ -199,7 +199,7 @@ def main(case: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"zeros": zero_images(graphs["backward"])}
     for gpu in gpus:
         with told(gpu), inductor_on(gpu):
-            codes = {way: lowered(copy.deepcopy(graph), way == "backward") for way, graph in graphs.items()}
+            codes = {way: lowered(copy.deepcopy(graph), way == "backward")[0] for way, graph in graphs.items()}
         copies = {way: copies_round_convolutions(code) for way, code in codes.items()}
         answer[f"sm_{gpu.arch}"] = {"copies": copies, "runs": {way: operations(code) for way, code in codes.items()}}
     return answer

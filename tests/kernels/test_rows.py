@@ -8,7 +8,7 @@ import pytest
 import torch
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
-from ect_kernels.rows import by_sample, sum_rows
+from ect_kernels.rows import by_sample, join_columns, split_columns, sum_rows
 from torch import Tensor
 
 from tests.kernels import test_group_norm_silu as plain
@@ -83,5 +83,15 @@ def test_one_op_sums_the_rows_of_all_vectors_that_have_a_gradient() -> None:
     torch.testing.assert_close(got[1].float(), weights[1].sum(0), rtol=1e-3, atol=2e-3)
 
 
-def test_opcheck() -> None:
-    torch.library.opcheck(sum_rows, ([torch.randn(4, 3), torch.randn(8, 5)[:4, 1:], torch.randn(4, 1)],))
+def test_split_columns_are_views_whose_gradients_are_joined() -> None:
+    rows = torch.randn(4, 10).requires_grad_()
+    parts = split_columns(rows, [3, 5, 2])
+    assert [t.shape[1] for t in parts] == [3, 5, 2] and parts[1].data_ptr() == rows[:, 3:].data_ptr()
+    weights = [torch.randn(t.shape) for t in parts]
+    (grad,) = torch.autograd.grad(parts, rows, weights)
+    assert torch.equal(grad, torch.cat(weights, 1))
+
+
+@pytest.mark.parametrize("op", [sum_rows, join_columns])
+def test_opcheck(op: Any) -> None:
+    torch.library.opcheck(op, ([torch.randn(4, 3), torch.randn(8, 5)[:4, 1:], torch.randn(4, 1)],))

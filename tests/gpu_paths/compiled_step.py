@@ -1,0 +1,156 @@
+"""What the compiled step of DDPM++ launches and moves: the U-Net as in Inductor's code for a GPU that is not there, the rest of
+the update as ect.footprint counts it. Prints a table, and the totals as one JSON object.
+
+    python -m tests.gpu_paths.compiled_step '{"images": 128}'
+
+A convolution, product or attention is one launch, whatever its library makes of it; all else as launched. The traffic of an op
+is its inputs and outputs, that of Inductor's own kernels what its scheduler says that they read and write. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.scheduler import ExternKernelSchedulerNode
+from torch._inductor.virtualized import V
+from torch.utils._pytree import tree_iter, tree_map
+
+from ect import footprint
+from ect.assembly import flat_state, network_spec, train_step
+from ect.config import PRESETS
+from ect.data import Dataset, ImageStream
+from ect.models import MaskKey, build
+from ect.step import TrainStep
+from tests.gpu_paths import cases, inductor
+from tests.gpu_paths.fake_gpu import GPUS, FakeGpu, told
+
+IMAGES, SIZE = 128, 32
+INDUCTOR = "Inductor's own kernels"
+
+
+@dataclass
+class Cost:
+    """launches and bytes by name."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Cost, times: int = 1) -> None:
+        for _ in range(times):
+            self.launches.update(other.launches)
+            self.bytes.update(other.bytes)
+
+    def table(self) -> str:
+        names = sorted(self.launches, key=lambda name: -self.bytes[name])
+        lines = [f"{name:45}  {self.launches[name]:8}  {self.bytes[name] / 1e9:8.3f}" for name in names]
+        return "\n".join([f"{'':45}  launches  GB moved", *lines])
+
+
+def step(device: str, images: int) -> TrainStep:
+    """Of the 1-hour recipe in fp16."""
+    cfg = replace(PRESETS["cifar10-1h"], batch=images, precision="fp16", channels_last=True, compile=False, graph=False)
+    data = Dataset("cifar10", torch.empty(50_000, SIZE, SIZE, 3, dtype=torch.uint8, device=device), None)
+    with torch.device(device):
+        net = build(network_spec(cfg.net, "ECMPrecond", data, 0)).train()
+    net.model.fused = True  # type: ignore[assignment]
+    return train_step(cfg, flat_state(cfg, net), ImageStream(data, 0, device, images))
+
+
+def of_graph(graph: torch.fx.GraphModule, backward: bool) -> tuple[Cost, list[Tensor]]:
+    """Of a graph lowered by Inductor, and the graph's results."""
+    code, lowering = inductor.lowered(graph, backward)
+    cost, runs = Cost(), inductor.operations(code)
+    cost.launches[INDUCTOR] = runs.pop("triton")
+    with V.set_graph_handler(lowering):
+        for node in lowering.scheduler.nodes:
+            if not isinstance(node, ExternKernelSchedulerNode):
+                cost.bytes[INDUCTOR] += node.get_read_write_buffers_sizes()
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name = node.target._schema.name.split("::")[1]
+        if name not in runs:
+            continue
+        args, kwargs = tree_map(
+            lambda a: a.meta["val"] if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs)
+        )
+        made = [t for t in tree_iter(node.meta["val"]) if isinstance(t, Tensor)]
+        cost.launches[name] += footprint.launches(name, args)
+        cost.bytes[name] += footprint.bytes_moved(node.target, name, args, kwargs, made)
+        runs[name] -= 1
+    assert not any(runs.values()), f"in the code, but not in the graph: {+runs}; the other way: {-runs}"
+    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    return cost, [node.meta["val"] for node in tree_iter(output.args) if isinstance(node, torch.fx.Node)]
+
+
+class Stub(nn.Module):
+    """In the U-Net's place: makes its result and gradients, which have the strides that the compiled ones have, of nothing."""
+
+    def __init__(self, unet: nn.Module, grads: list[Tensor]) -> None:
+        super().__init__()
+        self.fused, self.parameters_, self.grads = True, list(unet.parameters()), grads
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        grads = self.grads
+
+        class Nothing(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+                return torch.empty_like(x)
+
+            @staticmethod
+            def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+                return None, *(torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device="meta") for g in grads)
+
+        result: Tensor = Nothing.apply(x, *self.parameters_)
+        return result
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    images, gpu = request.get("images", IMAGES), GPUS["A100"]
+    with FakeGpu(gpu, archs=cases.BUILT) as fake, inductor.inductor_on(gpu):
+        made = step("cuda", images)
+        made.stream.close()
+        unet, key = made.net.model, made.key
+        inputs = (
+            torch.zeros(images, SIZE, SIZE, 3, device="cuda").permute(0, 3, 1, 2), torch.zeros(images, device="cuda"), None,
+            None, MaskKey(key, made.firsts[0]),
+        )  # fmt: skip
+        with fake.for_compiler():
+            forward, backward = inductor.traced(unet, *inputs)
+    with told(gpu), inductor.inductor_on(gpu):
+        ways = {"forward": of_graph(forward, False)[0]}
+        ways["backward"], grads = of_graph(backward, True)
+    eager = step("meta", images)
+    eager_cost = footprint.trace(eager)
+    eager.net.model = Stub(eager.net.model, grads)
+    rest = footprint.trace(eager)
+    total = Cost()
+    total.add(ways["forward"], 2)  # the teacher's pass runs the student's graph
+    total.add(ways["backward"])
+    total.add(
+        Cost(
+            Counter({name: line.launches for name, line in rest.by_op.items()}),
+            Counter({name: line.bytes for name, line in rest.by_op.items()}),
+        )
+    )
+    norms = sum(size for name, size in total.bytes.items() if "norm" in name or name == "sum_rows")
+    print(total.table())
+    blocks = sum(eager_cost.traffic[name] for name in ("norm", "activation", "dropout", "residual", "concat"))
+    return {
+        "launches": {"compiled": sum(total.launches.values()), "eager": eager_cost.launches},
+        "GB": {"compiled": sum(total.bytes.values()) / 1e9, "eager": sum(eager_cost.traffic.values()) / 1e9},
+        "norm to concat, GB": {"compiled": norms / 1e9, "eager": blocks / 1e9},
+        "Inductor's own, GB": total.bytes[INDUCTOR] / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(main(json.loads(sys.argv[1]) if len(sys.argv) > 1 else {})))
