@@ -94,7 +94,7 @@ def stages(device: str, out: Path) -> list[Stage]:
     trainer, benchmark = "torch numpy PIL safetensors rich tyro", "torch numpy PIL safetensors rich"
     found = [
         Stage("machine", 1, 40, [py, "benchmarks/machine_facts.py", str(out / "machine.json")]),
-        Stage("build", 1, 200, build, "setuptools"),
+        Stage("build", 1, 240, build, "setuptools"),
         Stage("self-check of the kernels", 1, 60, [py, "-m", "ect_kernels", "--check"], "torch rich"),
         Stage("images", 1, 40, [py, "benchmarks/synthetic_cifar.py", str(cifar)], "numpy"),
         Stage("self-check of the trainer", 1, 90, [*tune, *size, *two], trainer, check),
