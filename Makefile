@@ -17,7 +17,7 @@ test-gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 gpu:  # the first hour on a GPU machine without a network, twice ten minutes (PART=1, PART=2: one of them)
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_hour.py $(if $(PART),--part $(PART))
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/first_hour.py $(if $(PART),--part $(PART))
 
 gpu-paths: .venv/.test-installed  # the code of a GPU without one: every combination, where `make test` takes every pair
 	$(BIN)/python -m pytest tests/gpu_paths --full

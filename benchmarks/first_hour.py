@@ -10,7 +10,8 @@ and goes on where others failed. --out gets a log a stage, all figures, and repo
 Python packages that the machine lacks are taken from --wheels, a folder filled where there is a network:
 
     python -m pip download --only-binary=:all: --no-deps -d wheels \\
-        tyro typeguard docstring-parser typing-extensions rich safetensors pybind11 ninja pytest-xdist pytest-timeout
+        tyro typeguard docstring-parser typing-extensions safetensors pybind11 ninja \\
+        rich pygments markdown-it-py mdurl pytest-xdist execnet pytest-timeout
 
 with --python-version 3.12 --platform manylinux2014_x86_64 or the like where that machine differs. A stage whose packages are
 missing says so. --device cpu runs everything at small sizes: the test of this script.
@@ -93,7 +94,7 @@ def stages(device: str, out: Path) -> list[Stage]:
     trainer, benchmark = "torch numpy PIL safetensors rich tyro", "torch numpy PIL safetensors rich"
     found = [
         Stage("machine", 1, 40, [py, "benchmarks/machine_facts.py", str(out / "machine.json")]),
-        Stage("build", 1, 200, build, "setuptools"),
+        Stage("build", 1, 240, build, "setuptools"),
         Stage("self-check of the kernels", 1, 60, [py, "-m", "ect_kernels", "--check"], "torch rich"),
         Stage("images", 1, 40, [py, "benchmarks/synthetic_cifar.py", str(cifar)], "numpy"),
         Stage("self-check of the trainer", 1, 90, [*tune, *size, *two], trainer, check),

@@ -16,15 +16,21 @@ TOLERANCE = 0.05
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The step_time lines of a file; none where it does not exist."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [line for line in map(json.loads, text.splitlines()) if line.get("benchmark") == "step_time"]
+    """The step_time lines of a file; none where it does not exist. A line that a kill tore is passed by."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return [line for line in found if line.get("benchmark") == "step_time"]
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * torn + json.dumps(line) + "\n")
 
 
 def partial(path: Path, line: dict[str, Any]) -> Path:

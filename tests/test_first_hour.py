@@ -159,6 +159,19 @@ def test_only_the_build_differs_between_a_cpu_and_a_gpu() -> None:
     }
 
 
+def test_stages_need_no_more_packages_than_they_say() -> None:
+    """Others are hidden; what the stages import is imported."""
+    others = "matplotlib torch_fidelity torchvision tensorboard scipy sklearn pytest"
+    for hidden, imported in (
+        (f"{others} tyro typeguard docstring_parser", "step_time, profile_step, ops, ect_kernels.__main__"),
+        (others, "ect.train, ect.job"),
+    ):
+        code = f"import sys; sys.modules.update(dict.fromkeys({hidden.split()!r})); import {imported}"
+        environment = first_hour.environment("cpu", Path("out"))
+        done = subprocess.run(python(code), env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_bad_options_are_named(hour: Hour, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, said in ((["--only", "dance"], "'dance'"), (["--wheels", str(tmp_path / "none")], "no such folder")):
         with pytest.raises(SystemExit) as stop:

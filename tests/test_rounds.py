@@ -188,6 +188,14 @@ def test_a_run_that_ends_in_the_middle_keeps_what_it_paid_for(number: int, bench
     assert bench() == 0 and bench.lines()[0]["rows"]["+compile"]["ms"] > 0 and not bench.lines(".partial")
 
 
+def test_a_torn_line_costs_no_other(bench: Bench) -> None:
+    assert bench() == 0
+    (path,) = bench.folder.glob("*.jsonl")
+    path.write_text(path.read_text() + path.read_text()[:-40])
+    assert len(bench.lines()) == 1
+    assert bench() == 0 and len(bench.lines()) == 2
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_a_row_that_takes_the_device_along_leaves_the_earlier_figures(
     early: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch
