@@ -259,7 +259,8 @@ class FakeGpu:
         fake, and nothing is watched."""
         self._memory.__exit__(None, None, None)
         try:
-            with self._memory.fake:
+            # cuDNN's grid sampling has shapes on no device but a real one (_SHAPES), and no part in the network.
+            with self._memory.fake, torch.backends.cudnn.flags(enabled=False):
                 yield
         finally:
             self._memory.__enter__()
