@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, get_type_hints
 
 import torch
@@ -87,14 +88,15 @@ class Call:
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Arguments for `run`, without the backend."""
-        generator = torch.Generator(device).manual_seed(7)
+        pool = _normals().to(device)
 
-        def make(name: str, value: Any) -> Any:
+        def make(name: str, value: Any, turn: int) -> Any:
             if isinstance(value, tuple):
-                return [make(name, item) for item in value]
-            return _draw(name, value, generator) if isinstance(value, Shape) else value
+                return [make(name, item, turn + i) for i, item in enumerate(value)]
+            turn = 0 if name in ("t", "r") else turn  # they are a pair
+            return _draw(name, value, pool.roll(turn * 49_999)) if isinstance(value, Shape) else value
 
-        drawn = {name: make(name, value) for name, value in self.arguments}
+        drawn = {name: make(name, value, i) for i, (name, value) in enumerate(self.arguments)}
         if "rstd" in drawn:  # no free choice: a backward may use what the statistics of x have in common
             sources = [t.double() for t in (drawn["x"], drawn.get("other")) if t is not None]
             if drawn["v"] is not None:
@@ -173,32 +175,37 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Call:
     return Call(function, tuple((name, plain(name, value)) for name, value in named.items() if name != "backend"))
 
 
-def _draw(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    """Values for an argument."""
-    size, device = shape.size, generator.device
+@lru_cache(None)
+def _normals() -> Tensor:
+    """Standard normal numbers on the host, to be repeated: no power of two, so that no two rows of a tensor are the same."""
+    return torch.randn(1_000_003, generator=torch.Generator().manual_seed(7))
+
+
+def _draw(name: str, shape: Shape, pool: Tensor) -> Tensor:
+    """Values for an argument, made of normal numbers."""
+    count = torch.Size(shape.size).numel()
+    normal = pool.repeat(count // len(pool) + 1)[:count].view(shape.size)
     if shape.dtype == torch.int64:
-        state = _optimizer_state()[1] if name == "state_i64" else None
         number = {"seed": _KEY, "stage": 3, "n0": 5}.get(name, 0)
-        values = torch.full(size, number, device=device) if state is None else state.to(device)
+        values = (
+            _optimizer_state()[1].to(pool.device)
+            if name == "state_i64"
+            else torch.full_like(normal, number, dtype=torch.int64)
+        )
     elif shape.dtype == torch.uint8:
-        values = torch.randint(256, size, generator=generator, device=device, dtype=torch.uint8)
+        values = (64 * normal).remainder(256).to(torch.uint8)
     elif shape.dtype == torch.bool:
-        values = torch.rand(size, generator=generator, device=device) < 0.5
+        values = normal < 0
     elif name == "state_f64":
-        values = _optimizer_state()[0].to(device)
+        values = _optimizer_state()[0].to(pool.device)
     else:
-        if name in ("t", "r"):  # of one pair: r follows from t
-            generator = torch.Generator(device).manual_seed(3)
-        normal = torch.randn(size, generator=generator, device=device)
         values = _VALUES.get(name, lambda x: x)(normal)
     return shape.place(values)
 
 
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "t": lambda x: 0.05 + x.abs(),
-    "r": lambda x: (
-        (0.05 + x.abs()) / 2 * (torch.arange(len(x), device=x.device) % 4 != 3)
-    ),  # without a teacher now and then
+    "r": lambda x: (0.05 + x.abs()) / 2 * (torch.arange(len(x), device=x.device) % 4 != 3),  # 0: there is no teacher
     "weight": lambda x: 0.5 + x.abs() if x.dim() == 1 else x / x.shape[1] ** 0.5,
     "x": lambda x: x + 0.5,
     "gamma": lambda x: 1 + 0.5 * x,
