@@ -75,8 +75,7 @@ ORIGINS = {
 }
 ALIASES = {"group_norm_silu": {"da": "dx"}, "radam_ema": {"weights": "params"}}  # of parameters of Triton kernels
 
-# Cases that read again what the chip could not keep: CUDA two tensors of 24 channels, 96 KB where two blocks have 164; Triton's
-# loop over rows at 32x32; samples larger than what the loss keeps.
+# Cases that read again what the chip could not keep: CUDA's tiles over 82 KB; Triton's loops at 32x32; large samples' losses.
 SECOND_READ = {
     ("cuda", "group_norm_silu backward"): r"^384x32",
     ("cuda", "residual_group_norm_silu backward"): r"^256\+128x32",
