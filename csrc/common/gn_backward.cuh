@@ -65,6 +65,7 @@ template <int V, bool RESIDENT> struct Gradient {
 // Sums of dx over the rows follow from those of dz, dz x_hat and x_hat, with no further pass.
 // A: type of a's gradient, here called dx.
 template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ __forceinline__ void backward(const Backward& f) {
+  constexpr bool KEYS = RESIDENT && !RESIDUAL;   // else registers are short
   const Layout& p = f.p;
   const Block b(p);
   SHARED_DYN(unsigned char, shared);
@@ -112,7 +113,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
     float q[3][V] = {};
     if (ch.active) {
       Gradient<V, RESIDENT> gradient(f, params, b, ch);
-      Mask<V, RESIDENT> mask(f.drop, p, b, ch.c);
+      Mask<V, KEYS> mask(f.drop, p, b, ch.c);
       auto add = [&](int r, float (&e)[V], float (&d)[V]) {
         gradient(mask, r, e, d);
 #pragma unroll
@@ -207,7 +208,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
       float c1[V], c2[V];
       auto load_means = [&] { load<false>(sums + ch.k, c1); load<false>(sums + p.slab + ch.k, c2); };
       if constexpr (RESIDENT) load_means();
-      Mask<V, RESIDENT> mask(f.drop, p, b, ch.c);
+      Mask<V, KEYS> mask(f.drop, p, b, ch.c);
       const float factor = RESIDUAL && !ch.second ? f.skip_scale : 1.f;
       int64_t at = ch.offset, whole = ch.whole;
       const T *x = static_cast<const T*>(ch.second ? f.other : f.x), *mine_x = tile_x + slot, *mine_d = tile_d + slot;
