@@ -187,8 +187,10 @@ def issue_table(precision: str) -> Table:
     for (level, kernel), part in sorted(groups.items(), key=lambda group: -sum(w.bytes for w in group[1])):
         cells = []
         for gpu in GPUS:
-            dram, issue = (sum(limits(w, gpu, precision)[limit] for w in part) for limit in ("DRAM", "issue"))
-            cells.append(f"{dram:.2f} {'<' if dram < issue else '>'} {issue:.2f}")
+            found = [limits(w, gpu, precision) for w in part]
+            dram, issue = (sum(each.get(limit, 0.0) for each in found) for limit in ("DRAM", "issue"))
+            counted = all("issue" in each for each in found)
+            cells.append(f"{dram:.2f} {'<' if dram < issue else '>'} {issue:.2f}" if counted else f"{dram:.2f} > ?")
         out.add_row(level, kernel, *cells)
     return out
 

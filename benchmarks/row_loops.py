@@ -130,17 +130,21 @@ def longest_way(graph: list[Block], header: int, body: Collection[int], weight: 
     """The most that one way through `body` weighs, from the header back to it or to an end of the kernel; no way leads through
     a block of weight -inf."""
     best: dict[int, float] = {}
-
-    def from_(block: int) -> float:
-        if block not in best:
-            inside = [target for target in graph[block].after if target in body]
-            ways = [0.0 if target == header else from_(target) for target in inside]
-            if not graph[block].after:
-                ways.append(0.0)
-            best[block] = weight(graph[block]) + max(ways, default=float("-inf"))
-        return best[block]
-
-    return from_(header)
+    begun: set[int] = set()  # no way passes a block twice
+    todo = [header]
+    while todo:
+        block = todo[-1]
+        begun.add(block)
+        after = [target for target in graph[block].after if target in body and target != header]
+        if further := [target for target in after if target not in begun]:
+            todo.append(further[0])
+            continue
+        ways = [best.get(target, float("-inf")) for target in after]
+        if header in graph[block].after or not graph[block].after:
+            ways.append(0.0)
+        best[block] = weight(graph[block]) + max(ways, default=float("-inf"))
+        todo.pop()
+    return best[header]
 
 
 def moved(kind: str, block: Block) -> float:

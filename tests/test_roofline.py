@@ -142,6 +142,15 @@ def test_without_a_compiler_the_table_says_so(
     assert "NOT counted" in printed and "issue slots" not in printed
 
 
+def test_one_architecture_that_cannot_be_counted_costs_its_own_figures_alone(
+    monkeypatch: pytest.MonkeyPatch, counted: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(instructions, "counts", lambda arch: None if arch == 100 else {16: counted, 32: counted})
+    assert roofline.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "> ?" in printed and "issue slots" in printed
+
+
 def test_work_knows_the_kernels_and_their_rows(items: tuple[work.Work, ...], counted: dict[str, float]) -> None:
     """Every norm of a step has a count; a residual norm's rows, shared out over its two parts, are those of its tensor."""
     assert {w.kernel for w in items if w.kind in ("norm", "residual", "optimizer")} <= counted.keys()

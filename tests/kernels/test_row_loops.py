@@ -68,6 +68,14 @@ def test_two_rows_an_iteration_halve_the_count() -> None:
     assert (loop.rows, loop.body, loop.longest) == (2, 11.5, 10.5)
 
 
+def test_a_long_kernel_and_one_that_turns_in_a_circle_have_a_longest_way() -> None:
+    chain = [row_loops.Block([row_loops.Instruction("", "NOP", "")], [k + 1]) for k in range(5000)]
+    chain.append(row_loops.Block([], []))
+    assert row_loops.longest_way(chain, 0, range(5001), row_loops.size) == 5000
+    chain[4000].after.append(3000)  # a loop inside: passed once
+    assert row_loops.longest_way(chain, 0, range(5001), row_loops.size) == 5000
+
+
 KERNEL = """
 #include "philox.cuh"
 #include "access.cuh"
