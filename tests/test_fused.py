@@ -3,6 +3,7 @@ graph break."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from ect_kernels import dispatch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from ect.models import DhariwalUNet, SongUNet, fused
 from ect.models.fused import Pending
@@ -177,3 +180,25 @@ def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fused.wanted(None, x)
     finally:
         dispatch.set_choice(None)
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "skip"])  # tests/gpu_paths has the others, for a GPU
+def test_the_compiled_backward_fills_no_image_with_zeros(name: str) -> None:
+    """A gradient that does not come is said beforehand; torch.compile makes zeros for any other."""
+    net, graphs = build(name), []
+    net.fused = True
+
+    def backward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=backward)
+    key = MaskKey(torch.tensor(5), 0)
+    y = torch.compile(net, fullgraph=True, backend=backend)(
+        torch.randn(2, 3, 16, 16), torch.randn(2), torch.eye(3)[:2], torch.randn(2, 9), key
+    )
+    y.sum().backward()
+    (graph,) = graphs
+    assert sum("residual_group_norm_silu_bwd" in str(node.target) for node in graph.graph.nodes) > 5
+    filled = [n for n in graph.graph.nodes if re.search("zeros|full|ones", str(n.target)) and n.meta["val"].dim() == 4]
+    assert not filled, [(n, n.users) for n in filled]

@@ -95,3 +95,19 @@ def test_split_columns_are_views_whose_gradients_are_joined() -> None:
 @pytest.mark.parametrize("op", [sum_rows, join_columns])
 def test_opcheck(op: Any) -> None:
     torch.library.opcheck(op, ([torch.randn(4, 3), torch.randn(8, 5)[:4, 1:], torch.randn(4, 1)],))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", "emulated"])
+def test_what_gets_no_gradient_is_a_constant(backend: str) -> None:
+    """x and joined, where that is said; the other gradients are those of both used with zeros."""
+    _, k = seam(backend)
+    a = k["a"].clone().requires_grad_()
+
+    def results(**options: bool) -> tuple[Tensor, ...]:
+        return residual_group_norm_silu(**{**k, "a": a}, joined=True, backend=backend, **options)
+
+    x, y, joined = results()
+    (want,) = torch.autograd.grad([x, y, joined], a, [torch.zeros_like(x), y.detach(), torch.zeros_like(y)])
+    x, y, joined = results(dx=False, djoined=False)
+    assert not x.requires_grad and not joined.requires_grad
+    assert torch.equal(torch.autograd.grad(y, a, y.detach())[0], want)
