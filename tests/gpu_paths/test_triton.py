@@ -57,10 +57,10 @@ def launches(pytestconfig: pytest.Config) -> Iterator[Any]:
 def test_every_launch_of_a_step_compiles(gpu: str, launches: Any) -> None:
     found = launches(gpu)
     assert found["failures"] == {}
-    assert found["gpu"] == GPUS[gpu].name and found["launches"] > 40
+    assert found["gpu"] == GPUS[gpu].name and found["launches"] > 25
     names = {kernel["name"].removesuffix("_kernel") for kernel in found["kernels"]}
     used = {"group_norm_silu_fwd", "group_norm_silu_bwd", "residual_group_norm_silu_fwd", "residual_group_norm_silu_bwd",
-            "radam_ema_check", "radam_ema_scalars", "radam_ema_update", "sum_over_n"}  # fmt: skip
+            "radam_ema_check", "radam_ema_scalars", "radam_ema_update"}  # fmt: skip
     assert used <= names
 
 
