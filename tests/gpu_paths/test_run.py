@@ -13,10 +13,12 @@ from ect_kernels import dispatch
 from torch import Tensor
 
 from ect.config import OptimConfig
+from ect.data import load
 from ect.metrics import Evaluator, consistency_samplers, heun_samplers, quality_rows
 from ect.metrics.evaluator import Column
 from ect.sampler import generate
 from ect.signal_noise import signal_noise
+from ect.trainer import Trainer
 from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
 from tests.gpu_paths.pairwise import Case, cover, name
@@ -105,3 +107,18 @@ def test_a_run_goes_on_whatever_its_check_finds(tmp_path: Path) -> None:
     finally:
         dispatch.clear_refused()
     assert any("self-check" in line for line in job.checked), job.checked
+
+
+def test_the_self_check_walks_every_op_and_the_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are what a fake device has not: the verdicts are given here, what leads to them is real."""
+    cfg = config(device="cuda", precision="fp16", compile=False, total_kimg=0.008)
+    judged: list[str] = []
+    monkeypatch.setattr("ect_kernels.check._difference", lambda name, call, *results: judged.append(call.function))
+    monkeypatch.setattr("ect_kernels.check.alive", lambda device: True)
+    with FakeGpu(GPUS["RTX 4090"], archs=cases.BUILT) as gpu:
+        trainer = Trainer(cfg, tmp_path, load(cfg.data), torch.device("cuda"))
+        assert "mixed devices" not in {event.kind for event in gpu.events}
+        assert trainer.step.wants_graph and len(trainer.step.graphs) == 1
+    norms = {f"{op}{way}" for op in ("group_norm_silu", "residual_group_norm_silu") for way in ("", "_bwd")}
+    assert set(judged) == norms | {"levels", "perturb", "consistency_loss", "radam_ema"}
+    assert trainer.checked[1] == "self-check: the replayed step equals the launched one bit for bit"
