@@ -16,6 +16,7 @@ from ect.config import OptimConfig
 from ect.data import load
 from ect.metrics import Evaluator, consistency_samplers, heun_samplers, quality_rows
 from ect.metrics.evaluator import Column
+from ect.options import resolved
 from ect.sampler import generate
 from ect.signal_noise import signal_noise
 from ect.trainer import Trainer
@@ -98,15 +99,19 @@ def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) ->
 
 
 def test_a_run_goes_on_whatever_its_check_finds(tmp_path: Path) -> None:
-    """No result can be compared here, so that every backend fails its check but the last: each is tried, none is needed."""
+    """Here every comparison fails, so that each op is left with its last backend: the others are tried, none is needed."""
     switches = {"compile": False, "graph": True, "total_kimg": 0.016, "optim": OptimConfig()}
     try:
         with FakeGpu(GPUS["H100"], archs=cases.BUILT) as gpu:
             job = run(config(device="cuda", precision="fp32", **switches), tmp_path / "run")
-            assert {"group_norm_silu_fwd", "group_norm_silu_bwd", "levels_fwd", "radam_ema_fwd"} <= set(gpu.launches)
+            ops = {"group_norm_silu", "residual_group_norm_silu", "levels", "perturb", "consistency_loss", "radam_ema"}
+            assert gpu.launches == dict.fromkeys([f"{op}_fwd" for op in ops], 1)
     finally:
         dispatch.clear_refused()
-    assert any("self-check" in line for line in job.checked), job.checked
+    found = resolved(tmp_path / "run")
+    assert {found["kernels"][op] for op in ops} == {"reference"}
+    assert {f"{op}=cuda" for op in ops} <= found["refused"].keys()
+    assert sum("cuda failed and is not used" in line for line in job.checked) == len(ops), job.checked
 
 
 def test_the_self_check_walks_every_op_and_the_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
