@@ -96,13 +96,6 @@ class Stream:
         return True
 
 
-class Generator(torch.Generator):
-    """Of any device; those of the GPU draw nothing."""
-
-    def __new__(cls, device: Any = "cpu") -> Generator:
-        return super().__new__(cls, "cpu")
-
-
 class Graph:
     """Of torch.cuda: what it captured ran once, and a replay runs nothing."""
 
@@ -164,7 +157,6 @@ def told(gpu: Gpu, devices: int = 1) -> Iterator[list[int]]:
         stack.enter_context(mock.patch.object(torch._C, "_select_conv_backend", return_value=_CUDNN))
         stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _layout))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention(gpu)))
-        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         # torch holds every tensor on a device that it finds absent for one of its own making; here some are of ours.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         # nn.Module.to: torch swaps fake parameters, which their weak references forbid.
@@ -316,8 +308,6 @@ class _Memory(TorchDispatchMode):
         kwargs.pop("pin_memory", None)  # host memory that no driver has to know
         name, tensors = str(func), [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
-        if wanted == "cuda" and "generator" in kwargs:
-            kwargs["generator"] = None
         self.owner.calls.append(name)
         if (kind := _fault(func, name, tensors, wanted)) is not None:
             shapes = ", ".join(f"{t.device.type} {tuple(t.shape)}" for t in tensors[:4])

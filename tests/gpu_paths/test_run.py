@@ -13,10 +13,13 @@ from ect_kernels import dispatch
 from torch import Tensor
 
 from ect.config import OptimConfig
+from ect.data import load
 from ect.metrics import Evaluator, consistency_samplers, heun_samplers, quality_rows
 from ect.metrics.evaluator import Column
+from ect.options import resolved
 from ect.sampler import generate
 from ect.signal_noise import signal_noise
+from ect.trainer import Trainer
 from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
 from tests.gpu_paths.pairwise import Case, cover, name
@@ -96,12 +99,31 @@ def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) ->
 
 
 def test_a_run_goes_on_whatever_its_check_finds(tmp_path: Path) -> None:
-    """No result can be compared here, so that every backend fails its check but the last: each is tried, none is needed."""
+    """Here every comparison fails, so that each op is left with its last backend: the others are tried, none is needed."""
     switches = {"compile": False, "graph": True, "total_kimg": 0.016, "optim": OptimConfig()}
     try:
         with FakeGpu(GPUS["H100"], archs=cases.BUILT) as gpu:
             job = run(config(device="cuda", precision="fp32", **switches), tmp_path / "run")
-            assert {"group_norm_silu_fwd", "group_norm_silu_bwd", "levels_fwd", "radam_ema_fwd"} <= set(gpu.launches)
+            ops = {"group_norm_silu", "residual_group_norm_silu", "levels", "perturb", "consistency_loss", "radam_ema"}
+            assert gpu.launches == dict.fromkeys([f"{op}_fwd" for op in ops], 1)
     finally:
         dispatch.clear_refused()
-    assert any("self-check" in line for line in job.checked), job.checked
+    found = resolved(tmp_path / "run")
+    assert {found["kernels"][op] for op in ops} == {"reference"}
+    assert {f"{op}=cuda" for op in ops} <= found["refused"].keys()
+    assert sum("cuda failed and is not used" in line for line in job.checked) == len(ops), job.checked
+
+
+def test_the_self_check_walks_every_op_and_the_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are what a fake device has not: the verdicts are given here, what leads to them is real."""
+    cfg = config(device="cuda", precision="fp16", compile=False, total_kimg=0.008)
+    judged: list[str] = []
+    monkeypatch.setattr("ect_kernels.check._difference", lambda name, call, *results: judged.append(call.function))
+    monkeypatch.setattr("ect_kernels.check.alive", lambda device: True)
+    with FakeGpu(GPUS["RTX 4090"], archs=cases.BUILT) as gpu:
+        trainer = Trainer(cfg, tmp_path, load(cfg.data), torch.device("cuda"))
+        assert "mixed devices" not in {event.kind for event in gpu.events}
+        assert trainer.step.wants_graph and len(trainer.step.graphs) == 1
+    norms = {f"{op}{way}" for op in ("group_norm_silu", "residual_group_norm_silu") for way in ("", "_bwd")}
+    assert set(judged) == norms | {"levels", "perturb", "consistency_loss", "radam_ema"}
+    assert trainer.checked[1] == "self-check: the replayed step equals the launched one bit for bit"
