@@ -124,7 +124,10 @@ class Call:
         if self.overload._schema.is_mutable:
             out = [arguments[name] for name in self.results()]
         named = zip(self.results(), out if isinstance(out, (tuple, list)) else (out,), strict=True)
-        return {name: t for name, value in named for name, t in _flat(name, value)}
+        results = {name: t for name, value in named for name, t in _flat(name, value)}
+        if self.function == "residual_group_norm_silu_bwd":  # its third row of sums has C places that mean something
+            results["rows"][2, :, results["da"].shape[1] :] = 0
+        return results
 
     def __str__(self) -> str:
         shapes = [f"{name} {'x'.join(map(str, v.size))}" for name, v in self.arguments if isinstance(v, Shape)]

@@ -265,6 +265,15 @@ def test_the_command_says_where_there_is_nothing_to_check(capsys: pytest.Capture
     assert main(["--check"]) == 0 and "check: nothing but references runs here" in capsys.readouterr().out
 
 
+def test_so_do_the_triton_kernels(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available() or native.why_no_triton(CPU) is not None:
+        pytest.skip("needs Triton's interpreter")
+    monkeypatch.setitem(dispatch.AUTO, "cpu", ("triton", "reference"))
+    one = {(call.function, dict(call.arguments).get("other") is None): call for call in calls if call.op != "radam_ema"}
+    report = check.check(list(one.values()), CPU)
+    assert report.failed == {} and sum(report.calls.values()) == len(one) > 8
+
+
 def test_the_default_calls_have_every_op_both_ways_in_every_dtype() -> None:
     calls = default_calls()
     found = {(call.function, dict(call.arguments)[name].dtype) for call in calls for name in ("x", "a", "F_t", "shadow")
