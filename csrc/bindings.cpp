@@ -16,7 +16,10 @@ template <class T> struct Python { using type = std::conditional_t<std::is_point
 
 template <class... A> void bind(py::module_& m, const char* name, int (*launcher)(A...)) {
   m.def(name, [name, launcher](typename Python<A>::type... args) {
-    const int code = launcher(((A)args)...);
+    const int code = [&] {
+      py::gil_scoped_release others;   // a launch that never returns must not hold up the timer that ends the run
+      return launcher(((A)args)...);
+    }();
     if (code != 0) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString((cudaError_t)code));
   });
 }
