@@ -91,7 +91,7 @@ def skip_product() -> list[Case]:
         for dtype in ("*fp16", "*bf16"):
             types = [*[dtype] * 4, "*fp32", "*fp32", dtype, "i32", "fp32", *["constexpr"] * 6]
             signature = dict(zip(sp.skip_product_fwd_kernel.arg_names, types, strict=True))
-            constexprs = {"CO": o, "C": c, "C2": c2, "BM": sp.ROWS, "BN": columns, "BK": sp.DEPTH}
+            constexprs = {"CO": o, "C": c, "C2": c2, "BM": sp.rows(columns), "BN": columns, "BK": sp.DEPTH}
             attrs = _aligned(signature, "M")
             cases.append(
                 (

@@ -51,4 +51,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
-        items[:] = [item for item in items if item.get_closest_marker("full") is None]
+        full = {item for item in items if item.get_closest_marker("full") is not None}
+        config.hook.pytest_deselected(items=list(full))
+        items[:] = [item for item in items if item not in full]

@@ -27,6 +27,9 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "B200": [{"precision": "bf16", "arch": "adm", "labels": True}],
     "RTX 5090": [{"precision": "fp16", "arch": "ncsnpp", "clip": True}],
 }
+every_gpu = pytest.mark.parametrize(
+    "gpu", [pytest.param(gpu, marks=() if gpu in SMALL else pytest.mark.full) for gpu in GPUS]
+)
 OPS = "H100"  # where calls that no step makes are compiled too
 DDPMPP = [{"ddpmpp": True, "precision": precision} for precision in ("fp16", "bf16", "fp32")]
 FULL: dict[str, list[dict[str, Any]]] = {
@@ -53,7 +56,7 @@ def launches(pytestconfig: pytest.Config) -> Iterator[Any]:
         yield lambda gpu: started()[gpu].result()
 
 
-@pytest.mark.parametrize("gpu", SMALL)
+@every_gpu
 def test_every_launch_of_a_step_compiles(gpu: str, launches: Any) -> None:
     found = launches(gpu)
     assert found["failures"] == {}
@@ -64,7 +67,7 @@ def test_every_launch_of_a_step_compiles(gpu: str, launches: Any) -> None:
     assert used <= names
 
 
-@pytest.mark.parametrize("gpu", SMALL)
+@every_gpu
 def test_no_kernel_spills_or_takes_more_than_the_device_has(gpu: str, launches: Any) -> None:
     device = GPUS[gpu]
     for kernel in launches(gpu)["kernels"]:
