@@ -4,7 +4,7 @@
 
 namespace gn {
 
-// From x and dy of a thread's row to x_hat and keep * dz, in place. x_hat = ((x + v) - m) * rstd, z = ((x + v) - m) * w + add.
+// From x and dy of a thread's row to x_hat and keep * dz, in place. x_hat = ((x + v) - m) * rstd, z = x_hat * w + add.
 template <int V, bool RESIDENT> struct Gradient {
   float m[V], rstd[V], w[V], add[V];
   const float *params, *v;   // of the first channel
@@ -21,7 +21,7 @@ template <int V, bool RESIDENT> struct Gradient {
       const int64_t g = f.group(b.n, ch.c);
       m[0] = f.mean[g];
       rstd[0] = f.rstd[g];
-      w[0] = f.affine.gain(b.n, ch.c) * rstd[0];
+      w[0] = f.affine.gain(b.n, ch.c);
       add[0] = f.affine.bias(b.n, ch.c);
       if (f.affine.v) v = f.affine.v + b.n * f.affine.v_rows + ch.c;
     }
@@ -49,6 +49,8 @@ template <int V, bool RESIDENT> struct Gradient {
     }
     refresh();
     centre(x);
+#pragma unroll
+    for (int j = 0; j < V; j++) x[j] *= rstd[j];
     if (act) {
 #pragma unroll
       for (int j = 0; j < V; j++) {
@@ -56,12 +58,10 @@ template <int V, bool RESIDENT> struct Gradient {
         d[j] *= s * (1.f + z * (1.f - s));
       }
     }
-#pragma unroll
-    for (int j = 0; j < V; j++) x[j] *= rstd[j];
   }
 };
 
-// With z = x_hat * a + b and dz its gradient: dx = w dz - c1 - x_hat c2, w = rstd * a, c1 and c2 the group's means of w dz and w dz x_hat.
+// With z = x_hat * a + b and dz its gradient: dx = w dz - c1 - x_hat c2, w = a * rstd, c1 and c2 the group's means of w dz and w dz x_hat.
 // Sums of dx over the rows follow from those of dz, dz x_hat and x_hat, with no further pass.
 // A: type of a's gradient, here called dx.
 template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ __forceinline__ void backward(const Backward& f) {
@@ -100,13 +100,13 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
       const int64_t g = f.group(b.n, c);
       params[k] = f.mean[g];
       params[p.slab + k] = f.rstd[g];
-      params[2 * p.slab + k] = f.affine.gain(b.n, c) * f.rstd[g];
+      params[2 * p.slab + k] = f.affine.gain(b.n, c);
       params[3 * p.slab + k] = f.affine.bias(b.n, c);
       params[4 * p.slab + k] = f.affine.add(b.n, c);
     }
     __syncthreads();
   }
-  auto weight = [&](int k) { return V > 1 ? params[2 * p.slab + k] : f.affine.gain(b.n, b.c0 + k) * f.rstd[f.group(b.n, b.c0 + k)]; };
+  auto weight = [&](int k) { return V > 1 ? params[2 * p.slab + k] * params[p.slab + k] : f.affine.gain(b.n, b.c0 + k) * f.rstd[f.group(b.n, b.c0 + k)]; };
 
   for (int first = 0; first < b.width; first += p.teams.columns * V) {
     const Channels<V> ch(p, b, first);
@@ -140,7 +140,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
               load<false>(mine_d, d);
               add(r, e, d);
 #pragma unroll
-              for (int j = 0; j < V; j++) d[j] *= gradient.w[j];
+              for (int j = 0; j < V; j++) d[j] = d[j] * gradient.w[j] * gradient.rstd[j];
               store(mine_d, d);   // dx's own term, which fits its dtype where dx does; the sums above saw all digits of dz
             }
           }
@@ -249,7 +249,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
           } else {
             gradient(mask, r, e, d);
 #pragma unroll
-            for (int j = 0; j < V; j++) d[j] *= gradient.w[j];
+            for (int j = 0; j < V; j++) d[j] = d[j] * gradient.w[j] * gradient.rstd[j];
             load_means();   // for every row: registers are short
           }
 #pragma unroll
