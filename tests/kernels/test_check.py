@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ect_kernels import check, dispatch, native
-from ect_kernels.__main__ import main
+from ect_kernels.__main__ import OPS, main
 from ect_kernels.calls import ARENA, SAMPLES, Call, Recorder, Shape, default_calls
 
 from ect import memory
@@ -23,15 +23,6 @@ from tests.planted import FAULTS, NAME, off_by_2_percent, plant, raises, sound
 from tests.tiny import NET, config
 
 CPU = torch.device("cpu")
-OPS = (
-    "group_norm_silu",
-    "residual_group_norm_silu",
-    "skip_product",
-    "levels",
-    "perturb",
-    "consistency_loss",
-    "radam_ema",
-)
 
 
 @pytest.fixture(autouse=True)
