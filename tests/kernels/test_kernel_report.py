@@ -152,6 +152,26 @@ $L__BB0_1:
     assert loop.calls == 1 and loop.bits == {"load 0": 256}
 
 
+def test_code_that_follows_a_loop_is_no_loop_where_it_stands_inside() -> None:
+    multiply = "mul.wide.u32 %rd9, %r9, -766435501; mul.wide.u32 %rd9, %r9, -845247145;" * 10
+    body = f"""
+    mov.b64  %rd1, kernel_param_0;
+    ld.param.u64  %rd5, [%rd1];
+$L__BB0_1:
+    {multiply}
+    ld.global.nc.v4.u32 {{%r1,%r2,%r3,%r4}}, [%rd5];
+    bra.uni $L__BB0_3;
+$L__BB0_2:
+    ret;
+$L__BB0_3:
+    ld.global.nc.v4.u32 {{%r1,%r2,%r3,%r4}}, [%rd5+16];
+    @%p1 bra $L__BB0_1;
+    bra.uni $L__BB0_2;
+"""
+    (loop,) = sass.draws(body)
+    assert loop.calls == 1 and loop.bits == {"load 0": 256}
+
+
 def test_rows_in_shared_memory_are_of_the_kernels_type() -> None:
     row = kernel_of(draws=[sass.Draws(20, Counter({"shared": 128}))])
     assert row.drawn() == [(1, 4)]  # Triton's: taken for fp32
