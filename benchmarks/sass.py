@@ -262,7 +262,7 @@ def draws(body: str) -> list[Draws]:
         (k, re.search(r"([\w$.]+)\s*$", text)) for k, (opcode, text) in enumerate(statements) if opcode[:3] == "bra"
     ]
     loops = list({place[t[1]]: k for k, t in targets if t and place.get(t[1], k) < k}.items())
-    # Code of what follows a loop may stand among its own: a branch back to it is no loop, and begins inside a loop that it leaves.
+    # Code of what follows a loop may stand among its own; a branch back to it is no loop: it starts in one and ends outside.
     loops = [(a, b) for a, b in loops if not any(c < a <= d < b for c, d in loops)]
     constants = {text.split(",")[0] for opcode, text in statements if opcode[:3] == "mov" and text.endswith(PHILOX)}
     found: dict[tuple[int, int], Draws] = {}
