@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from ect import self_check
 from ect.checkpoint import atomic, load_model
 from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
@@ -111,6 +112,8 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     device = resolve(options.device, world)
     net, info = load_model(options.model, device=device)
     assert isinstance(net, EDMPrecond)  # ECMPrecond is one too
+    for line in self_check.of_sampling(net, device, world):
+        console.print(Text(line))
     samplers = _samplers(options, info)
     data = _reference(options, net, info)
     run_dir = Path(world.first(lambda: str(_run_dir(options))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -135,8 +136,13 @@ class Job:
                 self.console.print(f"{op}: {backend} ({why})", markup=False, highlight=False)
 
     def run(self) -> bool:
-        with self.stop.watch():
-            return self._run()
+        try:
+            with self.stop.watch():
+                return self._run()
+        finally:
+            if self.world.rank == 0 and self.cfg.run_dir is None:  # a refused start must not take the next number along
+                with contextlib.suppress(OSError):
+                    self.run_dir.rmdir()  # which only an empty folder allows
 
     def _run(self) -> bool:
         cfg, models = self.cfg, []

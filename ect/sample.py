@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from ect import self_check
 from ect.checkpoint import atomic, load_model
 from ect.device import resolve, set_threads
 from ect.distributed import World
@@ -87,6 +88,8 @@ def sample(options: Options, world: World = World()) -> None:
     world.first(lambda: _prepare(options.out))
     net, info = load_model(options.checkpoint, device=device)
     _check_class(options.class_idx, net.label_dim)
+    for line in self_check.of_sampling(net, device, world):
+        print(line)
     how = _schedule(options, net, info)
     if "sigmas" in how:
         print(f"{options.checkpoint}: {len(how['sigmas'])} NFE at sigma {', '.join(f'{s:g}' for s in how['sigmas'])}")

@@ -13,6 +13,7 @@ averages, loss scale and random state are put back bit for bit, and the order of
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from typing import Any
 
 import torch
 from ect_kernels import check, dispatch
-from ect_kernels.calls import Call
+from ect_kernels.calls import SAMPLES, Call, Recorder
 from torch import Tensor
 
 from ect.distributed import World
 from ect.errors import UserError
+from ect.models import EDMPrecond
 from ect.precision import products
 from ect.step import TrainStep
 
@@ -150,7 +152,16 @@ class _Steps:
         step.world = _Apart(self.world.rank, self.world.size)
         try:
             step.use(False, False)
-            want = self._trace("the plain step", "--kernels '*=reference'")
+            try:
+                want = self._trace("the plain step", "--kernels '*=reference'")
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"--batch-per-device {step.micro_batch}: a step of as many images at a time does not fit into the memory "
+                    f"of {self.device}; try --batch-per-device auto"
+                ) from error
+            except Exception as error:  # where the device is lost, the process ends here, with the remedy
+                check.survived(error, "the plain step", "--kernels '*=reference'", self.device)
+                raise
             if compiled:
                 begin = time.monotonic()
                 want, line = self._compiled(want)
@@ -180,8 +191,9 @@ class _Steps:
     def _replayed(self, want: Trace) -> str:
         """Keep the captured update if every rank's is right; what to say."""
         step, told = self.step, "equals the launched one bit for bit"
-        step.use(step.compiled, True)
-        try:
+        try:  # before there is a graph, which keeps the memory of an update: another one beside it may not fit
+            repeats = self._trace("the launched step", "--kernels '*=reference'").same(want)
+            step.use(step.compiled, True)
             with self._bounded("the capture", "--no-graph", SECONDS):
                 reason = step.capture()
             if reason is None:
@@ -189,7 +201,7 @@ class _Steps:
                 if not got.same(want):
                     told = "agrees with the launched one, which does not repeat itself bit for bit"
                     reason = got.beyond(self.bar, want, self.saved[0])
-                    if reason is None and self._launched().same(want):
+                    if reason is None and repeats:
                         reason = "other bits than those of the launched step, which repeats its own"
         except Exception as error:
             reason = check.survived(error, "the replayed step", "--no-graph", self.device)
@@ -197,14 +209,6 @@ class _Steps:
             step.use(step.compiled, False)
             return f"graph failed and is off: {reason}"
         return f"the replayed step {told}" + "; the sum over ranks is between two graphs" * (self.world.size > 1)
-
-    def _launched(self) -> Trace:
-        """A trace without the graphs that there are."""
-        graphs, self.step.graphs, self.step.wants_graph = self.step.graphs, [], False
-        try:
-            return self._trace("the launched step", "--kernels '*=reference'")
-        finally:
-            self.step.graphs, self.step.wants_graph = graphs, True
 
     def _any(self, reason: str | None) -> str | None:
         """A reason of this rank or, where it has none, of another one."""
@@ -227,6 +231,23 @@ class _Steps:
     def _bounded(self, what: str, remedy: str, seconds: float) -> contextlib.AbstractContextManager[None]:
         """On a CPU a step may take as long as it likes: none hangs there."""
         return check.bounded(what, remedy, seconds) if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+def of_sampling(net: EDMPrecond, device: torch.device, world: World = World()) -> list[str]:
+    """Before images are made on a GPU: check the ops that they need, and say what failed, which is not used then. Raises
+    UserError where a backend asked for by name fails."""
+    if device.type != "cuda":
+        return []
+    with Recorder() as recorder, torch.no_grad():
+        twin = copy.deepcopy(net).to("meta")
+        twin.model.fused = True  # type: ignore[assignment]
+        x = torch.empty(SAMPLES, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
+        twin(x, x[:, 0, 0, 0])
+    _ops(recorder.calls, device, world)
+    return [
+        f"{op}: {backend} failed its check and is not used: {why}"
+        for (op, backend), why in dispatch.refused(device).items()
+    ]
 
 
 def resolved(step: TrainStep) -> dict[str, Any]:

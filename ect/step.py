@@ -5,6 +5,7 @@ rounding, and a resume needs no generator state. All that changes is on the devi
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 
@@ -188,6 +189,7 @@ class TrainStep:
         return reason
 
     def _captured(self, device: torch.device) -> list[torch.cuda.CUDAGraph]:
+        gc.collect()  # autograd nodes of a step before, kept by a cycle, would hold that step's stream
         graphs: list[torch.cuda.CUDAGraph] = []
         side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         side.wait_stream(current)
