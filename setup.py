@@ -162,7 +162,7 @@ def ninja_file(toolkit: Toolkit, chosen: Sequence[targets.Target]) -> str:
         *(f"-I{i}" for i in includes),
     ]
     link = [toolkit.cxx, "-shared", *(f"-L{path}" for path in toolkit.libraries)]
-    headers = " ".join(map(_escaped, sorted((CSRC / "common").iterdir())))
+    headers = " ".join(map(_escaped, [*sorted((CSRC / "common").iterdir()), CSRC / "launchers.h"]))
     kernels = {f"{source.stem}.o": source for source in sorted(CSRC.glob("*.cu"))}
     return "\n".join(
         [

@@ -59,7 +59,8 @@ def build(kind: str, *files: Path, defines: Sequence[str] = ()) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = out.with_name(f"{out.name}.{os.getpid()}")
     common = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off"]
-    include = [f"-I{cuda_include()}", f"-I{ROOT / 'csrc' / 'common'}", f"-I{ROOT / 'tests' / 'emulator'}"]
+    folders = (cuda_include(), ROOT / "csrc", ROOT / "csrc" / "common", ROOT / "tests" / "emulator")
+    include = [f"-I{folder}" for folder in folders]
     inputs = [word for file in files for word in ("-x", "c++", str(file))]
     subprocess.run([compiler, *common, *flags, *include, *inputs, "-o", str(temp)], check=True)
     temp.rename(out)

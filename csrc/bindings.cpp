@@ -1,5 +1,5 @@
 // The one pybind11 file: each launcher becomes a Python function of ints (addresses, sizes) and floats; a CUDA error becomes an
-// exception. A launcher needs one line of DECLARE here, in launchers.h, and nothing else.
+// exception. A launcher needs its declaration and a place in LAUNCHERS, both in launchers.h, and nothing else.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <cuda_runtime_api.h>
@@ -28,11 +28,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of ect_kernels; see csrc/.";
 #define BIND(name) bind(m, #name, name);
   LAUNCHERS(BIND)
-  // (compute capability of each cubin, of each PTX or 0), e.g. [(80, 0), (90, 90)]
   m.def("probe", [] {   // why no kernel can be loaded on the current device, or an empty text
     const int code = probe();
     return code ? "CUDA error " + std::to_string(code) + ", " + cudaGetErrorString((cudaError_t)code) : std::string();
   });
+  // (compute capability of each cubin, of each PTX or 0), e.g. [(80, 0), (90, 90)]
   m.def("archs", [] { return std::vector<std::pair<int, int>>{ECT_ARCHS}; });
   m.attr("sources") = ECT_SOURCES;  // a digest of csrc/: another one's launchers may take other arguments
 }

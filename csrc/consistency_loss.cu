@@ -4,6 +4,7 @@
 // where each thread finds what it wrote itself; samples too large for that are read a second time.
 #include "access.cuh"
 #include "shared.cuh"
+#include "launchers.h"
 
 namespace {
 constexpr int THREADS = 256, STATIC = THREADS / 32 * int(sizeof(float));   // STATIC: shared memory beside the sample

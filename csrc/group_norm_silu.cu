@@ -2,6 +2,7 @@
 // DRAM traffic in tensor sizes s: forward 2s, backward 3s where the slab stays in shared memory, else 3s and 5s.
 #include "gn_backward.cuh"
 #include "gn_forward.cuh"
+#include "launchers.h"
 
 template <class T, int V, bool RESIDENT> __global__ void __launch_bounds__(gn::THREADS, 2) group_norm_silu_fwd_kernel(const gn::Forward f) {
   gn::forward<T, V, RESIDENT, false>(f);

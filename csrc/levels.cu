@@ -1,5 +1,6 @@
 // Noise levels of training pairs, the U-Net's labels of them, and flips; formulas: kernels/ect_kernels/levels.py.
 #include "philox.cuh"
+#include "launchers.h"
 
 namespace {
 constexpr int THREADS = 128;

@@ -5,6 +5,7 @@
 // and then write by vector. Whole rows, so that a mirrored value finds its byte in the same block.
 #include "access.cuh"
 #include "philox.cuh"
+#include "launchers.h"
 
 namespace {
 constexpr int THREADS = 256, VALUES = 1024, MAX_ROW = 8192;   // VALUES: of a block, about; MAX_ROW: as in perturb.py

@@ -6,6 +6,7 @@
 // must change after all of them have read it: inside the update that would take atomics or a grid-wide wait.
 #include "access.cuh"
 #include <math.h>
+#include "launchers.h"
 
 namespace {
 constexpr int THREADS = 256, CHUNK = 16384;   // CHUNK: as in radam_ema.py

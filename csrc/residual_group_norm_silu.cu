@@ -3,6 +3,7 @@
 // DRAM traffic in tensor sizes s: 4s forward (a, skip, x, y) and backward (dy, x, dx, da) where the slab stays in shared memory.
 #include "gn_backward.cuh"
 #include "gn_forward.cuh"
+#include "launchers.h"
 
 // Runs the statement with A, the type of a, T, that of x (the same, or one of the two float), and V, the channels of a thread: one
 // 16-byte vector, or eight elements where the types differ.

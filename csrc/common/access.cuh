@@ -39,11 +39,11 @@ template <bool CONSTANT, class T, int V> __device__ __forceinline__ void load(co
   unpack<T, V>(fetch<CONSTANT, V>(p), f);
 }
 
-// One 16-byte store to global memory that stays whole, where a plain one nvcc may split. Written back like any other: what a norm
-// writes, the next convolution reads at once, so it must not be the first to leave L2.
+// One 16-byte store to global memory that stays whole, where a plain one nvcc may split. Written back like any other, which is what
+// no cache operator says (ptxas makes a strong store of `.wb`): the next convolution reads at once what a norm has written.
 #if defined(__CUDACC__)
 __device__ __forceinline__ void store16(uint4* global, const uint4& v) {
-  asm volatile("st.global.wb.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 #else
 inline void store16(uint4* global, const uint4& v, CH_LOC) { cuda_host::check_space(global, false, loc); *global = v; }

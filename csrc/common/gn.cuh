@@ -62,7 +62,7 @@ struct Backward {
 };
 
 // What a kernel keeps on chip. tiles: tensors; sums: results of its largest column_sums; vectors, scalars: arrays by channel where a
-// thread has several channels, and where it has one. The widest group takes 64 KB so, which every device has.
+// thread has several channels, and where it has one. The widest group takes 66 KB so, which every device has.
 struct Needs { int tiles, sums, vectors, scalars; };
 constexpr Needs FORWARD = {1, 2, 6, 4}, BACKWARD = {2, 3, 8, 3};
 
@@ -70,7 +70,7 @@ constexpr Needs FORWARD = {1, 2, 6, 4}, BACKWARD = {2, 3, 8, 3};
 // `aligned` allow vectors.
 inline bool layout(Layout& p, const Needs& needs, int64_t n, int64_t hw, int64_t c1, int64_t c2, int64_t groups, int size, int lanes, bool aligned) {
   const int64_t c = c1 + c2;
-  if (n < 0 || hw < 1 || c1 < 1 || c2 < 0 || groups < 1 || c % groups || c / groups > MAX_GROUP || c > MAX_CHANNELS || hw > INT32_MAX / c) return false;
+  if (n < 0 || hw < 1 || c1 < 1 || c2 < 0 || groups < 1 || c % groups || c / groups > MAX_GROUP || c > MAX_CHANNELS || hw > (INT32_MAX - THREADS) / c) return false;
   const int64_t cg = c / groups;
   int64_t unit = cg;   // of a slab: whole groups and, if possible, whole vectors
   while (unit % 8) unit += cg;
@@ -176,10 +176,10 @@ template <int V, bool KEYS = true> struct Mask {
   RoundKeys keys;
   uint64_t seed = 0;
   uint32_t next = 0, step = 0, layer, limit;    // counter of the block to draw; between draws
-  uint64_t index, index_step;           // V = 1: the element's place in the global batch; between rows
+  uint64_t index = 0, index_step = 0;         // V = 1: the element's place in the global batch; between rows
   bool on, odd = false;
   int first = 0;                        // V = 1: the element's place in its block
-  uint4 bits;
+  uint4 bits = {};
   __device__ Mask(const Drop& d, const Layout& p, const Block& b, int c) : layer(d.layer), limit(d.limit), on(d.seed != nullptr) {
     if (!on) return;
     const uint32_t rows = p.teams.rows;

@@ -139,9 +139,7 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
               load<false>(mine_x, e);
               load<false>(mine_d, d);
               add(r, e, d);
-#pragma unroll
-              for (int j = 0; j < V; j++) d[j] = d[j] * gradient.w[j] * gradient.rstd[j];
-              store(mine_d, d);   // dx's own term, which fits its dtype where dx does; the sums above saw all digits of dz
+              store(mine_d, d);   // dz, which fits where dy does; dx's own term need not where a group hardly varies
             }
           }
         }
@@ -248,10 +246,10 @@ template <class T, int V, bool RESIDENT, bool RESIDUAL, class A = T> __device__ 
             for (int j = 0; j < V; j++) e[j] *= gradient.rstd[j];
           } else {
             gradient(mask, r, e, d);
-#pragma unroll
-            for (int j = 0; j < V; j++) d[j] = d[j] * gradient.w[j] * gradient.rstd[j];
             load_means();   // for every row: registers are short
           }
+#pragma unroll
+          for (int j = 0; j < V; j++) d[j] = d[j] * gradient.w[j] * gradient.rstd[j];
 #pragma unroll
           for (int j = 0; j < V; j++) {
             q[0][j] += more[j];

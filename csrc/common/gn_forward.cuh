@@ -9,7 +9,7 @@ template <int V> struct Welford {
   float count = 0.f, mean[V] = {}, m2[V] = {};
   __device__ __forceinline__ void add(const float (&x)[V], const float (&v)[V], const float (&pivot)[V]) {
     count += 1.f;
-    const float inverse = fast_inverse(count);   // what it lacks of 1 / count is in the mean's rest
+    const float inverse = fast_inverse(count);   // its last bit is a last bit of the spread, no more
 #pragma unroll
     for (int j = 0; j < V; j++) {
       const float from = (x[j] + v[j]) - pivot[j], d = from - mean[j];

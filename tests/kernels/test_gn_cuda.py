@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from ect_kernels import native, philox
+from ect_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -317,3 +318,13 @@ def test_refuses_sizes(backend: str, sizes: tuple[int, ...]) -> None:
 def test_refuses_an_unknown_dtype(backend: str) -> None:
     with pytest.raises(RuntimeError):
         native.launch(backend, "group_norm_silu_fwd", *[None] * 11, 1, 4, 32, 4, 9, 1, 0, 0, 32, 32, EPS, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_group_that_does_not_vary_has_no_gradient(dtype: torch.dtype) -> None:
+    """There rstd is a thousand, and the terms that cancel in dx are far beyond what half precision holds."""
+    load_emulated("group_norm_silu")
+    x = torch.full((1, 32, 8, 8), 0.5, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = group_norm_silu(x, torch.ones(32), torch.zeros(32), 4, 1e-6, act=False, backend="emulated")
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 100.0))
+    assert (dx == 0).all()

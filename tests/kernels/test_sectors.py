@@ -168,4 +168,4 @@ def test_outputs_are_stored_whole_and_stay_in_l2(tmp_path: Path) -> None:
     ]
     subprocess.run(command, cwd=tmp_path, check=True)
     stores = re.findall(r"\bst\.[\w.]+", (tmp_path / "stores.ptx").read_text(encoding="utf-8"))
-    assert stores == ["st.global.wb.v4.u32"] * 2
+    assert stores == ["st.global.v4.u32"] * 2
