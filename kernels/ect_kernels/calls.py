@@ -126,7 +126,7 @@ class Call:
         named = zip(self.results(), out if isinstance(out, (tuple, list)) else (out,), strict=True)
         results = {name: t for name, value in named for name, t in _flat(name, value)}
         if self.function == "residual_group_norm_silu_bwd":  # its third row of sums has C places that mean something
-            results["rows"][2, :, results["da"].shape[1] :] = 0
+            results["rows"][2, :, results["da"].shape[1] :].zero_()
         return results
 
     def __str__(self) -> str:
