@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ect import self_check
 from ect.distributed import World
+from ect.errors import UserError
 from ect.options import parse
 from ect.step import WARM_UP, TrainStep
 from tests.fake_graphs import Graphs, install
@@ -164,6 +165,33 @@ def test_bits_are_not_asked_of_a_step_that_has_none_of_its_own(monkeypatch: pyte
         line == "self-check: the replayed step agrees with the launched one, which does not repeat itself bit for bit"
     )
     assert step.wants_graph and len(step.graphs) == 1
+
+
+def test_a_graph_is_kept_where_no_second_update_fits_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its private memory stays taken, as long as there is a graph."""
+    step, count = make(**SMALL), [0]
+    step.use(False, True)
+    graphs = install(monkeypatch, step)
+    update = step.update
+
+    def shaky() -> None:
+        if graphs.made and not step.graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        count[0] += 1
+        update()
+        step.state.grads.mul_(1 + 1e-6 * count[0])
+
+    monkeypatch.setattr(step, "update", shaky)
+    assert "does not repeat itself bit for bit" in self_check.run(step, [], 0, 3)[1]
+    assert step.wants_graph and len(step.graphs) == 1
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_option_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make(**SMALL)
+    step.use(False, True)
+    monkeypatch.setattr(step, "update", _full)
+    with pytest.raises(UserError, match=r"--batch-per-device 4: .* does not fit into the memory of cpu; try .* auto"):
+        self_check.run(step, [], 0, 3)
 
 
 @pytest.mark.parametrize("fail", [_full, _invalid])

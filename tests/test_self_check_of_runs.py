@@ -16,7 +16,8 @@ from ect_kernels import check, dispatch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect import self_check
+from ect import evaluate, sample, self_check
+from ect.checkpoint import load_model
 from ect.data import load
 from ect.errors import UserError
 from ect.job import Job
@@ -26,6 +27,7 @@ from tests.planted import NAME, off_by_2_percent, plant, sound
 from tests.tiny import config, run
 
 CPU = torch.device("cpu")
+DIGITS = Path(__file__).parents[1] / "ect/models/digits.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +135,41 @@ def test_the_ops_of_the_network_are_those_that_are_checked(tmp_path: Path, monke
     functions = {call.function for call in calls}
     norms = {f"{op}{way}" for op in ("group_norm_silu", "residual_group_norm_silu") for way in ("", "_bwd")}
     assert functions == norms | {"levels", "perturb", "consistency_loss", "radam_ema"}
+
+
+def test_a_refused_start_takes_no_number_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "radam_ema", off_by_2_percent)
+    monkeypatch.setattr(dispatch, "NAMES", (*dispatch.NAMES, NAME))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="failed its check"):
+        Job(checked(run_dir=None, kernels=f"radam_ema={NAME}"), Console(quiet=True)).run()
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_images_are_made_on_ops_that_were_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, _ = load_model(DIGITS)
+    assert self_check.of_sampling(net, CPU) == []
+    gpu = torch.device("cuda")
+    seen: list[str] = []
+
+    def failing(calls: Any, device: torch.device, world: World) -> list[str]:
+        seen.extend(call.function for call in calls)
+        dispatch.refuse("group_norm_silu", "triton", device, "y: off")
+        return []
+
+    monkeypatch.setattr(self_check, "_ops", failing)
+    line = "group_norm_silu: triton failed its check and is not used: y: off"
+    assert self_check.of_sampling(net, gpu) == [line]
+    assert set(seen) == {"group_norm_silu", "residual_group_norm_silu"}
+    assert next(net.parameters()).device.type == "cpu" and net.model.fused is None
+
+
+@pytest.mark.parametrize("command", [sample, evaluate])
+def test_sampling_and_evaluation_check_theirs(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(self_check, "of_sampling", lambda net, device, world: ["an op: failed"])
+    options = ["--samples", "4"] if command is evaluate else ["--seeds", "0-3", "--out", str(tmp_path / "x.png")]
+    monkeypatch.chdir(tmp_path)
+    command.main([str(DIGITS), "--device", "cpu", *options])
+    assert "an op: failed" in capsys.readouterr().out
