@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from ect import evaluate, sample, self_check
 from ect.checkpoint import load_model
 from ect.data import load
+from ect.distributed import World
 from ect.errors import UserError
 from ect.job import Job
 from ect.options import parse, resolved
