@@ -131,6 +131,8 @@ class Job:
             dispatch.set_choice(self.cfg.kernels)
         except dispatch.BackendError as error:
             raise UserError(f"--kernels {self.cfg.kernels}: {error}") from error
+        if self.cfg.resume is not None:
+            self_check.keep(resolved(run_folder(self.cfg.resume)), self.device)
         if fused.wanted(None, torch.zeros(0, device=self.device)):
             for op, backend, why in dispatch.table(self.device):
                 self.console.print(f"{op}: {backend} ({why})", markup=False, highlight=False)
