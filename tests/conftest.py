@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any test imports triton, whose library is interpreted or compiled for good
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from ect import precision
 

@@ -1,8 +1,7 @@
-"""Kernel tests without a GPU: Triton through its interpreter, CUDA through the emulator. Set before triton is imported."""
+"""Kernel tests without a GPU: Triton through its interpreter, CUDA through the emulator."""
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,6 @@ import torch
 
 if TYPE_CHECKING:
     from ect_kernels.dispatch import Op
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @lru_cache(None)
