@@ -288,3 +288,9 @@ def test_torch_itself_on_an_old_driver(stub: Path, tmp_path: Path) -> None:
     facts = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, and the driver"
     assert done.stderr.count(facts) == 2 and done.stderr.count("is for CUDA up to 10.2; update the driver to ") == 2
     assert f"error: --device cuda: this machine has an NVIDIA GPU, but {facts}" in done.stderr
+
+
+def test_a_torch_that_names_no_architectures_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
+    assert driver.why_unusable(0) is None

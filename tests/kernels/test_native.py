@@ -229,3 +229,21 @@ def test_the_choice_is_made_when_the_op_runs(monkeypatch: pytest.MonkeyPatch) ->
         mixed("radam_ema", "none")
     state = new_state("radam", 1e-3, (0.9, 0.99), 1e-8, device="meta")
     radam_ema(*(torch.empty(16, device="meta") for _ in range(4)), [], None, *state)
+
+
+def test_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert native.why_no_triton(torch.device("cpu")) == "it needs a GPU, or TRITON_INTERPRET=1"
+    monkeypatch.setattr(native, "_has_triton", lambda: False)
+    assert native.why_no_triton(GPU) == "triton is not installed (it exists for Linux)"
+
+
+def test_a_sum_of_two_half_precisions_has_no_kernel() -> None:
+    a, vectors = torch.zeros(1, 8, 2, 2, dtype=torch.float16), (torch.ones(8), torch.zeros(8))
+    with pytest.raises(
+        dispatch.BackendError, match=r"'emulated' cannot run: .*(float16 with x of torch.bfloat16|loaded)"
+    ):
+        residual_group_norm_silu(a, *vectors, 2, 1e-5, dtype=torch.bfloat16, backend="emulated")
+    op = dispatch.OPS["residual_group_norm_silu"]
+    seam = SimpleNamespace(dtype=torch.bfloat16)
+    assert op.backends["cuda"].limits(seam, SimpleNamespace(x=a)) == "a of torch.float16 with x of torch.bfloat16"
