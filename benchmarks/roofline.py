@@ -68,7 +68,7 @@ class Gpu:
 
 # Where a sheet gives a tensor-core rate with sparsity, half of it stands here. White papers round less than data sheets. SMs
 # and clocks: A100 and RTX 4090, the white papers' tables; H100, SMs from its white paper and the clock that its fp32 rate
-# implies (66.9 TFLOP/s over 132 SMs of 128 lanes), which H200 shares; B200, in no data sheet: what its driver reports.
+# implies (66.9 TFLOP/s over 132 SMs of 128 lanes), which H200 shares; B200, in no data sheet: assumed.
 GPUS = (
     Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 data sheet, 40GB", r"A100-(SXM4|PCIE)-40GB$", 80, 108, 1.41),
     Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 data sheet, 80GB SXM", r"A100-SXM4-80GB$", 80, 108, 1.41),

@@ -134,42 +134,24 @@ def test_exceptions_excuse_no_more_than_they_name() -> None:
         assert kernel_report.excuse(row, "ctas", found) is None
 
 
-def test_a_loop_ends_at_the_last_branch_back() -> None:
-    """A `continue` branches back too: what follows it belongs to the loop."""
-    multiply = "mul.wide.u32 %rd9, %r9, -766435501; mul.wide.u32 %rd9, %r9, -845247145;" * 10
-    body = f"""
-    mov.b64  %rd1, kernel_param_0;
-    ld.param.u64  %rd5, [%rd1];
-$L__BB0_1:
-    {multiply}
-    ld.global.nc.v4.u32 {{%r1,%r2,%r3,%r4}}, [%rd5];
-    @%p1 bra $L__BB0_1;
-    ld.global.nc.v4.u32 {{%r1,%r2,%r3,%r4}}, [%rd5+16];
-    @%p2 bra $L__BB0_1;
-    ret;
-"""
-    (loop,) = sass.draws(body)
-    assert loop.calls == 1 and loop.bits == {"load 0": 256}
+CALL = "mul.wide.u32 %rd9, %r9, -766435501; mul.wide.u32 %rd9, %r9, -845247145;" * 10  # of Philox
+FIRST, SECOND = (f"ld.global.nc.v4.u32 {{%r1,%r2,%r3,%r4}}, [%rd5{offset}];" for offset in ("", "+16"))
 
 
-def test_code_that_follows_a_loop_is_no_loop_where_it_stands_inside() -> None:
-    multiply = "mul.wide.u32 %rd9, %r9, -766435501; mul.wide.u32 %rd9, %r9, -845247145;" * 10
-    body = f"""
-    mov.b64  %rd1, kernel_param_0;
-    ld.param.u64  %rd5, [%rd1];
-$L__BB0_1:
-    {multiply}
-    ld.global.nc.v4.u32 {{%r1,%r2,%r3,%r4}}, [%rd5];
-    bra.uni $L__BB0_3;
-$L__BB0_2:
-    ret;
-$L__BB0_3:
-    ld.global.nc.v4.u32 {{%r1,%r2,%r3,%r4}}, [%rd5+16];
-    @%p1 bra $L__BB0_1;
-    bra.uni $L__BB0_2;
-"""
-    (loop,) = sass.draws(body)
-    assert loop.calls == 1 and loop.bits == {"load 0": 256}
+@pytest.mark.parametrize(
+    "loop",
+    [
+        # A `continue` branches back too: what follows it belongs to the loop.
+        f"$L__BB0_1: {CALL} {FIRST} @%p1 bra $L__BB0_1; {SECOND} @%p2 bra $L__BB0_1; ret;",
+        # What follows a loop may stand inside of it: a branch back to that is no loop.
+        f"$L__BB0_1: {CALL} {FIRST} bra.uni $L__BB0_3; $L__BB0_2: ret; "
+        f"$L__BB0_3: {SECOND} @%p1 bra $L__BB0_1; bra.uni $L__BB0_2;",
+    ],
+    ids=["continue", "code of after it"],
+)
+def test_a_loop_is_all_that_is_repeated(loop: str) -> None:
+    (draws,) = sass.draws(f"mov.b64  %rd1, kernel_param_0; ld.param.u64  %rd5, [%rd1]; {loop}")
+    assert draws.calls == 1 and draws.bits == {"load 0": 256}
 
 
 def test_rows_in_shared_memory_are_of_the_kernels_type() -> None:
