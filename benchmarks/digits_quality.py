@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import tyro
-from measure import reason
+from lib.measure import reason
 from rich.console import Console
 from rich.table import Table
 
-from ect.checkpoint import load_model
 from ect.config import PRESETS, Config, EvalConfig, LogConfig, PretrainConfig
+from ect.files.checkpoint import load_model
 from ect.job import Job
 from ect.metrics import Sampler, consistency_samplers, heun_samplers, quality_rows
-from ect.report import markdown
+from ect.show.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
 SAMPLES = 3000

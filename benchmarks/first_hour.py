@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import first_hour_report
+from lib import first_hour_report
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 8.0  # seconds below which a stage is not begun

@@ -1,10 +1,10 @@
 """What the compiler made of every kernel, with no GPU: python benchmarks/kernel_report.py [--check].
 
-For sm_80, 86, 89, 90, 100 and 120. Triton: every case of benchmarks/triton_cases.py. CUDA: every instantiation in csrc/, with
-the threads and the dynamic shared memory that the launchers ask for at DDPM++/NCSN++ shapes (benchmarks/launches.py) on such a
+For sm_80, 86, 89, 90, 100 and 120. Triton: every case of lib/triton_cases.py. CUDA: every instantiation in csrc/, with
+the threads and the dynamic shared memory that the launchers ask for at DDPM++/NCSN++ shapes (lib/launches.py) on such a
 device. --check holds the kernels that those shapes use to the bars and fails on a miss that EXCEPTIONS does not explain; of
 Triton's cases and of the norms in csrc/ it compiles no others. --rows-of-eight counts the instructions of the norms' loops
-alone (benchmarks/row_loops.py).
+alone (benchmarks/lib/row_loops.py).
 
 The bar on random bits: in every loop's body that draws (and in the code outside of loops, if that does), a thread calls
 Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become noise).
@@ -27,10 +27,8 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-import launches
-import row_loops
-import sass
 from ect_kernels.__main__ import OPS
+from lib import launches, row_loops, sass
 from rich.console import Console
 from rich.table import Table
 
@@ -176,7 +174,7 @@ def triton_cases(op: str, every: bool) -> list[int]:
     """Numbers of op's Triton cases, without `every` those of DDPM++ and NCSN++ alone; none where triton is missing."""
     if importlib.util.find_spec("triton") is None:
         return []
-    import triton_cases
+    from lib import triton_cases
 
     cases = getattr(triton_cases, op)()
     return [k for k, (name, *_, note) in enumerate(cases) if every or _held(op, name, note)]
@@ -189,7 +187,7 @@ def _held(op: str, name: str, note: str) -> bool:
 def triton_row(op: str, number: int, arch: int) -> Row:
     """Compile a Triton case."""
     import triton
-    import triton_cases
+    from lib import triton_cases
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -19,12 +19,10 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-import cases
-import emulator
-import measure
-import truth
 from ect_kernels import dispatch
 from ect_kernels.__main__ import OPS
+from ect_kernels.testing import emulator, truth
+from lib import cases, measure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import categories
-import history
 import matplotlib
 import roofline
 import step_time
+from lib import categories, history
 from rich.table import Table
 
 matplotlib.use("Agg")  # no display

@@ -19,23 +19,25 @@ from pathlib import Path
 
 import torch
 import tyro
-from measure import header, reason
+from lib.measure import header, reason
 from rich.console import Console
 from rich.table import Table
 
-from ect import device, signal_noise
-from ect.checkpoint import load_model
+from ect import models
 from ect.config import DataConfig
+from ect.cost import signal_noise
+from ect.cost.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors, round_weights
 from ect.data import Dataset, load
 from ect.errors import UserError
+from ect.files.checkpoint import load_model
 from ect.models import EDMPrecond
 from ect.models.layers import Conv2d
 from ect.objective import Denoiser
 from ect.precision import PRECISIONS, apply
-from ect.report import markdown
-from ect.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors, round_weights
+from ect.ranks import device
+from ect.show.report import markdown
 
-DIGITS = Path(signal_noise.__file__).parent / "models" / "digits.safetensors"
+DIGITS = Path(models.__file__).with_name("digits.safetensors")
 BAR = 1.3
 Row = dict[float, float]
 

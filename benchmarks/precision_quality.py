@@ -26,15 +26,15 @@ from typing import Any, Literal
 import torch
 import tyro
 from digits_quality import rate, short, train
-from measure import reason
+from lib.measure import reason
 from rich.console import Console
 from rich.table import Table
 
-from ect.checkpoint import Checkpoints
 from ect.config import PRESETS, Config, PretrainConfig
+from ect.files.checkpoint import Checkpoints
 from ect.job import Job, pretrain_config
 from ect.metrics import consistency_samplers
-from ect.report import markdown
+from ect.show.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "precision_quality.jsonl"
 NFES = (1, 2)

@@ -1,7 +1,7 @@
 """The trainer's step on a device: time, kernels, memory, against what was predicted: python benchmarks/profile_step.py.
 
 For each way to run it (as the trainer does, on Triton alone, without the graph): its kernels and their time, by kind beside the
-floor of benchmarks/roofline.py, and its memory beside the prediction of ect.memory. --out writes JSON after each way: what
+floor of benchmarks/roofline.py, and its memory beside the prediction of ect.cost.memory. --out writes JSON after each way: what
 fails or is killed costs no earlier figure.
 """
 
@@ -23,18 +23,16 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: the profiler reports on stderr what it lacks
 
-import categories
-import measure
 import roofline
 import torch
-import waterfall
 from ect_kernels import dispatch
+from lib import categories, measure, waterfall
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ect import memory
 from ect.assembly import network_spec
+from ect.cost import memory
 
 MOST = 60  # kernels that are kept
 

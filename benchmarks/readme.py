@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ect.checkpoint import read_model, save_model
+from ect.files.checkpoint import read_model, save_model
 
 ROOT = Path(__file__).parents[1]
 

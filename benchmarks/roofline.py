@@ -1,8 +1,8 @@
 """The time below which a training step of DDPM++ on CIFAR-10 (batch 128) cannot go: python benchmarks/roofline.py.
 
-Every figure is PREDICTED: the FLOPs and bytes of each operation of the step on the fused ops, counted by benchmarks/work.py, at
+Every figure is PREDICTED: the FLOPs and bytes of each operation of the step on the fused ops, counted by lib/work.py, at
 the peak rates of a GPU's data sheet. An operation takes the longest of its arithmetic, its traffic and, where it is a CUDA
-kernel of ours, the issue of its instructions (benchmarks/instructions.py; that takes nvcc, and a minute the first time).
+kernel of ours, the issue of its instructions (benchmarks/lib/instructions.py; that takes nvcc, and a minute the first time).
 Operations run one after another, launches cost nothing. A second table shows which limit rules our kernels. --results FILE adds
 measured / floor for the lines that benchmarks/step_time.py wrote.
 """
@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import history
-import instructions
 import torch
-import work
+from lib import history, instructions, work
 from rich.console import Console
 from rich.table import Table
 

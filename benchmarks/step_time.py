@@ -25,13 +25,8 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: the profiler reports on stderr what it lacks
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import categories
-import history
-import measure
-import payback
-import rounds
 import torch
-import waterfall
+from lib import categories, history, measure, payback, rounds, waterfall
 from rich.console import Console
 from rich.table import Table
 from torch._inductor import config as inductor

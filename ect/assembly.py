@@ -9,11 +9,11 @@ import torch
 from ect import precision
 from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
-from ect.distributed import World
 from ect.errors import UserError
 from ect.models import EDMPrecond, half_precision_weights
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
+from ect.ranks.distributed import World
 from ect.step import TrainStep
 
 COMPILE_PAYS_STEPS = 25_000
@@ -74,7 +74,7 @@ def train_step(cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, w
     """The configured update of `state`, on images of `stream`."""
     device = state.params.device
     if cfg.batch_per_device == "auto":
-        raise ValueError("batch_per_device is 'auto'; ect.memory.plan finds the number")
+        raise ValueError("batch_per_device is 'auto'; ect.cost.memory.plan finds the number")
     return TrainStep(
         build_objective(cfg.objective, state.compute.sigma_data), state, stream, seed=cfg.seed, batch=cfg.batch,
         micro_batch=cfg.batch_per_device, xflip=cfg.data.xflip, augment=cfg.data.augment,

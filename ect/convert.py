@@ -9,10 +9,10 @@ from pathlib import Path
 
 import tyro
 
-from ect import edm_pickle
-from ect.checkpoint import check_fits, save_model
-from ect.edm_pickle import Snapshot
 from ect.errors import UserError
+from ect.files import edm_pickle
+from ect.files.checkpoint import check_fits, save_model
+from ect.files.edm_pickle import Snapshot
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def convert(options: Options) -> Snapshot:
-    """Read, check and write. Raises UserError (`ect.edm_pickle.UnsafePickle` on hostile content) and then writes nothing."""
+    """Read, check and write. Raises UserError (`UnsafePickle` on hostile content) and then writes nothing."""
     if options.destination.suffix != ".safetensors":
         raise UserError(f"{options.destination}: the file to write must be named *.safetensors")
     snapshot = edm_pickle.read(options.source, options.key)

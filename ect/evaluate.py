@@ -17,14 +17,10 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ect import self_check
-from ect.checkpoint import atomic, load_model
 from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
-from ect.device import resolve
-from ect.distributed import World
 from ect.errors import UserError
-from ect.launch import launch
+from ect.files.checkpoint import atomic, load_model
 from ect.metrics import (
     Evaluator,
     FidelityOptions,
@@ -39,6 +35,10 @@ from ect.metrics import (
 )
 from ect.models import EDMPrecond
 from ect.precision import PRECISIONS, products, sampling
+from ect.ranks import self_check
+from ect.ranks.device import resolve
+from ect.ranks.distributed import World
+from ect.ranks.launch import launch
 from ect.sampler import SIGMA_MAX
 
 _MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models

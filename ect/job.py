@@ -15,15 +15,12 @@ from ect_kernels import dispatch
 from rich.console import Console
 from torch import Tensor
 
-from ect import precision, report, self_check
-from ect.checkpoint import atomic, load_model
+from ect import precision
 from ect.config import Config, PretrainConfig
 from ect.data import load
-from ect.device import resolve, set_threads
-from ect.distributed import World
 from ect.errors import UserError
-from ect.grid import save_png
-from ect.log import RunLog
+from ect.files.checkpoint import atomic, load_model
+from ect.files.resume import refuse_changed_maths
 from ect.metrics import (
     Evaluator,
     QualityRow,
@@ -37,8 +34,13 @@ from ect.metrics import (
 from ect.models import fused
 from ect.options import RESOLVED, resolved, run_folder, to_dict
 from ect.options import load as load_config
-from ect.resume import refuse_changed_maths
+from ect.ranks import self_check
+from ect.ranks.device import resolve, set_threads
+from ect.ranks.distributed import World
 from ect.sampler import generate
+from ect.show import report
+from ect.show.grid import save_png
+from ect.show.log import RunLog
 from ect.trainer import StopSignal, Trainer
 
 HEUN_STEPS = (18, 5, 2)

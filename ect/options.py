@@ -81,7 +81,7 @@ def load(folder: Path) -> Config:
 
 
 def resolved(folder: Path) -> dict[str, Any]:
-    """What the run in a folder computed with (ect.self_check.resolved), from its config.json; {} where it does not say."""
+    """What the run in a folder computed with (self_check.resolved), from its config.json; {} where it does not say."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get(RESOLVED, {}) if path.is_file() else {}
 

@@ -16,16 +16,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from ect import self_check
-from ect.checkpoint import atomic, load_model
-from ect.device import resolve, set_threads
-from ect.distributed import World
 from ect.errors import UserError
-from ect.grid import save_grid, save_png
-from ect.launch import launch
+from ect.files.checkpoint import atomic, load_model
 from ect.models import ECMPrecond, EDMPrecond
 from ect.precision import PRECISIONS, products, sampling
+from ect.ranks import self_check
+from ect.ranks.device import resolve, set_threads
+from ect.ranks.distributed import World
+from ect.ranks.launch import launch
 from ect.sampler import SIGMA_MAX, draw, generate
+from ect.show.grid import save_grid, save_png
 
 _FILES = (".png", ".npz")
 _MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ect.distributed import World
 from ect.models import EDMPrecond
+from ect.ranks.distributed import World
 
 SIGMA_MAX = 80.0
 SIGMA_MIN = 0.002

@@ -17,11 +17,11 @@ from ect_kernels.perturb import perturb
 from torch import Tensor
 
 from ect.data.augment import AugmentPipe
-from ect.data.resident import ImageStream, to_float
-from ect.distributed import World
+from ect.data.stream import ImageStream, to_float
 from ect.models import EDMPrecond, MaskKey, fused
 from ect.objective import WEIGHTINGS, ConsistencyObjective, Objective
 from ect.optim import FlatState
+from ect.ranks.distributed import World
 
 WARM_UP = 3  # updates before a capture: libraries choose algorithms and allocate workspaces in the first ones
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 # Before torch loads OpenMP: idle threads sleep, instead of spinning against other work on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ect.launch import launch
 from ect.options import describe, parse
+from ect.ranks.launch import launch
 
 if TYPE_CHECKING:
     from ect.config import Config
-    from ect.distributed import World
+    from ect.ranks.distributed import World
 
 
 def main(argv: list[str]) -> int:

@@ -19,20 +19,23 @@ import torch
 from ect_kernels.calls import Recorder
 from torch import Tensor
 
-from ect import checkpoint, memory, precision, schedule, self_check
+from ect import precision, schedule
 from ect.assembly import flat_state, network_spec, train_step
 from ect.config import Config
+from ect.cost import memory
+from ect.cost.signal_noise import signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
-from ect.distributed import World
 from ect.errors import UserError
-from ect.grid import GRID_SEEDS
-from ect.log import RunLog, peak_memory
+from ect.files import checkpoint
 from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
 from ect.models import EDMPrecond, build
 from ect.options import to_dict
+from ect.ranks import self_check
+from ect.ranks.distributed import World
 from ect.sampler import generate
-from ect.signal_noise import signal_noise
+from ect.show.grid import GRID_SEEDS
+from ect.show.log import RunLog, peak_memory
 
 GRID_HEUN_STEPS = (18,)
 NOISE_IMAGES = 16

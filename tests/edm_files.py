@@ -22,8 +22,8 @@ import pytest
 import torch
 from torch import nn
 
-from ect.edm_pickle import UnsafePickle, read
 from ect.errors import UserError
+from ect.files.edm_pickle import UnsafePickle, read
 
 SOURCE = "class EDMPrecond: pass\n"
 WEIGHT = torch.arange(6.0).reshape(2, 3)

@@ -13,11 +13,11 @@ import torch
 from ect_kernels import dispatch
 from rich.console import Console
 
-from ect.distributed import World
 from ect.errors import UserError
 from ect.job import Job
-from ect.launch import launch
 from ect.options import parse
+from ect.ranks.distributed import World
+from ect.ranks.launch import launch
 from ect.sample import Options, sample
 from ect.step import TrainStep
 from tests.planted import plant, raises, sound

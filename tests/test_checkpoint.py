@@ -19,16 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ect import checkpoint
-from ect.checkpoint import (
+from ect.errors import UserError
+from ect.files import checkpoint
+from ect.files.checkpoint import (
     Checkpoints,
     load_model,
     load_weights,
     read_model,
     save_model,
 )
-from ect.edm_pickle import Snapshot
-from ect.errors import UserError
+from ect.files.edm_pickle import Snapshot
 from ect.models import ECMPrecond, EDMPrecond, build
 
 INFO = {"preset": "digits", "nimg": 3, "mid_t": [0.5]}
@@ -335,7 +335,7 @@ def test_a_killed_process_leaves_the_checkpoint_before_and_its_remains_go(tmp_pa
     script = f"""
         import os, torch
         from pathlib import Path
-        from ect.checkpoint import Checkpoints
+        from ect.files.checkpoint import Checkpoints
         run = Checkpoints(Path({str(tmp_path)!r}))
         run.save(1000, {{}}, {{}}, {{}}, {{"x": torch.ones(1)}}, {{}})
         replace = os.replace

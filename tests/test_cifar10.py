@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from ect.config import DataConfig
-from ect.data import Dataset, cifar10, load
+from ect.data import Dataset, load
+from ect.data.readers import cifar10
 from ect.errors import UserError
 
 COUNT = 24  # images that are not all zeros, so that the archive is small

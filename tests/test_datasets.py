@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from ect.config import DataConfig
-from ect.data import Dataset, image_files, load
+from ect.data import Dataset, load
+from ect.data.readers import image_files
 from ect.errors import UserError
 
 

@@ -17,10 +17,11 @@ import pytest
 import step_time
 import torch
 
-from ect import device, driver, evaluate, sample, train
-from ect.distributed import World
-from ect.driver import Driver
+from ect import evaluate, sample, train
 from ect.errors import UserError
+from ect.ranks import device, driver
+from ect.ranks.distributed import World
+from ect.ranks.driver import Driver
 
 ROOT = Path(__file__).parents[1]
 STUB = """
@@ -265,7 +266,8 @@ def test_the_drivers_version(text: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 SCENE = """
 import torch
-from ect import device, sample
+from ect import sample
+from ect.ranks import device
 assert device.resolve("auto") == torch.device("cpu")
 sample.main(["nothing.safetensors", "--device", "cuda"])
 """

@@ -20,14 +20,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect import device, launch
 from ect.config import EvalConfig
 from ect.data import load
-from ect.distributed import World, start
 from ect.errors import UserError
 from ect.job import Job, check_share
-from ect.log import RunLog
+from ect.ranks import device, launch
+from ect.ranks.distributed import World, start
 from ect.sample import Options, sample
+from ect.show.log import RunLog
 from ect.step import TrainStep
 from ect.trainer import ECHO_SECONDS, StopSignal, Trainer
 from tests.tiny import BATCH, STEPS, config, run
@@ -353,7 +353,7 @@ def test_how_a_rank_ends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HOW", before)
-    monkeypatch.setattr("ect.distributed.start", lambda: Lost(1, 2))
+    monkeypatch.setattr("ect.ranks.distributed.start", lambda: Lost(1, 2))
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
 

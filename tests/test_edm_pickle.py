@@ -1,4 +1,4 @@
-"""ect.edm_pickle: networks come out of a snapshot bit for bit, with the arguments to build them; others are refused."""
+"""ect.files.edm_pickle: networks come out of a snapshot bit for bit, with the arguments to build them; others are refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ect import models
-from ect.edm_pickle import UnsafePickle, read
 from ect.errors import UserError
+from ect.files.edm_pickle import UnsafePickle, read
 from tests import edm_files as edm
 from tests.edm_files import SMALL, small_net
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ect import evaluate, precision
-from ect.checkpoint import save_model
 from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
+from ect.files.checkpoint import save_model
 from ect.metrics import (
     Column,
     QualityRow,

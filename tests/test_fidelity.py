@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ect import evaluate
-from ect.checkpoint import save_model
 from ect.config import EvalConfig
 from ect.data import Dataset
 from ect.errors import UserError
+from ect.files.checkpoint import save_model
 from ect.metrics import make_evaluator
 from ect.metrics.fidelity import FidelityEvaluator, FidelityOptions, read_statistics
 from ect.metrics.weights import read_state

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import first_hour
-import first_hour_report
-import measure
 import pytest
 import torch
 from first_hour import Stage
+from lib import first_hour_report, measure
 
 from ect import options
 from ect.config import PRESETS

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ect.errors import UserError
-from ect.grid import make_grid, save_grid
+from ect.show.grid import make_grid, save_grid
 
 
 def test_every_pixel_of_a_grid(tmp_path: Path) -> None:

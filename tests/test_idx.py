@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ect.config import DataConfig
-from ect.data import Dataset, idx, load
+from ect.data import Dataset, load
+from ect.data.readers import idx
 from ect.errors import UserError
 
 

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect.checkpoint import load_model, read_model
 from ect.config import PRESETS, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimConfig, PretrainConfig
 from ect.errors import UserError
+from ect.files.checkpoint import load_model, read_model
 from ect.job import Job, new_run_dir, pretrain_config
 from ect.options import parse
 from ect.step import TrainStep

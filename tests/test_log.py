@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ect import log
-from ect.log import RunLog, peak_memory
+from ect.show import log
+from ect.show.log import RunLog, peak_memory
 
 
 def screen(terminal: bool = False) -> Console:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from ect_kernels import dispatch
 
-from ect import memory
 from ect.assembly import network_spec
 from ect.config import PRESETS, Config, DataConfig
+from ect.cost import memory
+from ect.cost.memory import GB, Prediction, available, fit, predict
 from ect.data import Dataset, load
 from ect.errors import UserError
-from ect.memory import GB, Prediction, available, fit, predict
 from tests.tiny import NET
 
 CIFAR10 = Dataset("cifar10", torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device="meta"), None)
@@ -85,10 +85,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ect import memory
+from ect.cost import memory
 from ect.config import PRESETS
 from ect.data import load
-from ect.log import RunLog
+from ect.show.log import RunLog
 from ect.trainer import Trainer
 from tests.tiny import NET
 batch, compiled = int(sys.argv[1]), sys.argv[2] == "compiled"

@@ -11,10 +11,10 @@ import precision
 import precision_quality
 import pytest
 
-from ect.checkpoint import load_model
 from ect.config import PRESETS, DataConfig
+from ect.cost.signal_noise import LEVELS
 from ect.data import load
-from ect.signal_noise import LEVELS
+from ect.files.checkpoint import load_model
 
 IMAGES = load(DataConfig()).images[:64]
 

@@ -8,16 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import first_hour_report
-import instructions
-import measure
 import profile_step
 import pytest
 import roofline
-import rounds
 import torch
-import waterfall
 from ect_kernels import dispatch
+from lib import first_hour_report, instructions, measure, rounds, waterfall
 from torch.autograd import DeviceType
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from ect import device, report
 from ect.metrics import Column, QualityRow, Sampler
+from ect.ranks import device
+from ect.show import report
 
 COLUMNS = (Column("FDc", "lower"), Column("FID", "lower", missing="no weights"))
 ROWS = [

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from ect import resume
 from ect.config import Config, EvalConfig, LogConfig, OptimConfig
 from ect.errors import UserError
-from ect.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
+from ect.files import resume
+from ect.files.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
 
 
 def as_saved(config: Config) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import instructions
 import pytest
 import roofline
 import torch
 import torch.nn.functional as F
-import work
+from lib import instructions, work
 
 HALF = torch.float16
 TOY = roofline.Gpu(

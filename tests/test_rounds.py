@@ -10,15 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import categories
-import history
-import measure
-import payback
 import pytest
-import rounds
 import step_time
 import torch
-import waterfall
+from lib import categories, history, measure, payback, rounds, waterfall
 
 from ect.config import PRESETS, Config, DataConfig
 from ect.data import load

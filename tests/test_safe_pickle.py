@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ect.edm_pickle import _TABLE, UnsafePickle, read
-from ect.safe_pickle import Budget, Machine
+from ect.files.edm_pickle import _TABLE, UnsafePickle, read
+from ect.files.safe_pickle import Budget, Machine
 from tests import edm_files as edm
 from tests.edm_files import Call, Storage, refusal, small_net
 

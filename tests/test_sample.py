@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ect import sample as cli
-from ect.checkpoint import Checkpoints, load_model, read_model, save_model
-from ect.grid import make_grid
+from ect.files.checkpoint import Checkpoints, load_model, read_model, save_model
 from ect.models import build
 from ect.sampler import generate
+from ect.show.grid import make_grid
 
 
 def write_model(path: Path, info: dict[str, Any] | None = None, **changes: Any) -> Path:

@@ -12,10 +12,10 @@ import torch
 from ect_kernels import check, dispatch
 from torch import Tensor, nn
 
-from ect import self_check
-from ect.distributed import World
 from ect.errors import UserError
 from ect.options import parse
+from ect.ranks import self_check
+from ect.ranks.distributed import World
 from ect.step import WARM_UP, TrainStep
 from tests.fake_graphs import Graphs, install
 from tests.planted import NAME, plant

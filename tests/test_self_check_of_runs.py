@@ -16,13 +16,14 @@ from ect_kernels import check, dispatch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect import evaluate, sample, self_check
-from ect.checkpoint import load_model
+from ect import evaluate, sample
 from ect.data import load
-from ect.distributed import World
 from ect.errors import UserError
+from ect.files.checkpoint import load_model
 from ect.job import Job
 from ect.options import parse, resolved
+from ect.ranks import self_check
+from ect.ranks.distributed import World
 from ect.trainer import Trainer
 from tests.planted import NAME, off_by_2_percent, plant, sound
 from tests.tiny import config, run

@@ -11,13 +11,8 @@ import torch.nn.functional as F
 
 import ect
 from ect.assembly import network_spec
-from ect.checkpoint import load_model
 from ect.config import DataConfig
-from ect.data import Dataset, load
-from ect.models import EDMPrecond, MaskKey, build, half_precision_weights
-from ect.objective import Mapping
-from ect.optim import FlatState
-from ect.signal_noise import (
+from ect.cost.signal_noise import (
     TIGHTEST,
     differences,
     emulated_tf32,
@@ -27,6 +22,11 @@ from ect.signal_noise import (
     signal_noise,
     to_tf32,
 )
+from ect.data import Dataset, load
+from ect.files.checkpoint import load_model
+from ect.models import EDMPrecond, MaskKey, build, half_precision_weights
+from ect.objective import Mapping
+from ect.optim import FlatState
 from tests.tiny import NET
 
 DATA = load(DataConfig(labels=True))

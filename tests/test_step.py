@@ -12,10 +12,10 @@ import torch
 from ect.assembly import flat_state, network_spec
 from ect.config import Config, DataConfig, OptimConfig
 from ect.data import ImageStream, load
-from ect.distributed import World
 from ect.models import EDMPrecond, build
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
+from ect.ranks.distributed import World
 from ect.step import TrainStep
 from tests.tiny import NET
 

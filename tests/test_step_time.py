@@ -9,16 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import baseline
-import categories
-import history
-import measure
 import plots
 import pytest
 import step_time
 import torch
-import waterfall
-from products import Products
+from lib import baseline, categories, history, measure, waterfall
+from lib.products import Products
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode

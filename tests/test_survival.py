@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import digits_quality
-import measure
 import ops
 import precision
 import precision_quality
 import pytest
 import torch
 from ect_kernels import dispatch
+from lib import measure
 
-from ect.checkpoint import load_model
+from ect.files.checkpoint import load_model
 from ect.objective import Denoiser
 
 

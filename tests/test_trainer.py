@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ect import precision, schedule
-from ect.checkpoint import Checkpoints, read_model
 from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig, PretrainConfig
 from ect.data import ImageStream, load
 from ect.errors import UserError
+from ect.files.checkpoint import Checkpoints, read_model
 from ect.job import Job
-from ect.log import RunLog
 from ect.metrics import Column, Evaluator
 from ect.models import DhariwalUNet, EDMPrecond
 from ect.models.layers import FourierEmbedding
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping
-from ect.report import strips
+from ect.show.log import RunLog
+from ect.show.report import strips
 from ect.step import TrainStep
 from ect.trainer import Trainer
 from tests.tiny import config, run
@@ -213,7 +213,7 @@ def test_the_benchmark_times_the_step_under_the_trainers_settings(
 ) -> None:
     """Everything that torch is told about kernels and arithmetic is the same, whoever runs the step."""
     import step_time
-    import waterfall
+    from lib import waterfall
 
     def settings() -> dict[str, bool]:
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -274,7 +274,7 @@ def test_the_noise_of_half_precision_is_measured_without_slow_arithmetic(tmp_pat
 
 
 def test_a_moved_data_set_is_the_same_data_set(tmp_path: Path) -> None:
-    from ect.grid import save_png
+    from ect.show.grid import save_png
 
     images = torch.randint(0, 256, [10, 8, 8, 1], dtype=torch.uint8)
     for folder in ("here", "there"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ect import distributed, driver
+from ect.ranks import distributed, driver
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ect.data.augment import AugmentPipe
 from ect.data.datasets import Dataset, load
-from ect.data.resident import ImageStream, to_float
+from ect.data.stream import ImageStream, to_float
 
 __all__ = ["AugmentPipe", "Dataset", "ImageStream", "load", "to_float"]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ect.config import DataConfig
-from ect.data import cifar10, idx, image_files
-from ect.data.labels import one_hot
+from ect.data.readers import cifar10, idx, image_files
+from ect.data.readers.labels import one_hot
 from ect.errors import UserError
 
 

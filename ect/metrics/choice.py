@@ -8,11 +8,11 @@ import torch
 
 from ect.config import EvalConfig
 from ect.data import Dataset
-from ect.device import resolve
 from ect.errors import UserError
 from ect.metrics.evaluator import Evaluator
 from ect.metrics.features import DigitsEvaluator
 from ect.metrics.fidelity import MIN_IMAGES, FidelityEvaluator, FidelityOptions
+from ect.ranks.device import resolve
 
 
 def make_evaluator(

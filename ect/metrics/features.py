@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ect.checkpoint import atomic
 from ect.config import DataConfig
+from ect.files.checkpoint import atomic
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.frechet import Array, Statistics, frechet_distance
 

@@ -25,9 +25,9 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-from ect.checkpoint import atomic, data_fingerprint
 from ect.data import Dataset
 from ect.errors import UserError
+from ect.files.checkpoint import atomic, data_fingerprint
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.weights import DINOV2, INCEPTION, VGG16, Unavailable, WeightFile, file_sha256, read_state
 

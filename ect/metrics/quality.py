@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ect.distributed import World
 from ect.metrics.evaluator import Column, Evaluator
 from ect.models import EDMPrecond
+from ect.ranks.distributed import World
 from ect.sampler import SIGMA_MAX, generate
 
 

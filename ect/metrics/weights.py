@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ect.checkpoint import atomic
 from ect.errors import UserError
+from ect.files.checkpoint import atomic
 
 _TIMEOUT = 30  # seconds without an answer before a download counts as failed
 

@@ -3,7 +3,7 @@
 Order: the `backend` argument of a call, then `set_choice` (the trainer's --kernels), then the environment variable ECT_KERNELS,
 each of the form "group_norm_silu=cuda,*=triton", where * speaks to every op that has the form, then `auto`. A named backend
 that cannot run raises BackendError with the reason; only `auto` may fall back, and it warns once for each shape that makes it.
-What failed on a device (ect.self_check finds out) is refused there: `auto` passes it by.
+What failed on a device (ect.ranks.self_check finds out) is refused there: `auto` passes it by.
 """
 
 from __future__ import annotations

@@ -145,14 +145,14 @@ _emulated: list[ctypes.CDLL] = []
 
 
 def load_emulator(path: str | os.PathLike[str]) -> None:
-    """Use a library that benchmarks/emulator.py made of a .cu file, for backend 'emulated'."""
+    """Use a library that kernels/ect_kernels/testing/emulator.py made of a .cu file, for backend 'emulated'."""
     library = ctypes.CDLL(os.fspath(path))
     library.cuda_host_message.restype = ctypes.c_char_p
     _emulated.insert(0, library)
 
 
 def why_not_emulated() -> str | None:
-    return None if _emulated else "no emulator library is loaded (load() of benchmarks/emulator.py)"
+    return None if _emulated else "no emulator library is loaded (load() of kernels/ect_kernels/testing/emulator.py)"
 
 
 def launch(backend: str, name: str, *args: Argument) -> None:

@@ -1,5 +1,5 @@
 """What the compiled step of DDPM++ launches and moves: the U-Net as in Inductor's code for a GPU that is not there, the rest of
-the update as ect.footprint counts it. Prints a table, and the totals as one JSON object.
+the update as ect.cost.footprint counts it. Prints a table, and the totals as one JSON object.
 
     python -m tests.gpu_paths.compiled_step '{"images": 128}'
 
@@ -22,9 +22,9 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_iter, tree_map
 
-from ect import footprint
 from ect.assembly import flat_state, network_spec, train_step
 from ect.config import PRESETS
+from ect.cost import footprint
 from ect.data import Dataset, ImageStream
 from ect.models import MaskKey, build
 from ect.step import TrainStep

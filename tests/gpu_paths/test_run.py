@@ -13,12 +13,12 @@ from ect_kernels import dispatch
 from torch import Tensor
 
 from ect.config import OptimConfig
+from ect.cost.signal_noise import signal_noise
 from ect.data import load
 from ect.metrics import Evaluator, consistency_samplers, heun_samplers, quality_rows
 from ect.metrics.evaluator import Column
 from ect.options import resolved
 from ect.sampler import generate
-from ect.signal_noise import signal_noise
 from ect.trainer import Trainer
 from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @lru_cache(None)
 def load_emulated(name: str) -> None:
     """Backend 'emulated' of one op: csrc/<name>.cu compiled by g++."""
-    import emulator
+    from ect_kernels.testing import emulator
 
     try:
         emulator.load(name)

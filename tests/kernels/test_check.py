@@ -15,8 +15,8 @@ from ect_kernels import check, dispatch, native
 from ect_kernels.__main__ import OPS, main
 from ect_kernels.calls import ARENA, SAMPLES, Call, Recorder, Shape, default_calls
 
-from ect import memory
 from ect.assembly import network_spec
+from ect.cost import memory
 from ect.data import Dataset
 from tests.kernels.conftest import load_emulated
 from tests.planted import FAULTS, NAME, off_by_2_percent, plant, raises, sound

@@ -10,8 +10,8 @@ import torch
 from ect_kernels.consistency_loss import OP, consistency_loss
 from ect_kernels.dispatch import BackendError
 from ect_kernels.perturb import perturb
+from ect_kernels.testing.truth import Case, check
 from torch import Tensor, nn
-from truth import Case, check
 
 from ect.models import EDMPrecond
 from ect.objective import WEIGHTINGS, ConsistencyObjective

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import emulator
-import launches
 import numpy as np
 import pytest
 import torch
 from ect_kernels import native
 from ect_kernels.radam_ema import CHUNK, new_state
+from ect_kernels.testing import emulator
+from lib import launches
 from torch import Tensor
 
 from tests.kernels import conftest  # noqa: F401  (asks for Triton's interpreter)

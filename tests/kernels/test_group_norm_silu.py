@@ -16,8 +16,8 @@ from ect_kernels import group_norm_silu as gns
 from ect_kernels import native, philox
 from ect_kernels.dispatch import BackendError
 from ect_kernels.group_norm_silu import OP, Inputs, group_norm_silu
+from ect_kernels.testing.truth import Case, check
 from torch import Tensor
-from truth import Case, check
 
 from tests.kernels.conftest import need
 
@@ -333,8 +333,8 @@ COMPILE = """
 import json, pathlib, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import sass
-from triton_cases import group_norm_silu as compile_cases
+from lib import sass
+from lib.triton_cases import group_norm_silu as compile_cases
 for name, kernel, signature, constexprs, attrs, warps, stages, note in compile_cases():
     if any(part in name for part in ("256x32x32 dropout", "384x32x32")):
         for arch in (80, 90):

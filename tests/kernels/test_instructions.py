@@ -1,13 +1,12 @@
-"""benchmarks/instructions.py: from loops to instructions of an op for eight elements."""
+"""benchmarks/lib/instructions.py: from loops to instructions of an op for eight elements."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import instructions
 import pytest
-import sass
-from row_loops import RowLoop
+from lib import instructions, sass
+from lib.row_loops import RowLoop
 
 
 def test_a_norm_adds_up_the_loops_that_it_runs() -> None:

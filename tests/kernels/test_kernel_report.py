@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import kernel_report
-import launches
 import pytest
-import sass
+from lib import launches, sass
 
 ROOT = Path(__file__).parents[2]
 KERNEL = """

@@ -10,10 +10,10 @@ import torch
 from ect_kernels import philox
 from ect_kernels.dispatch import BackendError
 from ect_kernels.perturb import MAX_ROW, OP, perturb
+from ect_kernels.testing.truth import Case, check
 from torch import Tensor
-from truth import Case, check
 
-from ect.data.resident import to_float
+from ect.data.stream import to_float
 from tests.kernels.conftest import need
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32

@@ -19,8 +19,8 @@ from ect_kernels import group_norm_silu as norm
 from ect_kernels import perturb as noise
 from ect_kernels import philox, radam_ema
 from ect_kernels import residual_group_norm_silu as residual
+from ect_kernels.testing.truth import Case, check
 from torch import Tensor
-from truth import Case, check
 
 from tests.kernels.conftest import load_emulated
 

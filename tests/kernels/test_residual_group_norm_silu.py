@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from ect_kernels import philox
 from ect_kernels.dispatch import BackendError
 from ect_kernels.residual_group_norm_silu import OP, backward_op, forward_op, residual_group_norm_silu
+from ect_kernels.testing.truth import Case, check, run
 from torch import Tensor
-from truth import Case, check, run
 
 from tests.kernels import conftest
 
@@ -348,7 +348,7 @@ CROSS_COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_cases import residual_group_norm_silu as compile_cases
+from lib.triton_cases import residual_group_norm_silu as compile_cases
 for name, kernel, signature, constexprs, attrs, warps, stages, _ in compile_cases():
     if name.endswith("c=256+128 hw=1024 drop=1"):
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)

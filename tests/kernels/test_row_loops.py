@@ -1,4 +1,4 @@
-"""benchmarks/row_loops.py: loops, their rows and their instructions, in SASS written by hand and in that of a kernel."""
+"""benchmarks/lib/row_loops.py: loops, their rows and their instructions, in SASS written by hand and in that of a kernel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import row_loops
-import sass
+from lib import row_loops, sass
 
 ROOT = Path(__file__).parents[2]
 PHILOX = ["IMAD.WIDE.U32 R8, R8, -0x2daee0ad, RZ", "IMAD.HI.U32 R8, R8, -0x326172a9, RZ"] * 10

@@ -7,8 +7,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import emulator
 import pytest
+from ect_kernels.testing import emulator
 
 HERE = emulator.ROOT / "tests" / "emulator"
 CLEAN, NO_BARRIER, GLOBAL_END, SHARED_END, MISALIGNED, UNWRITTEN, DIVERGENT, LOST_ADD, NO_WAIT, WRONG_SPACE = range(10)

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import emulator
-import launches
 import numpy as np
 import pytest
-import sass
 import torch
 from ect_kernels import native
+from ect_kernels.testing import emulator
+from lib import launches, sass
 from torch import Tensor
 
 from tests.kernels.test_dram import COUNT, run

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import launches
 import pytest
 import torch
 from ect_kernels.group_norm_silu import group_norm_silu
+from lib import launches
 
 from tests.kernels.conftest import load_emulated
 from tests.kernels.test_gn_cuda import HALF, Case, check, inputs, launch

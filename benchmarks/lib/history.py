@@ -1,0 +1,63 @@
+"""Lines of benchmarks/results/<device>.jsonl, one a run and network, and how a new one compares with the last.
+
+While a run goes on, its line so far stands in a file of its own (`partial`), which `read` reads too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+TOLERANCE = 0.05
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The step_time lines of a file; none where it does not exist. A line that a kill tore is passed by."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return [line for line in found if line.get("benchmark") == "step_time"]
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(line) + "\n")
+
+
+def partial(path: Path, line: dict[str, Any]) -> Path:
+    """Where a run's line stands until the run is over."""
+    return path.with_name(f"{path.stem}-{line['net']}-{line['batch']}.partial")
+
+
+def keep(path: Path, line: dict[str, Any]) -> None:
+    """Write the line so far, in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f"{path.name}.tmp")
+    temp.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    os.replace(temp, path)
+
+
+def last(path: Path, line: dict[str, Any]) -> dict[str, Any] | None:
+    """The latest earlier line of the same device, network, batch and number of threads."""
+    same = ("device", "net", "batch", "threads")
+    found = [old for old in read(path) if all(old[key] == line[key] for key in same)]
+    return found[-1] if found else None
+
+
+def regressions(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """What got slower by more than TOLERANCE: a row's time on a GPU; on a CPU, which other work disturbs, its ratio to the
+    first row of the same run."""
+    key, unit = ("ratio", "of the first row") if new["device"].startswith("cpu") else ("ms", "ms")
+    for name, row in new["rows"].items():
+        before, now = old["rows"].get(name, {}).get(key), row.get(key)
+        if before and now and now > before * (1 + TOLERANCE):
+            yield f"{new['net']}, {name}: {now:.3g} {unit}, was {before:.3g} ({100 * (now / before - 1):+.0f} %)"

@@ -1,0 +1,163 @@
+"""What rounding costs: the error that an arithmetic puts on the training signal, D(x_t, t) - D(x_r, r).
+
+The signal is a small difference of two large outputs, so an output that is right to three digits may leave it with none. Here
+it is computed for the same weights, images, noise and dropout masks in an arithmetic and in fp64, and compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ect.data.stream import to_float
+from ect.models import EDMPrecond, MaskKey, half_precision_weights
+from ect.objective import Denoiser, Mapping
+from ect.precision import PRECISIONS
+
+LEVELS = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0, 40.0)
+TIGHTEST = Mapping("sigmoid", q=256.0)
+"""r/t = 1 - n(t) / 256, where all recipes end and the signal is smallest."""
+_SEED = 1
+
+
+def signal_noise(
+    net: EDMPrecond, precision: str, images: Tensor, labels: Tensor | None = None, *,
+    levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0, against: torch.dtype = torch.float64,
+) -> dict[float, float]:  # fmt: skip
+    """{t: median over images of ||Delta - Delta_64|| / ||Delta_64||}, Delta = D(x_t, t) - D(x_r, r) in a precision.
+
+    Args: net: as trained; left as it is, a copy runs in train mode. precision: 'fp32', 'tf32', 'fp16' or 'bf16'. images: uint8
+    [N, H, W, C] on net's device, with labels [N, L] where the network takes them. levels: the t. mapping, stage: give r.
+    against: dtype of what is compared with. For the halves float32 will do, whose own noise is below a hundredth of theirs,
+    and which a GPU for games computes tens of times faster.
+
+    On a CPU the halves and TF32 are emulated. On a GPU TF32 follows torch's switches: call precision.apply first.
+    """
+    exact = differences(plain(net, labels, against), images, levels, mapping, stage)
+    return relative_errors(differences(in_precision(net, precision, labels), images, levels, mapping, stage), exact)
+
+
+@torch.no_grad()
+def differences(
+    net: Denoiser, images: Tensor, levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0
+) -> dict[float, Tensor]:
+    """{t: Delta [N, C, H, W] in fp64} of uint8 images [N, H, W, C]: the noise is the same at every level and call."""
+    y = to_float(images)
+    eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(_SEED)).to(y.device)
+    found = {}
+    for level in levels:
+        t = torch.full((len(y),), level, device=y.device)
+        r = mapping(t, stage)
+        if not bool((r > 0).all()):
+            raise ValueError(f"level {level}: r is 0, where the target is the image itself; use a tighter stage")
+        D_t, D_r = (net(y + s.view(-1, 1, 1, 1) * eps, s) for s in (t, r))
+        found[level] = D_t.double() - D_r.double()
+    return found
+
+
+def relative_errors(found: dict[float, Tensor], exact: dict[float, Tensor]) -> dict[float, float]:
+    """{t: median over samples of ||found - exact|| / ||exact||}."""
+
+    def norm(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1)
+
+    return {t: float((norm(found[t] - exact[t]) / norm(exact[t])).median()) for t in exact}
+
+
+def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) -> Denoiser:
+    """The denoiser of a copy of net that computes in this precision."""
+    half, twin = PRECISIONS[precision].half, copy.deepcopy(net)
+    if half is not None:
+        round_weights(twin, half_precision_weights(net), half)
+    emulate = precision == "tf32" and next(net.parameters()).device.type == "cpu"
+    return denoiser(twin, labels, emulated_tf32 if emulate else contextlib.nullcontext)
+
+
+def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
+    """Put the named parameters in half precision, in place, and run the network on the ops, which sum in fp32."""
+    for name, p in net.named_parameters():
+        if name in names:
+            p.data = p.data.to(half)
+    net.model.fused = True  # type: ignore[assignment]
+
+
+def denoiser(
+    net: EDMPrecond, labels: Tensor | None, arithmetic: Callable[[], Any] = contextlib.nullcontext
+) -> Denoiser:
+    """D(x, sigma) of net, which goes into train mode, with one dropout mask for all calls. arithmetic: opens a context."""
+    net.train()
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        with arithmetic():
+            return net(x, sigma, labels, None, _mask(x))
+
+    return denoise
+
+
+def in_fp64(net: EDMPrecond, labels: Tensor | None = None) -> Denoiser:
+    """The exact denoiser."""
+    return plain(net, labels, torch.float64)
+
+
+def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoiser:
+    """The U-Net's plain forward and EDM's preconditioning of training, all in one dtype."""
+    unet = copy.deepcopy(net.model).to(dtype).train()
+    unet.fused = False  # type: ignore[assignment]
+    sigma_data, label_dim = net.sigma_data, net.label_dim
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        x_, s = x.to(dtype), sigma.to(dtype)
+        total = (s**2 + sigma_data**2).view(-1, 1, 1, 1)
+        given = x_.new_zeros(1, label_dim) if labels is None else labels.to(dtype)
+        F_x = unet(x_ / total.sqrt(), s.log() / 4, given if label_dim else None, None, _mask(x))
+        return sigma_data**2 / total * x_ + s.view(-1, 1, 1, 1) * sigma_data / total.sqrt() * F_x
+
+    return denoise
+
+
+def _mask(x: Tensor) -> MaskKey:
+    return MaskKey(torch.full((), _SEED, dtype=torch.int64, device=x.device), 0)
+
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    _ATEN.convolution.default: 2,
+    _ATEN.addmm.default: 0,
+    _ATEN.addmm_.default: 0,
+    _ATEN.baddbmm.default: 0,
+    _ATEN.mm.default: None,
+    _ATEN.bmm.default: None,
+}
+"""Operations that tensor cores do, and the position of the argument that is added, not multiplied."""
+
+
+class _RoundOperands(TorchDispatchMode):
+    """Products of fp32 tensors see their operands rounded to TF32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            args = tuple(
+                to_tf32(a) if isinstance(a, Tensor) and a.dtype == torch.float32 and i != _PRODUCTS[func] else a
+                for i, a in enumerate(args)
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def emulated_tf32() -> Iterator[None]:
+    """Convolutions and matrix products of fp32 tensors as tensor cores do them in TF32: operands of 10 mantissa bits, sums in
+    fp32. Attention is done by its plain formula, so that its two products are seen."""
+    with _RoundOperands(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """fp32 rounded to 10 mantissa bits, to nearest, ties away from zero (PTX cvt.rna.tf32)."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32).view(x.shape)

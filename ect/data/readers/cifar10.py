@@ -1,0 +1,198 @@
+"""CIFAR-10 from its python tarball or the extracted folder, read without running anything from its pickles.
+
+The batches are Python 2 pickles. A pickle may name any function to be called while it is read; this reader knows four
+names, those that numpy writes for an array of bytes, and answers each with an inert stand-in.
+Format: https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ect.data.readers.labels import one_hot
+from ect.errors import UserError
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+MD5 = "c58f30108f718f92721af3b95e74349a"
+FOLDER = "cifar-10-batches-py"
+BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+ROWS = 10_000
+MAX_BYTES = 2**26
+"""Largest batch file read; the real ones have 31 MB."""
+
+_TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+_DOWNLOAD = f"Download {URL} (170 MB, md5 {MD5})"
+
+
+def claims(path: Path) -> bool:
+    """Whether `path` names CIFAR-10, there or not: a tarball, or a folder with its batch files or its usual name."""
+    if path.name.lower().endswith(_TAR_SUFFIXES):
+        return not path.is_dir()
+    folder = _batch_folder(path)
+    return folder.name == FOLDER or any((folder / name).is_file() for name in BATCHES)
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The 50,000 training images.
+
+    Returns images uint8 [50000, 32, 32, 3] in the order of the batches, labels float32 one-hot [50000, 10].
+    The checksum is not enforced (the archive may have been packed anew), the structure is. Raises UserError.
+    """
+    if not path.exists():
+        raise UserError(
+            f"--data.source {path}: CIFAR-10 is not there (looked for {path.absolute()}). {_DOWNLOAD} and put it "
+            "there, or pass --data.source with the path of your copy or of its extracted folder"
+        )
+    path = _batch_folder(path)
+    batches = dict(_folder_members(path) if path.is_dir() else _tar_members(path))
+    missing = [name for name in BATCHES if name not in batches]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing; expected {BATCHES[0]} to {BATCHES[-1]}. {_DOWNLOAD} again")
+    parts = [_parse_batch(batches.pop(name), path / name) for name in BATCHES]
+    planes = np.concatenate([data for data, _ in parts]).reshape(-1, 3, 32, 32)
+    return planes.transpose(0, 2, 3, 1), one_hot(np.concatenate([labels for _, labels in parts]), 10)
+
+
+def _batch_folder(path: Path) -> Path:
+    """`path`, or the folder that the tarball unpacks to inside it."""
+    return path / FOLDER if (path / FOLDER).is_dir() else path
+
+
+def _folder_members(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for name in BATCHES:
+        if (folder / name).is_file():
+            _check_size((folder / name).stat().st_size, folder / name)
+            yield name, (folder / name).read_bytes()
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Batch files of the archive, in one pass and in memory."""
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                if name in BATCHES and member.isfile():
+                    _check_size(member.size, path / name)
+                    file = archive.extractfile(member)
+                    assert file is not None  # a regular file
+                    yield name, file.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: truncated, damaged or no tar archive ({error}). {_DOWNLOAD} again") from error
+
+
+def _check_size(size: int, where: Path) -> None:
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{where}: {size} bytes; a CIFAR-10 batch has 31 MB, more than {MAX_BYTES} is refused. {_DOWNLOAD} again"
+        )
+
+
+def _parse_batch(pickled: bytes, where: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Data uint8 [10000, 3072] (1024 red, 1024 green, 1024 blue values a row) and class indices int64 [10000]."""
+    batch = _unpickle(pickled, where)
+    if not isinstance(batch, dict):
+        raise UserError(
+            f"{where}: expected a dict with data and labels, found {type(batch).__name__}. {_DOWNLOAD} again"
+        )
+    data, labels = (batch.get(key, batch.get(key.encode())) for key in ("data", "labels"))
+    values = data.values() if isinstance(data, _Array) else None
+    if values is None or values.shape != (ROWS, 3072):
+        found = type(data).__name__ if values is None else f"shape {values.shape}"
+        raise UserError(
+            f"{where}: data must be a uint8 array of shape ({ROWS}, 3072), found {found}. {_DOWNLOAD} again"
+        )
+    if not (isinstance(labels, list) and len(labels) == ROWS and all(type(v) is int and 0 <= v < 10 for v in labels)):
+        raise UserError(f"{where}: labels must be a list of {ROWS} integers in 0..9. {_DOWNLOAD} again")
+    return values, np.array(labels)
+
+
+class _Array:
+    """Stand-in for numpy.ndarray: keeps the pickled state (version, shape, dtype, Fortran order, bytes)."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def values(self) -> np.ndarray | None:
+        """The array, if the state describes one of uint8."""
+        match self.state:
+            case (
+                int(),
+                tuple(shape),
+                _DType(code="u1" | b"u1" | "uint8" | b"uint8"),
+                bool() | 0 | 1 as fortran,
+                bytes(raw),
+            ):
+                if all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) == len(raw):
+                    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
+        return None
+
+
+class _DType:
+    """Stand-in for numpy.dtype: keeps the type code; the rest of its state says nothing about single bytes."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """Python 3 writes bytes into an old-protocol pickle as latin1 text."""
+    if not (isinstance(text, str) and encoding in ("latin1", "latin-1")):
+        raise pickle.UnpicklingError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, where: Path) -> None:
+        super().__init__(io.BytesIO(pickled), encoding="bytes")
+        self.where = where
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _GLOBALS:
+            raise UserError(
+                f"{self.where}: refused, and nothing from it was run: it asks for {module}.{name}, but a CIFAR-10 "
+                f"batch needs only numpy arrays. {_DOWNLOAD}"
+            )
+        return _GLOBALS[module, name]
+
+
+def _unpickle(pickled: bytes, where: Path) -> Any:
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            # The C unpickler allocates a memo as long as the largest index.
+            if opcode.name in ("PUT", "LONG_BINPUT") and argument is not None and argument > len(pickled):
+                raise pickle.UnpicklingError(f"memo index {argument}")
+        return _Unpickler(pickled, where).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(
+            f"{where}: truncated or damaged ({type(error).__name__}: {error}). {_DOWNLOAD} again"
+        ) from error

@@ -1,0 +1,76 @@
+"""IDX files, the format of MNIST and its kin: NAME-images-idx3-ubyte with NAME-labels-idx1-ubyte, plain or .gz."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ect.data.readers.image_files import check_size
+from ect.data.readers.labels import one_hot
+from ect.errors import UserError
+
+MAX_BYTES = 2**33
+"""Largest amount of image data read, whatever the header promises."""
+
+_NAME = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?", re.IGNORECASE)
+
+
+def claims(path: Path) -> bool:
+    """Whether the file's name is that of an IDX image file."""
+    return _NAME.fullmatch(path.name) is not None
+
+
+def read(path: Path, labels: bool, resolution: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images uint8 [N, H, W, 1], the usual 28x28 padded with 0 to 32x32, and if `labels` float32 one-hot [N, L].
+
+    The label file lies beside the image file. Other sizes than 28x28 must be squares of a power of two, unless the
+    caller will crop and resize them to `resolution`. Raises UserError naming a file that is missing or does not fit.
+    """
+    images = _read_array(path, 3)
+    if images.shape[1:] == (28, 28):
+        images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    if images.size == 0:
+        raise UserError(f"{path}: it holds no images (sizes {images.shape}). Use the original file")
+    if resolution is None:
+        check_size(images[0], path)
+    return images[..., None], _read_labels(path, len(images)) if labels else None
+
+
+def _read_labels(images_path: Path, count: int) -> np.ndarray:
+    match = _NAME.fullmatch(images_path.name)
+    assert match is not None
+    plain = images_path.with_name(f"{match[1]}labels{match[2]}idx1-ubyte")
+    candidates = [plain, plain.with_name(plain.name + ".gz")]
+    path = next((p for p in candidates if p.exists()), None)
+    if path is None:
+        raise UserError(f"{plain}: no such file, nor with .gz. Put the labels there, or train without --data.labels")
+    indices = _read_array(path, 1)
+    if len(indices) != count:
+        raise UserError(
+            f"{path}: {len(indices)} labels for {count} images in {images_path.name}. Use files that belong together"
+        )
+    return one_hot(indices, int(indices.max()) + 1)
+
+
+def _read_array(path: Path, ndim: int) -> np.ndarray:
+    """uint8 array of `ndim` dimensions: bytes 0, 0, 8 (uint8), ndim; big-endian 32-bit sizes; the values."""
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+            header = file.read(4 + 4 * ndim)
+            if len(header) != 4 + 4 * ndim or header[:4] != bytes([0, 0, 8, ndim]):
+                raise UserError(f"{path}: not an IDX file of {ndim}-dimensional uint8 data. Use the original file")
+            shape = struct.unpack(f">{ndim}I", header[4:])
+            size = math.prod(shape)
+            values = file.read(min(size, MAX_BYTES) + 1)  # one byte more than promised, to notice an excess
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Copy or download it again") from error
+    if len(values) != size:
+        found = f"more than {size}" if len(values) > size else str(len(values))
+        raise UserError(f"{path}: its header promises {size} bytes of data, found {found}. Copy or download it again")
+    return np.frombuffer(values, np.uint8).reshape(shape)

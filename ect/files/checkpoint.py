@@ -1,0 +1,362 @@
+"""Model files and checkpoints: safetensors only, written atomically, nothing in them is ever executed.
+
+A model file holds `net.state_dict()` under EDM's parameter names; its metadata says how to build the network. A
+checkpoint of a run is three files, written in this order: `checkpoint-<kimg>.state.safetensors` (what a resume needs),
+`checkpoint-<kimg>.safetensors` (a model file with the averaged weights) and `checkpoint-<kimg>.json` (size and SHA-256
+of the two). A checkpoint without that last file is incomplete and never loaded. `latest` names the newest one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ect.errors import UserError
+from ect.files import edm_pickle
+from ect.files.edm_pickle import Snapshot
+from ect.files.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
+from ect.models import EDMPrecond, build
+
+__all__ = [
+    "Checkpoints", "atomic", "data_fingerprint", "load_model", "load_weights", "read_model", "refuse_changed_data",
+    "refuse_changed_maths", "save_model",
+]  # fmt: skip
+
+FORMAT = 1
+_STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
+
+
+@contextlib.contextmanager
+def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes its place, on any error `path` stays as it was.
+
+    durable=False spares the flush to the disk: safe when the process is killed, not when the power fails. Raises
+    UserError naming `path` where the system refuses (no such folder, no permission, disk full).
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temp
+        if durable:
+            _flush(temp, os.O_RDWR)  # Windows flushes only what is open for writing
+        os.replace(temp, path)
+        if durable and os.name != "nt":  # Windows cannot flush a folder
+            _flush(path.parent, os.O_RDONLY)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot write it ({reason}); choose a writable place with room") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- model files ---
+
+
+def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info: dict[str, Any]) -> None:
+    """Write a model file, atomically.
+
+    Args: state: net.state_dict(), fp32, any device and memory format. spec: what `ect.models.build` takes. info: free,
+    JSON-able ("preset", "nimg", "data", "mid_t", ...). Raises UserError where `path` cannot be written.
+    """
+    _write_tensors(Path(path), state, {"ect": json.dumps({"format": FORMAT, "spec": spec, "info": info})})
+
+
+def read_model(path: Path) -> Snapshot:
+    """Description and weights of a network, on the CPU.
+
+    `path` is a model file of ours, an EDM or ECT pickle (.pkl), a run folder (its latest checkpoint) or any file of a
+    checkpoint. Raises UserError on a missing, foreign, damaged or newer file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_model_file(path / f"{_newest(path, (_MODEL,))}{_MODEL}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a model (.safetensors or .pkl) or the folder of a run")
+    if path.suffix == ".pkl":
+        return edm_pickle.read(path)
+    stem = _stem(path)
+    if stem is None:
+        return _read_model_file(path)
+    if (path.parent / f"{stem}{_MANIFEST}").is_file():
+        _verify(path.parent, stem, (_MODEL,))
+    return _read_model_file(path.parent / f"{stem}{_MODEL}")
+
+
+def load_model(
+    path: Path, precond: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[EDMPrecond, dict[str, Any]]:
+    """(network in eval mode on `device`, its info) from whatever `read_model` reads.
+
+    `precond` replaces the preconditioning that the file names: "ECMPrecond" makes an EDM teacher the start of a
+    consistency model. Raises UserError as `read_model`, and when weights and description do not fit.
+    """
+    snapshot = read_model(path)
+    if precond is not None:
+        snapshot = replace(snapshot, spec={**snapshot.spec, "precond": precond})
+    check_fits(snapshot, str(path))
+    net = build(snapshot.spec)
+    net.load_state_dict(snapshot.state)
+    net = net.eval().to(device)
+    if (
+        torch.device(device).type == "cuda"
+    ):  # where convolutions take channels-last weights as they are, others by a copy
+        net = net.to(memory_format=torch.channels_last)
+    return net, snapshot.info
+
+
+def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
+    """Copy a pretrained network's weights into `net`, in place; returns one line for each thing left out on purpose.
+
+    The augmentation head of a teacher (EDM pretrains with labels of the augmentation, tuning has none) is left out.
+    Anything else that differs raises UserError by name.
+    """
+    state, ours, notes = dict(snapshot.state), net.state_dict(), []
+    heads = [key for key in state if ".map_augment." in key and key not in ours]
+    for key in heads:
+        del state[key]
+    if heads:
+        notes.append(f"left out the pretrained augmentation head ({', '.join(heads)}): this run uses no such labels")
+    missing_head = [key for key in ours if ".map_augment." in key and key not in state]
+    if missing_head:
+        raise UserError(
+            f"the pretrained network has no augmentation head ({missing_head[0]}), but --data.augment wants one; "
+            "tune with --data.augment 0"
+        )
+    theirs, wanted = _num_classes(state), _num_classes(ours)
+    if theirs != wanted:
+        raise UserError(
+            f"model.map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
+            "set --data.labels as the network was trained"
+        )
+    _check_names(ours, state, "the pretrained network")
+    net.load_state_dict(state)
+    return notes
+
+
+def check_fits(snapshot: Snapshot, source: str) -> None:
+    """Raise UserError, naming `source` and what differs, unless the network of snapshot.spec has exactly these weights.
+
+    Costs no memory, whatever a foreign file asks for: the network is built without storage.
+    """
+    try:
+        with torch.device("meta"):
+            expected = build(snapshot.spec).state_dict()
+    except (UserError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(f"{source}: its description makes no network ({error})") from error
+    _check_names(expected, snapshot.state, source)
+
+
+def _check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    wrong = [f"missing {key}" for key in expected if key not in state]
+    wrong += [f"unexpected {key}" for key in state if key not in expected]
+    wrong += [
+        f"{key} is {_shape(state[key])} instead of {_shape(tensor)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UserError(f"{source}: the weights do not fit the network: {'; '.join(wrong[:6])}{more}")
+
+
+def _num_classes(state: dict[str, Tensor]) -> int:
+    return next((t.shape[-1] for key, t in state.items() if key.endswith(".map_label.weight")), 0)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _read_model_file(path: Path) -> Snapshot:
+    tensors, metadata = _read_tensors(path)
+    if "ect" not in metadata:
+        hint = "it is the training state of a checkpoint" if "ect_state" in metadata else "it has no 'ect' metadata"
+        raise UserError(f"{path}: not a model file of ours: {hint}; make one with python -m ect.convert or ect.train")
+    header = _parse_header(path, metadata["ect"], ("spec", "info"))
+    return Snapshot(header["spec"], tensors, header["info"])
+
+
+def _parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object that describes one of our files. Raises UserError where it is damaged or of a later format."""
+    try:
+        header = json.loads(text)
+        if int(header["format"]) > FORMAT:
+            raise UserError(f"{path}: format {header['format']}, this version reads up to {FORMAT}; update the package")
+        if not all(isinstance(header[field], dict) for field in fields):
+            raise TypeError(f"{' and '.join(fields)} must be objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its description is damaged ({error!r}); copy or convert it again") from error
+    return dict(header)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # Clones: weights may be channels-last or share one arena, and a safetensors file holds plain contiguous tensors.
+    plain = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    with atomic(path) as temp:
+        temp.touch()
+        mode = temp.stat().st_mode  # the user's umask; safetensors would make the file private
+        try:
+            save_file(plain, temp, metadata)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from error
+        temp.chmod(mode)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file. Raises UserError where it is missing, truncated or no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            # Clones: a mapped file could not be replaced or pruned on Windows while its tensors live.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({error})") from error
+
+
+# --- checkpoints of a run ---
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run folder; the last `keep` of them stay."""
+
+    run_dir: Path
+    keep: int = 3
+
+    def save(
+        self,
+        nimg: int,
+        model_state: dict[str, Tensor],
+        spec: dict[str, Any],
+        info: dict[str, Any],
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+    ) -> Path:
+        """Write the checkpoint of `nimg` images seen, prune older ones, and return the path of its model file.
+
+        Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume
+        needs; meta is JSON-able. Killed at any point, the run folder still loads the checkpoint before.
+        """
+        for pattern in (".*.tmp", ".tmp*"):  # what a kill while writing left: of `atomic`, of safetensors
+            for leftover in self.run_dir.glob(pattern):
+                leftover.unlink(missing_ok=True)
+        stem = f"checkpoint-{nimg / 1000:010.3f}"
+        state_meta = {"ect_state": json.dumps({"format": FORMAT, "meta": meta})}
+        _write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)
+        save_model(self.run_dir / f"{stem}{_MODEL}", model_state, spec, info)
+        files = {f"{stem}{kind}": _fingerprint(self.run_dir / f"{stem}{kind}") for kind in (_MODEL, _STATE)}
+        with atomic(self.run_dir / f"{stem}{_MANIFEST}") as temp:
+            temp.write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": files}, indent=1) + "\n")
+        with atomic(self.run_dir / "latest") as temp:
+            temp.write_text(f"{stem}\n")
+        self._prune(stem)
+        return self.run_dir / f"{stem}{_MODEL}"
+
+    @staticmethod
+    def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+        """(tensors, meta, path of the model file) of a checkpoint, its checksums verified.
+
+        `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is
+        passed over, with a warning, for the one before; a checkpoint that was named raises UserError.
+        """
+        path = Path(path)
+        if path.is_dir():
+            folder, stem = path, _newest(path, (_MODEL, _STATE))
+        else:
+            folder, named = path.parent, _stem(path)
+            if named is None or not path.is_file():
+                raise UserError(f"{path}: no such checkpoint; expected a run folder or its checkpoint-<kimg>{_MODEL}")
+            stem = named
+            _verify(folder, stem, (_MODEL, _STATE))
+        state_file = folder / f"{stem}{_STATE}"
+        tensors, metadata = _read_tensors(state_file)
+        meta = _parse_header(state_file, metadata.get("ect_state", "{}"), ("meta",))["meta"]
+        return tensors, meta, folder / f"{stem}{_MODEL}"
+
+    def _prune(self, newest: str) -> None:
+        """Remove what is older than the last `keep`, and what a killed save or prune left incomplete.
+
+        Checkpoints beyond `newest` are of a run that was then continued from further back: not ours to remove.
+        The manifest goes first and the state last, so that a half-removed checkpoint is known as one.
+        """
+        complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if stem <= newest]
+        incomplete = set(_stems(self.run_dir, _STATE)) - set(_stems(self.run_dir, _MANIFEST))
+        for stem in {*complete[: -max(self.keep, 1)], *incomplete}:
+            for kind in (_MANIFEST, _MODEL, _STATE):
+                (self.run_dir / f"{stem}{kind}").unlink(missing_ok=True)
+
+
+def _stems(run_dir: Path, kind: str) -> list[str]:
+    """Sorted names, without ending, of the checkpoints that have this kind of file."""
+    return sorted(path.name.removesuffix(kind) for path in run_dir.glob(f"checkpoint-??????.???{kind}"))
+
+
+def _stem(path: Path) -> str | None:
+    """Name of the checkpoint that a file belongs to; None for any other file."""
+    for kind in (_STATE, _MODEL, _MANIFEST):
+        if path.name.startswith("checkpoint-") and path.name.endswith(kind):
+            return path.name.removesuffix(kind)
+    return None
+
+
+def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
+    """The checkpoint that `latest` names, or the newest whole one before it; warns of each one passed over."""
+    pointer = run_dir / "latest"
+    latest = pointer.read_text().strip() if pointer.is_file() else None
+    complete = set(_stems(run_dir, _MANIFEST))
+    for stem in sorted(complete | set(_stems(run_dir, _STATE)), reverse=True):
+        if latest is not None and stem > latest and stem in complete:
+            continue  # the run was then continued from further back, or killed before it moved the pointer
+        try:
+            _verify(run_dir, stem, kinds)
+        except UserError as error:
+            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=3)
+        else:
+            return stem
+    raise UserError(f"{run_dir}: no complete checkpoint in this folder; give a run folder or a model file")
+
+
+def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
+    """Compare size and SHA-256 of a checkpoint's files with its manifest; raises UserError naming what differs."""
+    manifest = folder / f"{stem}{_MANIFEST}"
+    if not manifest.is_file():
+        raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")
+    try:
+        text = manifest.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{manifest}: cannot be read ({error})") from error
+    files = _parse_header(manifest, text, ("files",))["files"]
+    for name in (f"{stem}{kind}" for kind in kinds):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: incomplete checkpoint: the file is missing")
+        found = _fingerprint(path)
+        if found != files.get(name):
+            raise UserError(f"{path}: damaged: size and SHA-256 are {found}, {manifest.name} says {files.get(name)}")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,228 @@
+"""What a run says: a progress bar or plain lines, stats.jsonl, TensorBoard events and image grids."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+from torch import Tensor
+
+from ect.files.checkpoint import atomic
+from ect.show.grid import make_grid, save_png
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_LINE_SECONDS = 10.0  # between two plain lines, where there is no terminal for a bar
+_RATE_SECONDS = 30.0  # window of the rate
+
+
+class RunLog:
+    """The log of one run, a context manager.
+
+    Args: run_dir: existing folder. total_nimg: images of the whole run, all phases together. quiet: nothing on the
+    console; files are written all the same. resume_nimg: rows and events beyond it are dropped, so that the files of a
+    resumed run read as those of an uninterrupted one. device: whose memory is shown. console: for tests. writes: False for
+    ranks other than 0: neither files nor console.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_nimg: int,
+        quiet: bool = False,
+        resume_nimg: int | None = None,
+        device: torch.device | str = "cpu",
+        console: Console | None = None,
+        writes: bool = True,
+    ) -> None:
+        quiet = quiet or not writes
+        self.run_dir, self.total_nimg, self.nimg = Path(run_dir), total_nimg, resume_nimg or 0
+        self.device = torch.device(device)
+        self.console = console if console is not None and writes else Console(quiet=quiet)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, 120)  # a file or a pipe has no width to wrap at
+        self._quiet = quiet
+        self._phase = "starting"
+        self._seen: deque[tuple[float, int]] = deque()  # (seconds, nimg) of the last steps
+        self._next_line = 0.0
+        self._stats: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+        if writes:
+            stats = self.run_dir / "stats.jsonl"
+            if resume_nimg is not None and stats.is_file():
+                _drop_rows_after(stats, resume_nimg)
+            self._stats = stats.open("a", encoding="utf-8")
+            self._board = _summary_writer(self.run_dir, resume_nimg)
+        self._bar: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            self._start_bar()
+
+    def phase(self, name: str) -> None:
+        """Say what the run does from here on: "pretraining", "tuning", "evaluating". The rate is measured anew."""
+        self._phase = name
+        self._seen.clear()
+        self._next_line = time.monotonic() + _LINE_SECONDS
+        if self._bar is not None:
+            self._bar.update(self._task, description=name, text="")
+        self.note(name)
+
+    def step(self, nimg: int, **stats: Any) -> None:
+        """Show progress: `nimg` images seen, and stats such as loss, stage and lr. Cheap: call it often."""
+        now = time.monotonic()
+        self.nimg = nimg
+        self._seen.append((now, nimg))
+        while self._seen[0][0] < now - _RATE_SECONDS and len(self._seen) > 2:
+            self._seen.popleft()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=nimg, text=self._line(stats))
+        elif not self._quiet and now >= self._next_line:
+            self._next_line = now + _LINE_SECONDS
+            self.note(f"{self._phase} {nimg / 1000:.1f}/{self.total_nimg / 1000:.1f} kimg  {self._line(stats)}")
+
+    def row(self, nimg: int, stats: dict[str, Any]) -> None:
+        """Append {"nimg": nimg, **stats} to stats.jsonl, and the numbers to TensorBoard at step nimg.
+
+        Values are text, None or numbers (0-d tensors too); what is not finite becomes null: JSON has no name for it.
+        """
+        self.nimg = nimg
+        if self._stats is None:
+            return
+        plain = {name: _plain(value) for name, value in stats.items()}
+        self._stats.write(json.dumps({"nimg": nimg, **plain}) + "\n")
+        self._stats.flush()
+        if self._board is not None:
+            for name, value in plain.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, nimg)
+            self._board.flush()
+
+    def grid(self, name: str, images: Tensor) -> Path | None:
+        """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it writes."""
+        if self._stats is None:
+            return None
+        path = self.run_dir / f"{name}-{self.nimg / 1000:010.3f}.png"
+        image = make_grid(images)
+        save_png(image, path)
+        if self._board is not None:
+            self._board.add_image(name, image, self.nimg, dataformats="HWC")
+        return path
+
+    def note(self, text: str) -> None:
+        """One line on the console, above the bar."""
+        self.console.print(Text(text))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table on the console; floats in four significant digits, None as a dash."""
+        table = Table(title=title, title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(Text(column), justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*(Text(_show(value)) for value in row))
+        self.console.print(table)
+
+    def close(self) -> None:
+        """Stop the bar and close the files; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._stats is not None:
+            self._stats.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_bar(self) -> None:
+        rest = Column(no_wrap=True, ratio=1)  # the one that gives way on a narrow terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}", markup=False, table_column=rest),
+            console=self.console,
+            expand=True,
+            refresh_per_second=2,  # the drawing thread shares the CPU with the training
+        )
+        self._task = self._bar.add_task(self._phase, total=self.total_nimg, completed=self.nimg, text="")
+        self._bar.start()
+
+    def _line(self, stats: dict[str, Any]) -> str:
+        (start, first), (now, last) = self._seen[0], self._seen[-1]
+        parts = []
+        if last > first and now > start:
+            rate = (last - first) / (now - start)
+            left = timedelta(seconds=round(max(self.total_nimg - last, 0) / rate))
+            parts += [f"{rate:,.0f} img/s", f"ETA {left}"]
+        parts += [f"{name} {_show(value)}" for name, value in stats.items()]
+        memory = peak_memory(self.device)
+        if memory is not None:
+            parts.append(f"{memory / 2**20:,.0f} MiB")
+        return "  ".join(parts)
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int | None:
+    """Most bytes held so far: of the GPU by tensors, else of main memory by this process. None where unknown."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _summary_writer(run_dir: Path, resume_nimg: int | None) -> SummaryWriter | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run_dir), purge_step=None if resume_nimg is None else resume_nimg + 1)
+
+
+def _drop_rows_after(path: Path, nimg: int) -> None:
+    """Keep, as they are, the rows of stats.jsonl up to `nimg`; a row torn by a kill goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            keep = line.endswith("\n") and json.loads(line)["nimg"] <= nimg
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        if keep:
+            kept.append(line)
+    with atomic(path) as temp:
+        temp.write_text("".join(kept), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

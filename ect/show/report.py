@@ -1,0 +1,76 @@
+"""The end of a job: samples of every sampler side by side, and one table of their quality and cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ect.files.checkpoint import atomic
+from ect.metrics import Column, QualityRow, quality_table
+from ect.show.grid import make_grid
+
+_TITLE_HEIGHT = 24  # pixels
+
+
+def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
+    """Rows of images uint8 [n, H, W, C], each under its title, as one picture uint8 [height, width, 3]."""
+    font = ImageFont.load_default(size=15)
+    parts = []
+    for title, images in rows.items():
+        strip = make_grid(images, columns=len(images), scale=scale).expand(-1, -1, 3)
+        head = Image.new("RGB", (strip.shape[1], _TITLE_HEIGHT), "white")
+        ImageDraw.Draw(head).text((2, 3), title, fill="black", font=font)
+        pixels = torch.frombuffer(bytearray(head.tobytes()), dtype=torch.uint8)
+        parts += [pixels.view(_TITLE_HEIGHT, strip.shape[1], 3), strip]
+    widest = max(part.shape[1] for part in parts)  # a small data set may have fewer images than the samplers
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, widest - part.shape[1]), value=255) for part in parts])
+
+
+def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells: sampler, NFE, metrics, images a second."""
+    headers, cells = quality_table(rows, columns)
+    rates = [f"{row.samples * len(row.values) / row.seconds:.0f}" for row in rows]
+    return [*headers, "images/s"], [[*cell, rate] for cell, rate in zip(cells, rates, strict=True)]
+
+
+def markdown(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, first column left, the others right."""
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def wall_clock(seconds: dict[str, float]) -> str:
+    return "Wall clock: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+
+
+def show(console: Console, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float]) -> None:
+    """The table and the wall clock of each phase, on the console."""
+    if rows:
+        headers, cells = table(rows, columns)
+        view = Table(title=f"Quality of {rows[0].samples} samples each", title_justify="left")
+        for i, name in enumerate(headers):
+            view.add_column(name, justify="left" if i == 0 else "right")
+        for cell in cells:
+            view.add_row(*cell)
+        console.print(view)
+    console.print(wall_clock(seconds), highlight=False)
+
+
+def write(
+    run_dir: Path, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float],
+    checked: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """results.json, and results.md with the table in Markdown, atomically. checked: what the self-check found."""
+    result = {"rows": [row.as_json() for row in rows], "seconds": seconds, "checked": list(checked)}
+    with atomic(run_dir / "results.json") as temp:
+        temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = markdown(*table(rows, columns)) + "\n" if rows else ""
+    with atomic(run_dir / "results.md") as temp:
+        temp.write_text("\n\n".join([text + wall_clock(seconds) + ".", *checked]) + "\n", encoding="utf-8")

@@ -1,0 +1,74 @@
+"""Builds the .cu files of csrc/ with g++ and the CPU runtime of tests/emulator, for backend 'emulated' (from a source tree).
+
+A library is made once per content of its source and the headers, and kept under build/emulator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from ect_kernels import native
+
+ROOT = Path(__file__).resolve().parents[3]
+FLAGS = {
+    "plain": ["-O2", "-fPIC", "-shared"],
+    "program": ["-O2"],
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
+    "record": ["-O0", "-fPIC", "-shared", "-include", "record_launches.h"],
+}
+
+
+def cuda_include() -> Path:
+    """CUDA's headers: the toolkit's, or those of the wheels nvidia-cuda-runtime, -crt and -cccl. Raises FileNotFoundError."""
+    wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/include")
+    for folder in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include", *wheels):
+        if (folder / "cuda_bf16.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
+            return folder
+    raise FileNotFoundError(
+        "no CUDA headers: install a CUDA toolkit, or nvidia-cuda-runtime, nvidia-cuda-crt, nvidia-cuda-cccl"
+    )
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc").glob("*.cu"))
+
+
+def build(kind: str, *files: Path, defines: Sequence[str] = ()) -> Path:
+    """Compile `files` into one shared library ('plain'; 'record': launches are written down, not run) or, with a main among
+    them, one program ('program', 'address', 'thread')."""
+    flags = [*FLAGS[kind], *(f"-D{d}" for d in defines)]
+    headers = [*sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc").rglob("*.h"))]
+    headers += sorted((ROOT / "tests/emulator").glob("*.h"))
+    digest = hashlib.sha256(repr((flags, [f.name for f in files])).encode())
+    for file in (*files, *headers):
+        digest.update(file.read_bytes())
+    suffix = ".so" if "-shared" in flags else ""
+    out = ROOT / "build" / "emulator" / f"{files[0].stem}-{kind}-{digest.hexdigest()[:16]}{suffix}"
+    if out.exists():
+        return out
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise FileNotFoundError("the emulator needs g++ 12 or newer")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temp = out.with_name(f"{out.name}.{os.getpid()}")
+    common = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+    folders = (cuda_include(), ROOT / "csrc", ROOT / "csrc" / "common", ROOT / "tests" / "emulator")
+    include = [f"-I{folder}" for folder in folders]
+    inputs = [word for file in files for word in ("-x", "c++", str(file))]
+    subprocess.run([compiler, *common, *flags, *include, *inputs, "-o", str(temp)], check=True)
+    temp.rename(out)
+    return out
+
+
+def load(*names: str) -> None:
+    """Build if needed and load csrc/<name>.cu, each as a library of its own, for backend 'emulated'. Default: all."""
+    files = [ROOT / "csrc" / f"{name}.cu" for name in names] or sources()
+    for file in files:
+        native.load_emulator(build("plain", file))
