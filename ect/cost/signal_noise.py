@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from ect_kernels.preconditioning import coefficients
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,10 +115,10 @@ def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoise
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         x_, s = x.to(dtype), sigma.to(dtype)
-        total = (s**2 + sigma_data**2).view(-1, 1, 1, 1)
+        c_skip, c_out, c_in = coefficients(s.view(-1, 1, 1, 1), sigma_data)
         given = x_.new_zeros(1, label_dim) if labels is None else labels.to(dtype)
-        F_x = unet(x_ / total.sqrt(), s.log() / 4, given if label_dim else None, None, _mask(x))
-        return sigma_data**2 / total * x_ + s.view(-1, 1, 1, 1) * sigma_data / total.sqrt() * F_x
+        F_x = unet(c_in * x_, s.log() / 4, given if label_dim else None, None, _mask(x))
+        return c_skip * x_ + c_out * F_x
 
     return denoise
 

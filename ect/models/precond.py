@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from ect_kernels.preconditioning import coefficients
 from torch import Tensor, nn
 
 from ect.models.layers import MaskKey
@@ -23,6 +24,11 @@ class EDMPrecond(nn.Module):
     def runs_on_ops(self) -> bool | None:
         """The U-Net's choice between plain forward and fused ops (None: by device)."""
         return self.model.fused  # type: ignore[return-value]
+
+    @property
+    def is_edm(self) -> bool:
+        """Whether D_x in training is the formula above, which ect_kernels.consistency_loss has too, and not a subclass's own."""
+        return type(self) in (EDMPrecond, ECMPrecond)
 
     @property
     def img_resolution(self) -> int:
@@ -54,11 +60,7 @@ class EDMPrecond(nn.Module):
             if class_labels is None:  # the unconditional label, as label dropout trains it
                 class_labels = x.new_zeros(1, self.label_dim)
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        total = sigma**2 + self.sigma_data**2
-        shifted = sigma - self.shift()
-        c_skip = self.sigma_data**2 / (shifted**2 + self.sigma_data**2)
-        c_out = shifted * self.sigma_data / total.sqrt()
-        c_in = 1 / total.sqrt()
+        c_skip, c_out, c_in = coefficients(sigma, self.sigma_data, self.shift())
         c_noise = sigma.log().flatten() / 4
         F_x = self.model(c_in * x, c_noise, class_labels if self.label_dim else None, augment_labels, mask)
         return c_skip * x + c_out * F_x.to(torch.float32)
