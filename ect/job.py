@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ect import precision
+from ect.assembly import objective_type
 from ect.config import Config, PretrainConfig
 from ect.data import load
 from ect.errors import UserError
@@ -26,8 +27,6 @@ from ect.metrics import (
     QualityRow,
     RatedElsewhere,
     Sampler,
-    consistency_samplers,
-    heun_samplers,
     make_evaluator,
     quality_rows,
 )
@@ -154,15 +153,13 @@ class Job:
             teacher = self.train("pretraining", pretrain_config(cfg), self.run_dir / "pretrain")
             if teacher is None:
                 return False
-            models.append((teacher, heun_samplers(HEUN_STEPS)))
+            models.append((teacher, objective_type(cfg.pretrain.objective).samplers(cfg.eval.mid_t, HEUN_STEPS)))
             cfg = replace(cfg, init_from=teacher)
         name = "tuning" if cfg.init_from is not None else "training"
         model = self.train(name, cfg, self.run_dir)
         if model is None:
             return False
-        consistency = cfg.objective.kind == "consistency"
-        samplers = consistency_samplers(cfg.eval.mid_t) if consistency else heun_samplers(HEUN_STEPS)
-        models.append((model, samplers))
+        models.append((model, objective_type(cfg.objective).samplers(cfg.eval.mid_t, HEUN_STEPS)))
         return self.finish(models)
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
@@ -178,7 +175,8 @@ class Job:
         before = resolved(run_dir) if resume else {}
         self_check.keep(before, self.device)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world)
-        if self.cfg.preset != "digits" and cfg.objective.kind == "consistency" and cfg.init_from is None and not resume:
+        staged = objective_type(cfg.objective).staged
+        if self.cfg.preset != "digits" and staged and cfg.init_from is None and not resume:
             trainer.notes.append("no --init-from: training a consistency model from scratch, not tuning a teacher")
         now = self_check.resolved(trainer.step)
         self.checked += [*trainer.checked, *self_check.changes(before, now)]

@@ -204,6 +204,12 @@ def check(cfg: Config) -> None:
         clip = optim.clip
         rules += [
             (f"--{prefix}objective.q", objective.q, objective.q > 1, "greater than 1"),
+            (
+                f"--{prefix}objective.target",
+                objective.target,
+                objective.target == "self" or objective.kind == "consistency",
+                f"self: a diffusion objective has no pairs; or choose --{prefix}objective.kind consistency",
+            ),
             (f"--{prefix}objective.c", objective.c, objective.c >= 0, "0 or greater"),
             (f"--{prefix}objective.k", objective.k, objective.k >= 0, "0 or greater"),
             (f"--{prefix}objective.P-std", objective.P_std, objective.P_std > 0, "greater than 0"),

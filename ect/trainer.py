@@ -20,7 +20,7 @@ from ect_kernels.calls import Recorder
 from torch import Tensor
 
 from ect import precision, schedule
-from ect.assembly import flat_state, network_spec, train_step
+from ect.assembly import flat_state, frozen, network_spec, objective_type, train_step
 from ect.config import Config
 from ect.cost import memory
 from ect.cost.signal_noise import signal_noise
@@ -28,9 +28,9 @@ from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
-from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
-from ect.models import EDMPrecond, build
-from ect.options import to_dict
+from ect.metrics import Evaluator, Sampler, quality_rows
+from ect.models import ECMPrecond, EDMPrecond, build
+from ect.options import from_dict, to_dict
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.sampler import generate
@@ -116,15 +116,17 @@ class Trainer:
     def __post_init__(self) -> None:
         cfg = self.cfg
         self.total_img = round(cfg.total_kimg * 1000)
-        self.consistency = cfg.objective.kind == "consistency"
+        self.objective = objective_type(cfg.objective)
         self.path: Path | None = None
         """Model file of the last checkpoint."""
         self.notes: list[str] = []
+        self.teacher_digest: str | None = None
         self._seconds, self._since = 0.0, time.monotonic()
         self.precision = precision.resolve(cfg.precision, self.device)
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         self.spec, self.net = self._build()
+        self.teacher = self._teacher() if self.objective.wants_teacher else None
         checking, ops = self_check.wanted(cfg.self_check, self.device), Recorder()
         with ops if checking else nullcontext():
             plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
@@ -132,7 +134,8 @@ class Trainer:
         # A copy of now, with the memory order that the weights have now: else each call of it would convert them.
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
         stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
-        self.step = train_step(replace(cfg, batch_per_device=plan.batch_per_device), self.state, stream, self.world)
+        cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
+        self.step = train_step(cfg_of_step, self.state, stream, self.world, self.teacher)
         self.notes += [str(plan), self.state.note(), stream.note]
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
@@ -142,7 +145,7 @@ class Trainer:
         self.checked = self_check.run(self.step, ops.calls, self.nimg, self._stage()) if checking else []
         """What the self-check found, as lines for log and report."""
         self.notes += self.checked
-        if self.precision.half is not None and self.consistency:
+        if self.precision.half is not None and self.objective.staged:
             self.notes.append(self._signal_noise())
 
     def _signal_noise(self) -> str:
@@ -159,7 +162,7 @@ class Trainer:
         if cfg.resume is not None:
             spec = checkpoint.read_model(checkpoint.Checkpoints.load(cfg.resume)[2]).spec
             return spec, build(spec).to(self.device).train()
-        precond = "ECMPrecond" if self.consistency else "EDMPrecond"
+        precond = self.objective.precond
         augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
         if cfg.init_from is None:
             spec = network_spec(cfg.net, precond, self.dataset, augment_dim)
@@ -180,6 +183,24 @@ class Trainer:
         self.notes += checkpoint.load_weights(net, snapshot)
         self.notes.append(f"architecture and sigma_data are those of {cfg.init_from}; of --net only the dropouts count")
         return spec, net.to(self.device).train()
+
+    def _teacher(self) -> EDMPrecond:
+        """The frozen network of --init-from, which a resume reads again."""
+        source = self.cfg.init_from
+        if source is None:
+            raise UserError(
+                "--objective.target teacher: there is no teacher; give a diffusion model with --init-from, or train one "
+                "before, with --pretrain.total-kimg above 0"
+            )
+        net, _ = checkpoint.load_model(source, device=self.device)
+        if isinstance(net, ECMPrecond):
+            raise UserError(
+                f"--objective.target teacher: --init-from {source} is a consistency model, whose answers give no ODE; give a "
+                "diffusion model, or tune this one with --objective.target self"
+            )
+        self.notes.append(f"the frozen teacher is {source}")
+        self.teacher_digest = checkpoint.weights_fingerprint(net)
+        return frozen(self.cfg, net)
 
     @property
     def seconds(self) -> float:
@@ -215,7 +236,7 @@ class Trainer:
 
             if due(every.stats_kimg):
                 row = self.row(stage, step_seconds / (self.nimg - row_nimg) * 1000)
-                shown = {"loss": row["loss"], "stage": stage} if self.consistency else {"loss": row["loss"]}
+                shown = {"loss": row["loss"], "stage": stage} if self.objective.staged else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
             self.log.step(self.nimg, **shown)
             if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
@@ -248,7 +269,7 @@ class Trainer:
 
     def samplers(self) -> list[Sampler]:
         """How this phase's network is sampled for its grids."""
-        return consistency_samplers(self.cfg.eval.mid_t) if self.consistency else heun_samplers(GRID_HEUN_STEPS)
+        return self.objective.samplers(self.cfg.eval.mid_t, GRID_HEUN_STEPS)
 
     def grids(self) -> None:
         net = self.average()
@@ -287,7 +308,7 @@ class Trainer:
         tensors |= {"tally_loss": tally_loss, "grad_norm": self.state.grad_norm}
         meta = {
             "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
-            "config": to_dict(self.cfg), "data": self.fingerprint,
+            "config": to_dict(self.cfg), "data": self.fingerprint, "teacher": self.teacher_digest,
         }  # fmt: skip
         return self.checkpoints.save(self.nimg, self.state.ema_state_dict(0), self.spec, info, tensors, meta)
 
@@ -297,12 +318,22 @@ class Trainer:
         arenas = [state.params, state.exp_avg, state.exp_avg_sq, *state.emas]
         sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas] if self.world.size > 1 else []
         options, weights = json.dumps(to_dict(self.cfg)), str(sums)
-        self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
+        self.world.agree(
+            {
+                "options": options,
+                "images": self.fingerprint,
+                "weights": weights,
+                "nimg": str(self.nimg),
+                "teacher": str(self.teacher_digest),
+            }
+        )
 
     def _resume(self, source: Path) -> None:
         tensors, meta, self.path = checkpoint.Checkpoints.load(source)
-        checkpoint.refuse_changed_maths(meta["config"], to_dict(self.cfg))
+        saved = to_dict(from_dict(Config, meta["config"]))  # options that came after the checkpoint have their defaults
+        checkpoint.refuse_changed_maths(saved, to_dict(self.cfg))
         checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
+        checkpoint.refuse_changed_teacher(meta.get("teacher"), self.teacher_digest, self.cfg.init_from)
         try:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm = tensors["grad_norm"].to(self.device)

@@ -18,6 +18,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "files": {"errors", "models"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"errors"},
+    "objectives": {"objective"},
     "ranks": {"errors", "models", "precision", "step"},
     "show": {"files", "metrics"},
 }

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ect.data.stream import to_float
 from ect.models import EDMPrecond, MaskKey, half_precision_weights
 from ect.objective import Denoiser, Mapping
-from ect.precision import PRECISIONS
+from ect.precision import PRECISIONS, round_weights
 
 LEVELS = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0, 40.0)
 TIGHTEST = Mapping("sigmoid", q=256.0)
@@ -79,14 +79,6 @@ def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) 
         round_weights(twin, half_precision_weights(net), half)
     emulate = precision == "tf32" and next(net.parameters()).device.type == "cpu"
     return denoiser(twin, labels, emulated_tf32 if emulate else contextlib.nullcontext)
-
-
-def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
-    """Put the named parameters in half precision, in place, and run the network on the ops, which sum in fp32."""
-    for name, p in net.named_parameters():
-        if name in names:
-            p.data = p.data.to(half)
-    net.model.fused = True  # type: ignore[assignment]
 
 
 def denoiser(

@@ -26,12 +26,18 @@ from torch import Tensor, nn
 from ect.errors import UserError
 from ect.files import edm_pickle
 from ect.files.edm_pickle import Snapshot
-from ect.files.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
+from ect.files.resume import (
+    data_fingerprint,
+    refuse_changed_data,
+    refuse_changed_maths,
+    refuse_changed_teacher,
+    weights_fingerprint,
+)
 from ect.models import EDMPrecond, build
 
 __all__ = [
     "Checkpoints", "atomic", "data_fingerprint", "load_model", "load_weights", "read_model", "refuse_changed_data",
-    "refuse_changed_maths", "save_model",
+    "refuse_changed_maths", "refuse_changed_teacher", "save_model", "weights_fingerprint",
 ]  # fmt: skip
 
 FORMAT = 1

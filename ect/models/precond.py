@@ -27,7 +27,7 @@ class EDMPrecond(nn.Module):
 
     @property
     def is_edm(self) -> bool:
-        """Whether D_x in training is the formula above, which ect_kernels.consistency_loss has too, and not a subclass's own."""
+        """Whether D_x in training is EDM's, which ect_kernels.consistency_loss has too, and not a subclass's own."""
         return type(self) in (EDMPrecond, ECMPrecond)
 
     @property
