@@ -24,7 +24,7 @@ few minutes of compiling against a few per cent of a step of tens of millisecond
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
     """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
     mult = " ".join(map(str, cfg.channel_mult))
-    if dataset.resolution >> (len(cfg.channel_mult) - 1) < 1:
+    if dataset.resolution % 2 ** (len(cfg.channel_mult) - 1):
         raise UserError(
             f"--net.channel-mult {mult}: images of {dataset.resolution}x{dataset.resolution} cannot be halved "
             f"{len(cfg.channel_mult) - 1} times; give fewer factors"
