@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ect import precision
-from ect.config import Config, PretrainConfig
+from ect.config import HEUN_STEPS, Config, PretrainConfig
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
@@ -25,9 +25,6 @@ from ect.metrics import (
     Evaluator,
     QualityRow,
     RatedElsewhere,
-    Sampler,
-    consistency_samplers,
-    heun_samplers,
     make_evaluator,
     quality_rows,
 )
@@ -37,13 +34,12 @@ from ect.options import load as load_config
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
-from ect.sampler import generate
+from ect.sampler import Heun, Sampler, consistency_samplers, generate
 from ect.show import report
 from ect.show.grid import save_png
 from ect.show.log import RunLog
 from ect.trainer import StopSignal, Trainer
 
-HEUN_STEPS = (18, 5, 2)
 STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
 
@@ -149,19 +145,20 @@ class Job:
                     self.run_dir.rmdir()  # which only an empty folder allows
 
     def _run(self) -> bool:
-        cfg, models = self.cfg, []
+        cfg = self.cfg
+        models: list[tuple[Path, Sequence[Sampler]]] = []
         if cfg.pretrain.total_kimg > 0 and cfg.init_from is None:
             teacher = self.train("pretraining", pretrain_config(cfg), self.run_dir / "pretrain")
             if teacher is None:
                 return False
-            models.append((teacher, heun_samplers(HEUN_STEPS)))
+            models.append((teacher, [Heun(n) for n in HEUN_STEPS]))
             cfg = replace(cfg, init_from=teacher)
         name = "tuning" if cfg.init_from is not None else "training"
         model = self.train(name, cfg, self.run_dir)
         if model is None:
             return False
         consistency = cfg.objective.kind == "consistency"
-        samplers = consistency_samplers(cfg.eval.mid_t) if consistency else heun_samplers(HEUN_STEPS)
+        samplers = consistency_samplers(cfg.eval.mid_t) if consistency else [Heun(n) for n in HEUN_STEPS]
         models.append((model, samplers))
         return self.finish(models)
 
@@ -217,7 +214,7 @@ class Job:
             net, _ = load_model(path, device=self.device)
             for sampler in samplers:
                 with precision.sampling(precision.resolve(self.cfg.precision, self.device)):
-                    images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
+                    images = generate(net, STRIP_SEEDS, sampler, device=self.device, world=self.world)
                     pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
                     if self.evaluator is not None:
                         rows += quality_rows(
