@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from rich.table import Table
 from ect.config import PRESETS, Config, EvalConfig, LogConfig, PretrainConfig
 from ect.files.checkpoint import load_model
 from ect.job import Job
-from ect.metrics import Sampler, consistency_samplers, heun_samplers, quality_rows
+from ect.metrics import quality_rows
+from ect.sampler import Heun, Sampler, consistency_samplers
 from ect.show.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
@@ -68,7 +70,7 @@ def train(cfg: Config, folder: Path) -> Path:
     return folder / f"checkpoint-{cfg.total_kimg:010.3f}.safetensors"
 
 
-def rate(model: Path, name: str, samplers: list[Sampler], job: Job) -> Result:
+def rate(model: Path, name: str, samplers: Sequence[Sampler], job: Job) -> Result:
     net, _ = load_model(model)
     assert job.evaluator is not None
     rows = quality_rows(net, job.evaluator, samplers, samples=SAMPLES, batch=250)
@@ -82,7 +84,7 @@ def one_seed(seed: int, folder: Path) -> Result:
     ect = train(cfg, folder / "ect")
     teacher = folder / "ect" / "pretrain" / f"checkpoint-{cfg.pretrain.total_kimg:010.3f}.safetensors"
     mid_t = cfg.eval.mid_t
-    result = rate(teacher, "diffusion, Heun", heun_samplers((18, 5, 4, 3, 2)), judge)
+    result = rate(teacher, "diffusion, Heun", [Heun(n) for n in (18, 5, 4, 3, 2)], judge)
     result |= rate(teacher, "diffusion, consistency sampler", consistency_samplers(mid_t), judge)
     result |= rate(ect, "ECT", consistency_samplers(mid_t), judge)
     model = train(scratch, folder / "scratch")

@@ -33,7 +33,7 @@ from rich.table import Table
 from ect.config import PRESETS, Config, PretrainConfig
 from ect.files.checkpoint import Checkpoints
 from ect.job import Job, pretrain_config
-from ect.metrics import consistency_samplers
+from ect.sampler import consistency_samplers
 from ect.show.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "precision_quality.jsonl"

@@ -6,7 +6,9 @@ that `--help` and `--dry-run` answer at once. Images are counted in kimg (thousa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +18,19 @@ try:
     _TAKES_NO_VALUE: object = tyro.conf.DisallowNone
 except ImportError:  # where the kernels and their benchmarks run, and nobody parses a command line
     _TAKES_NO_VALUE = None
+
+SIGMA_MAX = 80.0
+"""The noise level that sampling starts from (EDM, ECT)."""
+MID_T = (0.821,)
+"""The noise levels after it, one a network evaluation: those of ECT's CIFAR-10 models."""
+HEUN_STEPS = (18, 5, 2)
+"""Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
+
+
+def mid_t_falls(mid_t: Sequence[float]) -> bool:
+    """Whether SIGMA_MAX > mid_t[0] > mid_t[1] > ... > 0, as consistency sampling takes them."""
+    return all(high > low > 0 for high, low in pairwise((SIGMA_MAX, *mid_t)))
+
 
 Switch = Annotated[bool | None, _TAKES_NO_VALUE]
 """`--name` or `--no-name`; None where neither is given: as the device and the run suggest."""
@@ -130,7 +145,7 @@ class EvalConfig:
     samples: int = 50_000
     """Generated images a row of the table. 0 switches evaluation off."""
     batch: int = 256
-    mid_t: tuple[float, ...] = (0.821,)
+    mid_t: tuple[float, ...] = MID_T
     """Intermediate noise levels: one a network evaluation after the first."""
     weights: Path | None = None
     """Inception weights for image data sets (see python -m ect.evaluate --help)."""

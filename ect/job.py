@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ect import precision
 from ect.assembly import idle_options, objective_type
-from ect.config import Config, PretrainConfig
+from ect.config import HEUN_STEPS, Config, PretrainConfig
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
@@ -26,7 +26,6 @@ from ect.metrics import (
     Evaluator,
     QualityRow,
     RatedElsewhere,
-    Sampler,
     make_evaluator,
     quality_rows,
 )
@@ -36,13 +35,12 @@ from ect.options import load as load_config
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
-from ect.sampler import generate
+from ect.sampler import Sampler, generate
 from ect.show import report
 from ect.show.grid import save_png
 from ect.show.log import RunLog
 from ect.trainer import StopSignal, Trainer
 
-HEUN_STEPS = (18, 5, 2)
 STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
 
@@ -150,7 +148,8 @@ class Job:
                     self.run_dir.rmdir()  # which only an empty folder allows
 
     def _run(self) -> bool:
-        cfg, models = self.cfg, []
+        cfg = self.cfg
+        models: list[tuple[Path, Sequence[Sampler]]] = []
         if cfg.pretrain.total_kimg > 0 and cfg.init_from is None:
             teacher = self.train("pretraining", pretrain_config(cfg), self.run_dir / "pretrain")
             if teacher is None:
@@ -217,7 +216,7 @@ class Job:
             net, _ = load_model(path, device=self.device)
             for sampler in samplers:
                 with precision.sampling(precision.resolve(self.cfg.precision, self.device)):
-                    images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
+                    images = generate(net, STRIP_SEEDS, sampler, device=self.device, world=self.world)
                     pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
                     if self.evaluator is not None:
                         rows += quality_rows(

@@ -18,7 +18,7 @@ from ect_kernels.levels import levels, lower_level, noise_level
 from ect_kernels.perturb import perturb
 from torch import Tensor
 
-from ect.metrics import Sampler, consistency_samplers, heun_samplers
+from ect.sampler import Heun, Sampler, consistency_samplers
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Weighting = Callable[[Tensor, Tensor, float], Tensor]
@@ -101,10 +101,10 @@ class Objective:
         return None
 
     @classmethod
-    def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> list[Sampler]:
+    def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> Sequence[Sampler]:
         """Return the samplers that suit a network so trained: here EDM's, of each number of heun_steps. mid_t: the levels of a
         consistency sampler after its first."""
-        return heun_samplers(heun_steps)
+        return [Heun(steps) for steps in heun_steps]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class ConsistencyObjective(Objective):
         return consistency_loss(F_t, F_r, x_t, x_r, t, r, weight, self.c, sigma_data)
 
     @classmethod
-    def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> list[Sampler]:
+    def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> Sequence[Sampler]:
         return consistency_samplers(mid_t)
 
 

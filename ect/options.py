@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ect.config import PRESETS, Config
+from ect.config import PRESETS, SIGMA_MAX, Config, mid_t_falls
 from ect.errors import UserError
 
 T = TypeVar("T")
@@ -195,8 +195,8 @@ def check(cfg: Config) -> None:
         ("--log.keep", cfg.log.keep, cfg.log.keep >= 1, "at least 1"),
         ("--eval.samples", cfg.eval.samples, cfg.eval.samples == 0 or cfg.eval.samples >= 2, "0 (off) or at least 2"),
         ("--eval.batch", cfg.eval.batch, cfg.eval.batch >= 1, "at least 1"),
-        ("--eval.mid-t", cfg.eval.mid_t, all(a > b > 0 for a, b in zip((80.0, *cfg.eval.mid_t), cfg.eval.mid_t, strict=False)),
-         "noise levels that fall from 80 towards 0"),
+        ("--eval.mid-t", cfg.eval.mid_t, mid_t_falls(cfg.eval.mid_t),
+         f"noise levels that fall from {SIGMA_MAX:g} towards 0"),
     ]  # fmt: skip
     for prefix, objective, optim in [
         ("", cfg.objective, cfg.optim), ("pretrain.", cfg.pretrain.objective, cfg.pretrain.optim),

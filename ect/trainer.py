@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,23 +21,22 @@ from torch import Tensor
 
 from ect import precision, schedule
 from ect.assembly import flat_state, frozen, network_spec, objective_type, train_step
-from ect.config import Config
+from ect.config import HEUN_STEPS, Config
 from ect.cost import memory
 from ect.cost.signal_noise import signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
-from ect.metrics import Evaluator, Sampler, quality_rows
+from ect.metrics import Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, build
 from ect.options import from_dict, to_dict
 from ect.ranks import self_check
 from ect.ranks.distributed import World
-from ect.sampler import generate
+from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
 
-GRID_HEUN_STEPS = (18,)
 NOISE_IMAGES = 16
 ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first one again
 
@@ -267,19 +266,19 @@ class Trainer:
         self.ema_net.load_state_dict(self.state.ema_state_dict(0))
         return self.ema_net
 
-    def samplers(self) -> list[Sampler]:
+    def samplers(self) -> Sequence[Sampler]:
         """How this phase's network is sampled for its grids."""
-        return self.objective.samplers(self.cfg.eval.mid_t, GRID_HEUN_STEPS)
+        return self.objective.samplers(self.cfg.eval.mid_t, HEUN_STEPS[:1])
 
     def grids(self) -> None:
         net = self.average()
         for sampler in self.samplers():
-            images = generate(
-                net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, world=self.world, **sampler.options()
-            )
             with precision.sampling(self.precision):
-                made = torch.cat(list(images))
-            self.log.grid(f"nfe{sampler.nfe}", made)
+                batches = generate(
+                    net, GRID_SEEDS, sampler, batch=len(GRID_SEEDS), device=self.device, world=self.world
+                )
+                images = torch.cat(list(batches))
+            self.log.grid(f"nfe{sampler.nfe}", images)
 
     def evaluate(self) -> None:
         """Judge the averaged weights: one row of statistics, a figure for each sampler and metric."""

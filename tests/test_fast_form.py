@@ -1,4 +1,4 @@
-"""A formula stands once, for ops and objective; and the fast form of an objective never stands in for one that it does not know."""
+"""A formula stands once, for ops and objective; the fast form never stands in for an objective that it does not know."""
 
 from __future__ import annotations
 

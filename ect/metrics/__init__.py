@@ -9,9 +9,6 @@ from ect.metrics.fidelity import FidelityOptions
 from ect.metrics.quality import (
     QualityRow,
     RatedElsewhere,
-    Sampler,
-    consistency_samplers,
-    heun_samplers,
     quality_rows,
     quality_table,
 )
@@ -22,10 +19,7 @@ __all__ = [
     "FidelityOptions",
     "QualityRow",
     "RatedElsewhere",
-    "Sampler",
-    "consistency_samplers",
     "digits_distance",
-    "heun_samplers",
     "make_evaluator",
     "quality_rows",
     "quality_table",

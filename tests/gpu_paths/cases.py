@@ -63,7 +63,8 @@ def configuration(**case: Any) -> Config:
     )  # fmt: skip
     target: Any = "teacher" if case.get("objective") == "distillation" else "self"
     return replace(
-        base, net=net, objective=replace(base.objective, target=target), precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
+        base, net=net, precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
+        objective=replace(base.objective, target=target),
         batch_per_device=BATCH // 2 if case.get("accumulation") else None,
         data=replace(base.data, augment=0.12 if case.get("augment") else 0.0, xflip=bool(case.get("xflip"))),
         optim=replace(base.optim, clip=1.0 if case.get("clip") else None),
