@@ -23,14 +23,13 @@ import torch
 import tyro
 from lib.measure import reason
 from rich.console import Console
-from rich.table import Table
 
 from ect.config import PRESETS, Config, EvalConfig, LogConfig, PretrainConfig
 from ect.files.checkpoint import load_model
 from ect.job import Job
 from ect.metrics import quality_rows
 from ect.sampler import Heun, Sampler, consistency_samplers
-from ect.show.report import markdown
+from ect.show.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
 SAMPLES = 3000
@@ -116,8 +115,8 @@ def short(value: float, digits: int) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
-def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: mean +- standard deviation over seeds of each model and sampler."""
+def table(lines: list[dict[str, Any]]) -> Table:
+    """One row a model and sampler: mean +- standard deviation over seeds."""
     cells = []
     for name in lines[0]["result"]:
         row = [name]
@@ -126,21 +125,16 @@ def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             spread = f" +- {short(statistics.stdev(values), 2)}" if len(values) > 1 else ""
             row += [f"{short(statistics.fmean(values), 3)}{spread}", ", ".join(short(v, 3) for v in values)]
         cells.append(row)
-    return ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"], cells
+    headers = ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"]
+    return Table(headers, cells, f"Digits, {len(lines)} seeds, {SAMPLES} samples")
 
 
 def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
     """Print the table and the claims; returns whether all claims hold."""
-    headers, cells = table(lines)
     if as_markdown:
-        print(markdown(headers, cells))
+        print(table(lines).markdown())
     else:
-        view = Table(title=f"Digits, {len(lines)} seeds, {SAMPLES} samples", title_justify="left")
-        for i, header in enumerate(headers):
-            view.add_column(header, justify="left" if i == 0 else "right")
-        for row in cells:
-            view.add_row(*row)
-        Console(width=130).print(view)
+        Console(width=130).print(table(lines))
     held = [claims(line["result"]) for line in lines]
     for claim in held[0]:
         count = sum(h[claim] for h in held)

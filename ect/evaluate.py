@@ -13,7 +13,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from ect.config import DataConfig, EvalConfig
@@ -36,6 +35,7 @@ from ect.ranks.device import resolve
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
+from ect.show.table import Table
 
 _SAMPLES = 50_000  # as published figures have it
 _DIGITS_SAMPLES = 3_000  # enough for 1,797 digits
@@ -211,15 +211,9 @@ def _rate(
 def _print(
     console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow], arithmetic: str
 ) -> None:  # fmt: skip
-    headers, cells = quality_table(rows, evaluator.columns)
     spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
     console.print(Text(f"{options.model}: {spread} {rows[0].samples:,} samples, products in {arithmetic}"))
-    table = Table()
-    for i, header in enumerate(headers):
-        table.add_column(Text(header), justify="left" if i == 0 else "right")
-    for row in cells:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    console.print(Table(*quality_table(rows, evaluator.columns)))
     for note in evaluator.notes:
         console.print(Text(f"- {note}"))
 
