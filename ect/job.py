@@ -21,6 +21,8 @@ from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
 from ect.files.resume import refuse_changed_maths
+from ect.files.run_folder import RESOLVED, new_run_dir, resolved, run_folder, to_dict
+from ect.files.run_folder import load as load_config
 from ect.metrics import (
     Evaluator,
     QualityRow,
@@ -32,42 +34,19 @@ from ect.metrics import (
     quality_rows,
 )
 from ect.models import fused
-from ect.options import RESOLVED, resolved, run_folder, to_dict
-from ect.options import load as load_config
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
-from ect.ranks.distributed import World
+from ect.ranks.distributed import World, check_share
+from ect.ranks.stop import StopSignal
 from ect.sampler import generate
 from ect.show import report
 from ect.show.grid import save_png
 from ect.show.log import RunLog
-from ect.trainer import StopSignal, Trainer
+from ect.trainer import Trainer
 
 HEUN_STEPS = (18, 5, 2)
 STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
-
-
-def new_run_dir(cfg: Config) -> Path:
-    """--run-dir if it is new or empty, else the next free runs/<number>-<preset>; the folder is created."""
-    if cfg.run_dir is not None:
-        path = cfg.run_dir.expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(
-                f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    root = Path("runs")
-    root.mkdir(exist_ok=True)
-    number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
-    while True:
-        path = root / f"{number:05d}-{cfg.preset}"
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:  # another job took the number
-            number += 1
 
 
 def pretrain_config(cfg: Config) -> Config:
@@ -76,21 +55,6 @@ def pretrain_config(cfg: Config) -> Config:
     return replace(
         cfg, total_kimg=phase.total_kimg, objective=phase.objective, optim=phase.optim, pretrain=PretrainConfig()
     )
-
-
-def check_share(cfg: Config, size: int) -> None:
-    """Raise UserError unless `size` processes can share a batch, in whole forward passes."""
-    share, passes = cfg.batch // size, cfg.batch_per_device
-    if cfg.batch % size:
-        raise UserError(
-            f"--batch {cfg.batch}: {size} processes cannot share it equally; choose a multiple of {size}, or another number "
-            "for torchrun --nproc-per-node"
-        )
-    if isinstance(passes, int) and share % passes:
-        raise UserError(
-            f"--batch-per-device {passes}: each of the {size} processes trains on {share} images of --batch {cfg.batch}; "
-            f"choose a divisor of {share}"
-        )
 
 
 @dataclass

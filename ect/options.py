@@ -5,23 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 import math
 import shlex
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
 from ect.config import PRESETS, Config
 from ect.errors import UserError
+from ect.files.run_folder import load, run_folder, to_dict
 
-T = TypeVar("T")
-RESOLVED = "resolved"
-"""Key in config.json beside the options."""
 MAX_TIGHTNESS = 16
 """log2 of the largest q^n_stages: 1 - r/t falls to 2^-16, which fp32 still resolves to 1 part in 256."""
 
@@ -57,58 +52,6 @@ def preset(name: str) -> Config:
     close = difflib.get_close_matches(name, PRESETS, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
     raise UserError(f"--preset {name}: no such preset{meant} Known: {', '.join(PRESETS)}")
-
-
-def run_folder(path: Path) -> Path:
-    """The run folder of --resume's value, a run folder or a file in one. Raises UserError if it holds no config.json."""
-    path = path.expanduser()
-    folder = path if path.is_dir() else path.parent
-    if not path.exists() or not (folder / "config.json").is_file():
-        raise UserError(f"--resume {path}: expected a run folder (with its config.json) or a checkpoint inside one")
-    return folder
-
-
-def load(folder: Path) -> Config:
-    """The configuration a run was started with, from its config.json."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict(
-            Config, {k: v for k, v in values.items() if k != RESOLVED} if isinstance(values, dict) else values
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a configuration this version can read ({error})") from error
-
-
-def resolved(folder: Path) -> dict[str, Any]:
-    """What the run in a folder computed with (self_check.resolved), from its config.json; {} where it does not say."""
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get(RESOLVED, {}) if path.is_file() else {}
-
-
-def to_dict(cfg: Config) -> dict[str, Any]:
-    """JSON-able form of a configuration."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
-
-
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The inverse of to_dict. Raises KeyError or TypeError where fields are unknown or of another shape."""
-    if not isinstance(values, dict):
-        raise TypeError(f"expected an object, found {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
-    unknown = values.keys() - hints.keys()
-    if unknown:
-        raise KeyError(f"unknown fields {sorted(unknown)}")
-    return cls(**{name: _convert(hints[name], value) for name, value in values.items()})
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value)
-    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is not None and Path in choices:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def describe(cfg: Config) -> str:

@@ -22,7 +22,8 @@ from ect import convert, evaluate, sample
 from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_last
 from ect.config import PRESETS, Config
 from ect.errors import UserError
-from ect.options import check, describe, parse, to_dict
+from ect.files.run_folder import to_dict
+from ect.options import check, describe, parse
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 from ect.config import EvalConfig
 from ect.data import load
 from ect.errors import UserError
-from ect.job import Job, check_share
+from ect.job import Job
 from ect.ranks import device, launch
-from ect.ranks.distributed import World, start
+from ect.ranks.distributed import World, check_share, start
+from ect.ranks.stop import ECHO_SECONDS, StopSignal
 from ect.sample import Options, sample
 from ect.show.log import RunLog
 from ect.step import TrainStep
-from ect.trainer import ECHO_SECONDS, StopSignal, Trainer
+from ect.trainer import Trainer
 from tests.tiny import BATCH, STEPS, config, run
 
 needs_gloo = pytest.mark.skipif(

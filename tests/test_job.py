@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from ect.config import PRESETS, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimConfig, PretrainConfig
 from ect.errors import UserError
 from ect.files.checkpoint import load_model, read_model
-from ect.job import Job, new_run_dir, pretrain_config
+from ect.files.run_folder import new_run_dir
+from ect.job import Job, pretrain_config
 from ect.options import parse
 from ect.step import TrainStep
 from ect.train import main

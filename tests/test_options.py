@@ -13,7 +13,8 @@ import pytest
 
 from ect.config import PRESETS, Config
 from ect.errors import UserError
-from ect.options import check, describe, from_dict, load, parse, preset, run_folder, to_dict
+from ect.files.run_folder import from_dict, load, run_folder, to_dict
+from ect.options import check, describe, parse, preset
 from ect.train import main
 
 
