@@ -16,12 +16,12 @@ from rich.console import Console
 from torch import Tensor
 
 from ect import precision
-from ect.config import Config, PretrainConfig
+from ect.config import Config
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
 from ect.files.resume import refuse_changed_maths
-from ect.files.run_folder import RESOLVED, new_run_dir, resolved, run_folder, to_dict
+from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
 from ect.files.run_folder import load as load_config
 from ect.metrics import (
     Evaluator,
@@ -34,6 +34,7 @@ from ect.metrics import (
     quality_rows,
 )
 from ect.models import fused
+from ect.options import preset
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
@@ -49,12 +50,17 @@ STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
 
 
-def pretrain_config(cfg: Config) -> Config:
-    """The diffusion phase as a configuration of its own."""
-    phase = cfg.pretrain
-    return replace(
-        cfg, total_kimg=phase.total_kimg, objective=phase.objective, optim=phase.optim, pretrain=PretrainConfig()
-    )
+def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
+    """The diffusion phase as a configuration of its own: --pretrain's preset gives length, objective and optimizer, `cfg` the
+    rest. run_dir: the folder of the phase; once it has begun there, it goes on as it began, whatever became of the preset."""
+    assert cfg.pretrain is not None
+    if run_dir is not None and (run_dir / CONFIG).is_file():
+        phase = load_config(run_dir)
+    else:
+        phase = preset(cfg.pretrain, "--pretrain")
+        phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
+    parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
+    return replace(cfg, pretrain=None, pretrain_kimg=None, **parts)
 
 
 @dataclass
@@ -114,8 +120,9 @@ class Job:
 
     def _run(self) -> bool:
         cfg, models = self.cfg, []
-        if cfg.pretrain.total_kimg > 0 and cfg.init_from is None:
-            teacher = self.train("pretraining", pretrain_config(cfg), self.run_dir / "pretrain")
+        if cfg.pretrain is not None and cfg.init_from is None:
+            folder = self.run_dir / "pretrain"
+            teacher = self.train("pretraining", pretrain_config(cfg, folder), folder)
             if teacher is None:
                 return False
             models.append((teacher, heun_samplers(HEUN_STEPS)))
@@ -134,7 +141,7 @@ class Job:
         resume = None
         if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
-            if named.is_file() and named.parent == run_dir and named.name != "config.json":
+            if named.is_file() and named.parent == run_dir and named.name != CONFIG:
                 resume = named
             elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
                 resume = run_dir
@@ -169,7 +176,7 @@ class Job:
     @staticmethod
     def _write_config(cfg: Config, folder: Path, now: dict[str, Any]) -> None:
         values = to_dict(replace(cfg, resume=None)) | {RESOLVED: now}
-        with atomic(folder / "config.json") as temp:
+        with atomic(folder / CONFIG) as temp:
             temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> bool:

@@ -23,7 +23,7 @@ from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
-from ect.files.run_folder import to_dict
+from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
 from ect.models import EDMPrecond, build
 from ect.ranks import self_check
@@ -256,7 +256,7 @@ class Trainer:
 
     def _resume(self, source: Path) -> None:
         tensors, meta, self.path = checkpoint.Checkpoints.load(source)
-        checkpoint.refuse_changed_maths(meta["config"], to_dict(self.cfg))
+        checkpoint.refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
         checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
         try:
             self.state.load_state_tensors(tensors)

@@ -214,7 +214,7 @@ def test_bad_input_is_told_once(tmp_path: Path) -> None:
 
 @needs_gloo
 def test_sigterm_to_torchrun_saves_once_and_says_how_to_continue(tmp_path: Path) -> None:
-    command = ["--run-dir", "run", "--pretrain.total-kimg", "0", "--eval.samples", "0"]
+    command = ["--run-dir", "run", "--pretrain", "None", "--eval.samples", "0"]
     command += ["--log.checkpoint-kimg", "0", "--log.stats-kimg", "0.1", "--log.sample-kimg", "0"]
     with torchrun("-m", "ect.train", *command, cwd=tmp_path) as process:
         stats, deadline = tmp_path / "run" / "stats.jsonl", time.monotonic() + 120

@@ -21,8 +21,8 @@ from first_hour import Stage
 from lib import first_hour_report, measure
 
 from ect import options
-from ect.config import PRESETS
 from ect.files.run_folder import to_dict
+from ect.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,12 +7,14 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union
 
 from ect.config import Config
 from ect.errors import UserError
+from ect.files.old_configs import FORMAT, current
 
 T = TypeVar("T")
+CONFIG = "config.json"
 RESOLVED = "resolved"
 """Key in config.json beside the options."""
 
@@ -43,49 +45,57 @@ def run_folder(path: Path) -> Path:
     """The run folder of --resume's value, a run folder or a file in one. Raises UserError if it holds no config.json."""
     path = path.expanduser()
     folder = path if path.is_dir() else path.parent
-    if not path.exists() or not (folder / "config.json").is_file():
+    if not path.exists() or not (folder / CONFIG).is_file():
         raise UserError(f"--resume {path}: expected a run folder (with its config.json) or a checkpoint inside one")
     return folder
 
 
 def load(folder: Path) -> Config:
     """The configuration a run was started with, from its config.json."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict(
-            Config, {k: v for k, v in values.items() if k != RESOLVED} if isinstance(values, dict) else values
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        return from_dict({name: value for name, value in values.items() if name != RESOLVED})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a configuration this version can read ({error})") from error
 
 
 def resolved(folder: Path) -> dict[str, Any]:
     """What the run in a folder computed with (self_check.resolved), from its config.json; {} where it does not say."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     return json.loads(path.read_text(encoding="utf-8")).get(RESOLVED, {}) if path.is_file() else {}
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
-    """JSON-able form of a configuration."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+    """JSON-able form of a configuration, with the number of its format."""
+    return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(cfg), default=str))}
 
 
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The inverse of to_dict. Raises KeyError or TypeError where fields are unknown or of another shape."""
-    if not isinstance(values, dict):
-        raise TypeError(f"expected an object, found {type(values).__name__}")
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of to_dict, also of what earlier versions wrote. Raises KeyError where fields are unknown, and TypeError or
+    ValueError where they are of another type."""
+    return _build(Config, current(values))
+
+
+def _build(cls: type[T], values: dict[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     unknown = values.keys() - hints.keys()
     if unknown:
         raise KeyError(f"unknown fields {sorted(unknown)}")
-    return cls(**{name: _convert(hints[name], value) for name, value in values.items()})
+    return cls(**{name: _convert(hints[name], value, name) for name, value in values.items()})
 
 
-def _convert(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value)
-    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is not None and Path in choices:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """A value of JSON as the field `name`, of type `kind`."""
+    for choice in typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,):
+        origin, args = typing.get_origin(choice), typing.get_args(choice)
+        if dataclasses.is_dataclass(choice) and isinstance(value, dict):
+            return _build(typing.cast(type, choice), value)
+        if origin is tuple and isinstance(value, list):
+            kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+            return tuple(_convert(one, item, name) for one, item in zip(kinds, value, strict=True))
+        if choice is Path and isinstance(value, str):
+            return Path(value)
+        if type(value) is choice or (choice is float and type(value) is int) or (origin is Literal and value in args):
+            return value
+    raise TypeError(f"{name}: {value!r} is not of type {kind}")
