@@ -120,7 +120,14 @@ def test_resume_needs_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
     assert run_folder(tmp_path) == tmp_path
     assert parse(["--resume", str(tmp_path)]).objective.q == 256
-    for damage in ("{", '{"preset": "digits", "speed": 3}', "[]"):
+    typed = (
+        '{"batch": "8"}',
+        '{"optim": {"betas": [0.9]}}',
+        '{"data": {"labels": 1}}',
+        '{"net": {"arch": "unet"}}',
+        '{"net": 3}',
+    )
+    for damage in ("{", '{"preset": "digits", "speed": 3}', "[]", *typed):
         (tmp_path / "config.json").write_text(damage)
         with pytest.raises(UserError, match=r"config\.json: not a configuration"):
             load(tmp_path)
