@@ -294,8 +294,8 @@ class Trainer:
     def _agree(self) -> None:
         """Raise UserError unless all ranks start from the same point."""
         state = self.state
-        arenas = [state.params, state.exp_avg, state.exp_avg_sq, *state.emas]
-        sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas] if self.world.size > 1 else []
+        arenas = state.saved_arenas().values() if self.world.size > 1 else ()
+        sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas]
         options, weights = json.dumps(to_dict(self.cfg)), str(sums)
         self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
@@ -305,7 +305,7 @@ class Trainer:
         checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
         try:
             self.state.load_state_tensors(tensors)
-            self.state.grad_norm = tensors["grad_norm"].to(self.device)
+            self.state.grad_norm.copy_(tensors["grad_norm"])
             self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
         except KeyError as error:
             raise UserError(

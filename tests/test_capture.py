@@ -67,7 +67,7 @@ def _rebind_loss(step: TrainStep) -> None:
 
 
 def _rebind_arena(step: TrainStep) -> None:
-    step.state.exp_avg = step.state.exp_avg.clone()
+    step.state.moments["exp_avg"] = step.state.moments["exp_avg"].clone()
 
 
 def _count_on_the_host(step: TrainStep) -> None:

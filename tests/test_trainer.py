@@ -49,7 +49,7 @@ def test_every_field_reaches_its_object(tmp_path: Path) -> None:
     assert step.objective == ConsistencyObjective(Mapping("const", 3.0, 5.0, 2.0), 0.05, "inverse_t", 0.6, -0.9, 1.7)
     assert (step.seed, step.batch, step.micro_batch, step.xflip, step.augment.p) == (5, 8, 4, True, 0.25)
     assert step.stream.order.seed == 5 and step.stream.labels is not None
-    assert (state.optimizer, state.betas, float(state.eps), state.clip) == ("adam", (0.8, 0.95), 1e-6, 0.7)
+    assert (state.rule.op_name, state.rule.betas, float(state.rule.eps), state.rule.clip) == ("adam", (0.8, 0.95), 1e-6, 0.7)
     assert isinstance(net.model, DhariwalUNet) and net.sigma_data == 0.6
     kwargs = trainer.spec["kwargs"]
     assert (kwargs["dropout"], kwargs["label_dropout"], kwargs["num_blocks"]) == (0.3, 0.15, 2)
