@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ect.emas import emas_of
+
 try:
     import tyro
 
@@ -90,10 +92,11 @@ class OptimConfig:
     decay: Literal["constant", "linear", "rsqrt"] = "constant"
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
     decay_kimg: float = 0.0
-    ema_beta: float = 0.9999
-    """Decay of the weight average per step."""
+    emas: tuple[str, ...] = (".9999",)
+    """Weight averages, 1 to 3, each by its decay per step: '.9999' or '.9999 .999'. The model is the first; --ema 1 of
+    ect.sample and ect.evaluate takes the second."""
     ema_rampup: float | None = None
-    """Early in a run, let the average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
+    """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class Config:
 
 
 _DIGITS_OPTIM = OptimConfig(
-    betas=(0.9, 0.99), warmup_kimg=6.4, decay="linear", decay_kimg=38.4, ema_beta=0.995, ema_rampup=0.05
+    betas=(0.9, 0.99), warmup_kimg=6.4, decay="linear", decay_kimg=38.4, emas=(".995",), ema_rampup=0.05
 )
 _CIFAR10_DATA = DataConfig(source="datasets/cifar-10-python.tar.gz")
 # DDPM++ of EDM's edm-cifar10-32x32-uncond-vp.pkl; --init-from that file is what these recipes expect.
@@ -187,7 +190,7 @@ _CIFAR10 = Config(
     data=_CIFAR10_DATA,
     batch=128,
     objective=ObjectiveConfig(q=2.0, n_stages=8, stage_kimg=3200.0),
-    optim=OptimConfig(optimizer="radam", lr=1e-4, ema_beta=0.9999),
+    optim=OptimConfig(optimizer="radam", lr=1e-4, emas=(".9999",)),
     log=LogConfig(stats_kimg=12.8, sample_kimg=640.0, checkpoint_kimg=1280.0),
 )
 
@@ -214,7 +217,7 @@ _RECIPES = {
         _CIFAR10,
         total_kimg=1024.0,
         objective=replace(_CIFAR10.objective, q=256.0, n_stages=1, stage_kimg=1024.0),
-        optim=replace(_CIFAR10.optim, ema_beta=0.9993),
+        optim=replace(_CIFAR10.optim, emas=(".9993",)),
         log=replace(_CIFAR10.log, sample_kimg=128.0, checkpoint_kimg=256.0),
     ),
     "cifar10-100k": _stages_of_8(12_800.0),
@@ -229,7 +232,7 @@ _RECIPES = {
         net=NetConfig(dropout=0.13),
         objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),
         optim=OptimConfig(
-            optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, ema_beta=0.5 ** (512 / 500e3), ema_rampup=0.05
+            optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, emas=emas_of(0.5 ** (512 / 500e3)), ema_rampup=0.05
         ),
         log=LogConfig(stats_kimg=51.2, sample_kimg=2560.0, checkpoint_kimg=2560.0),
     ),

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from ect import emas
 from ect.config import PRESETS, Config
 from ect.errors import UserError
 
@@ -233,7 +234,24 @@ def check(cfg: Config) -> None:
             (f"--{prefix}optim.betas", optim.betas, all(0 <= b < 1 for b in optim.betas), "from 0 to below 1"),
             (f"--{prefix}optim.eps", optim.eps, optim.eps >= 0, "0 or greater"),
             (f"--{prefix}optim.clip", clip, clip is None or clip > 0, "greater than 0"),
-            (f"--{prefix}optim.ema-beta", optim.ema_beta, 0 <= optim.ema_beta < 1, "from 0 to below 1"),
+            (
+                f"--{prefix}optim.emas",
+                " ".join(optim.emas),
+                emas.are_few(optim.emas),
+                f"1 to {emas.MAX_EMAS} weight averages, each once",
+            ),
+            (
+                f"--{prefix}optim.emas",
+                " ".join(optim.emas),
+                emas.have_no_power(optim.emas),
+                "constant decays such as .9999; averages by a power profile (rel:) are not there yet",
+            ),
+            (
+                f"--{prefix}optim.emas",
+                " ".join(optim.emas),
+                emas.are_decays(optim.emas),
+                "decays per step, from 0 to below 1, such as .9999",
+            ),
         ]
     for option, value, ok, expected in rules:
         if not ok:

@@ -92,7 +92,7 @@ def test_it_trains_a_denoiser_on_the_digits() -> None:
 
 
 def test_a_rule_that_knows_no_loss_scale_says_so() -> None:
-    with pytest.raises(ValueError, match="loss_scale is 8.0; the rule Momentum knows none"):
+    with pytest.raises(ValueError, match=r"loss_scale is 8\.0; the rule Momentum knows none"):
         FlatState(network(), Momentum, loss_scale=8.0)
 
 

@@ -84,7 +84,9 @@ class Rule(ABC):
     def __init__(self, settings: Settings, device: torch.device) -> None:
         s = settings
         if s.loss_scale is not None and not self.takes_loss_scale:
-            raise ValueError(f"loss_scale is {s.loss_scale}; the rule {type(self).__name__} knows none, so fp16 cannot use it")
+            raise ValueError(
+                f"loss_scale is {s.loss_scale}; the rule {type(self).__name__} knows none, so fp16 cannot use it"
+            )
         self.betas = s.betas
         self.state_f64, self.state_i64 = new_state(
             self.op_name, s.lr, s.betas, s.eps, s.clip, s.ema_betas, s.loss_scale, s.growth_interval, device
@@ -92,7 +94,10 @@ class Rule(ABC):
         self._values: dict[int, float | None] = {F64.LR: s.lr, F64.EPS: s.eps, F64.CLIP: s.clip}
         self._values |= {F64.EMA_BETA0 + i: beta for i, beta in enumerate(s.ema_betas)}
         self._emas = range(F64.EMA_BETA0, F64.EMA_BETA0 + len(s.ema_betas))
-        self.device_lr, self.device_ema_betas = self.state_f64[F64.LR], self.state_f64[self._emas.start : self._emas.stop]
+        self.device_lr, self.device_ema_betas = (
+            self.state_f64[F64.LR],
+            self.state_f64[self._emas.start : self._emas.stop],
+        )
         self.steps, self.nonfinite, _, self.skipped = self.state_i64[: I64.GROWTH_INTERVAL].unbind()
         self.grad_norm = self.state_f64[F64.GRAD_NORM]
         self.loss_scale = None if s.loss_scale is None else self.state_f64[F64.LOSS_SCALE]
