@@ -285,11 +285,11 @@ class Checkpoints:
         stem = f"checkpoint-{nimg / 1000:010.3f}"
         state_meta = {"ect_state": json.dumps({"format": FORMAT, "meta": meta})}
         _write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)
-        names = [f"{stem}{_STATE}"]
+        names = []
         for kind, (weights, about) in zip(_MODELS, itertools.chain([(model_state, info)], averages), strict=False):
             names.append(f"{stem}{kind}")
             save_model(self.run_dir / names[-1], weights, spec, about)
-        files = {name: _fingerprint(self.run_dir / name) for name in names}
+        files = {name: _fingerprint(self.run_dir / name) for name in [*names, f"{stem}{_STATE}"]}
         with atomic(self.run_dir / f"{stem}{_MANIFEST}") as temp:
             temp.write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": files}, indent=1) + "\n")
         with atomic(self.run_dir / "latest") as temp:
