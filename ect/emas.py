@@ -19,13 +19,14 @@ def beta_of(entry: str) -> float:
 
 
 def emas_of(ema_beta: float) -> tuple[str, ...]:
-    """The entries of one average with this decay per step, exactly."""
-    return (str(ema_beta),)
+    """The entry of one average with this decay per step, exactly."""
+    return (spelled(str(ema_beta)),)
 
 
 def spelled(entry: str) -> str:
-    """One spelling for all that mean the same: .9999 and 0.9999."""
-    return entry if math.isnan(beta_of(entry)) else str(beta_of(entry))
+    """One spelling for all that mean the same: .9999 for 0.9999 and 9999e-4."""
+    text = str(beta_of(entry))
+    return entry if text == "nan" else text[1:] if text.startswith("0.") else text
 
 
 def are_few(entries: Sequence[str]) -> bool:

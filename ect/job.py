@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ect import precision
 from ect.assembly import idle_options
-from ect.config import Config, PretrainConfig
+from ect.config import Config
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
 from ect.files.resume import refuse_changed_maths
+from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
+from ect.files.run_folder import load as load_config
 from ect.metrics import (
     Evaluator,
     QualityRow,
@@ -34,65 +36,33 @@ from ect.metrics import (
     quality_rows,
 )
 from ect.models import fused
-from ect.options import RESOLVED, resolved, run_folder, to_dict
-from ect.options import load as load_config
+from ect.options import preset
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
-from ect.ranks.distributed import World
+from ect.ranks.distributed import World, check_share
+from ect.ranks.stop import StopSignal
 from ect.sampler import generate
 from ect.show import report
 from ect.show.grid import save_png
 from ect.show.log import RunLog
-from ect.trainer import StopSignal, Trainer
+from ect.trainer import Trainer
 
 HEUN_STEPS = (18, 5, 2)
 STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
 
 
-def new_run_dir(cfg: Config) -> Path:
-    """--run-dir if it is new or empty, else the next free runs/<number>-<preset>; the folder is created."""
-    if cfg.run_dir is not None:
-        path = cfg.run_dir.expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(
-                f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    root = Path("runs")
-    root.mkdir(exist_ok=True)
-    number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
-    while True:
-        path = root / f"{number:05d}-{cfg.preset}"
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:  # another job took the number
-            number += 1
-
-
-def pretrain_config(cfg: Config) -> Config:
-    """The diffusion phase as a configuration of its own."""
-    phase = cfg.pretrain
-    return replace(
-        cfg, total_kimg=phase.total_kimg, objective=phase.objective, optim=phase.optim, pretrain=PretrainConfig()
-    )
-
-
-def check_share(cfg: Config, size: int) -> None:
-    """Raise UserError unless `size` processes can share a batch, in whole forward passes."""
-    share, passes = cfg.batch // size, cfg.batch_per_device
-    if cfg.batch % size:
-        raise UserError(
-            f"--batch {cfg.batch}: {size} processes cannot share it equally; choose a multiple of {size}, or another number "
-            "for torchrun --nproc-per-node"
-        )
-    if isinstance(passes, int) and share % passes:
-        raise UserError(
-            f"--batch-per-device {passes}: each of the {size} processes trains on {share} images of --batch {cfg.batch}; "
-            f"choose a divisor of {share}"
-        )
+def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
+    """The diffusion phase as a configuration of its own: --pretrain's preset gives length, objective and optimizer, `cfg` the
+    rest. run_dir: the folder of the phase; once it has begun there, it goes on as it began, whatever became of the preset."""
+    assert cfg.pretrain is not None
+    if run_dir is not None and (run_dir / CONFIG).is_file():
+        phase = load_config(run_dir)
+    else:
+        phase = preset(cfg.pretrain, "--pretrain")
+        phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
+    parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
+    return replace(cfg, pretrain=None, pretrain_kimg=None, **parts)
 
 
 @dataclass(frozen=True)
@@ -172,9 +142,10 @@ class Job:
     def _run(self) -> bool:
         cfg = self.cfg
         models: list[Rated] = []
-        if cfg.pretrain.total_kimg > 0 and cfg.init_from is None:
-            phase = pretrain_config(cfg)
-            teacher = self.train("pretraining", phase, self.run_dir / "pretrain")
+        if cfg.pretrain is not None and cfg.init_from is None:
+            folder = self.run_dir / "pretrain"
+            phase = pretrain_config(cfg, folder)
+            teacher = self.train("pretraining", phase, folder)
             if teacher is None:
                 return False
             models += Rated.averages(teacher, phase, heun_samplers(HEUN_STEPS))
@@ -193,7 +164,7 @@ class Job:
         resume = None
         if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
-            if named.is_file() and named.parent == run_dir and named.name != "config.json":
+            if named.is_file() and named.parent == run_dir and named.name != CONFIG:
                 resume = named
             elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
                 resume = run_dir
@@ -228,7 +199,7 @@ class Job:
     @staticmethod
     def _write_config(cfg: Config, folder: Path, now: dict[str, Any]) -> None:
         values = to_dict(replace(cfg, resume=None)) | {RESOLVED: now}
-        with atomic(folder / "config.json") as temp:
+        with atomic(folder / CONFIG) as temp:
             temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, models: Sequence[Rated]) -> bool:

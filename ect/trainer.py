@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,58 +23,18 @@ from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
+from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
 from ect.models import EDMPrecond, build
-from ect.options import to_dict
 from ect.ranks import self_check
 from ect.ranks.distributed import World
+from ect.ranks.stop import StopSignal
 from ect.sampler import generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
 
 GRID_HEUN_STEPS = (18,)
 NOISE_IMAGES = 16
-ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first one again
-
-
-@dataclass
-class StopSignal:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step. Ranks hear a signal at different steps, or not at all:
-    what one of them heard, all act upon after the same step (`heard`)."""
-
-    requested: bool = False
-    world: World = World()
-
-    def heard(self) -> bool:
-        """Whether any rank was asked to stop; a call by all ranks. It costs a round trip between the hosts (on a GPU while it
-        works on the step just launched), and so ranks never drift apart, and a lost one is noticed in the next step."""
-        return self.world.any(self.requested)
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it
-        must come later, for torchrun answers one Ctrl-C with SIGINT and SIGTERM to each process."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-
-        first = 0.0
-
-        def handler(number: int, frame: FrameType | None) -> None:
-            nonlocal first
-            if not self.requested:
-                self.requested, first = True, time.monotonic()
-                if self.world.rank == 0:
-                    print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
-            elif self.world.size == 1 or time.monotonic() > first + ECHO_SECONDS:
-                raise KeyboardInterrupt
-
-        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in previous.items():
-                signal.signal(number, old)
 
 
 @dataclass
@@ -310,7 +265,7 @@ class Trainer:
 
     def _resume(self, source: Path) -> None:
         tensors, meta, self.path = checkpoint.Checkpoints.load(source)
-        checkpoint.refuse_changed_maths(meta["config"], to_dict(self.cfg))
+        checkpoint.refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
         checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
         try:
             self.state.load_state_tensors(tensors)

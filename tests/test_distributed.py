@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 from ect.config import EvalConfig, OptimConfig
 from ect.data import load
 from ect.errors import UserError
-from ect.job import Job, check_share
+from ect.job import Job
 from ect.ranks import device, launch
-from ect.ranks.distributed import World, start
+from ect.ranks.distributed import World, check_share, start
+from ect.ranks.stop import ECHO_SECONDS, StopSignal
 from ect.sample import Options, sample
 from ect.show.log import RunLog
 from ect.step import TrainStep
-from ect.trainer import ECHO_SECONDS, StopSignal, Trainer
+from ect.trainer import Trainer
 from tests.tiny import BATCH, STEPS, config, run
 
 needs_gloo = pytest.mark.skipif(
@@ -213,7 +214,7 @@ def test_bad_input_is_told_once(tmp_path: Path) -> None:
 
 @needs_gloo
 def test_sigterm_to_torchrun_saves_once_and_says_how_to_continue(tmp_path: Path) -> None:
-    command = ["--run-dir", "run", "--pretrain.total-kimg", "0", "--eval.samples", "0"]
+    command = ["--run-dir", "run", "--pretrain", "None", "--eval.samples", "0"]
     command += ["--log.checkpoint-kimg", "0", "--log.stats-kimg", "0.1", "--log.sample-kimg", "0"]
     with torchrun("-m", "ect.train", *command, cwd=tmp_path) as process:
         stats, deadline = tmp_path / "run" / "stats.jsonl", time.monotonic() + 120

@@ -21,12 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ect import precision
 from ect.assembly import train_step
-from ect.config import PRESETS, DataConfig
+from ect.config import DataConfig
 from ect.data import load
 from ect.emas import beta_of
 from ect.models import EDMPrecond, half_precision_weights
 from ect.objective import ConsistencyObjective
 from ect.optim import FlatState
+from ect.presets import PRESETS
 from tests.tiny import NET
 
 CPU = torch.device("cpu")

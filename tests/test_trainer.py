@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ect import precision, schedule
-from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig, PretrainConfig
+from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.files.checkpoint import Checkpoints, read_model
@@ -102,7 +102,7 @@ def test_the_model_file_holds_the_average(tmp_path: Path) -> None:
 
 
 def test_tuning_starts_at_the_pretrained_average(tmp_path: Path) -> None:
-    cfg = config(pretrain=PretrainConfig(total_kimg=0.08), log=replace(config().log, keep=99))
+    cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08, log=replace(config().log, keep=99))
     run(cfg, tmp_path / "run")
     teacher = read_model(tmp_path / "run" / "pretrain").state
     start = read_model(tmp_path / "run" / "checkpoint-000000.000.safetensors").state
@@ -306,7 +306,7 @@ def test_strips_of_unequal_length() -> None:
     ],
 )
 def test_impossible_networks_are_named_and_leave_nothing_behind(net: NetConfig, said: str, tmp_path: Path) -> None:
-    cfg = config(net=net, run_dir=tmp_path / "run", pretrain=PretrainConfig(total_kimg=0.08))
+    cfg = config(net=net, run_dir=tmp_path / "run", pretrain="digits-diffusion", pretrain_kimg=0.08)
     with pytest.raises(UserError, match=said):
         Job(cfg, Console(quiet=True)).run()
     assert not list((tmp_path / "run").iterdir())

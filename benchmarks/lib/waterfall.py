@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ect import precision
 from ect.assembly import build_objective, flat_state, network_spec, train_step
-from ect.config import PRESETS, Config, DataConfig
+from ect.config import Config, DataConfig
 from ect.data import Dataset, ImageStream, load
 from ect.emas import beta_of
 from ect.models import EDMPrecond, build, half_precision_weights
 from ect.objective import ConsistencyObjective
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from lib.baseline import ParameterState, PlainStep
 
