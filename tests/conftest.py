@@ -12,6 +12,7 @@ if not torch.cuda.is_available():  # before any test imports triton, whose libra
     os.environ["TRITON_INTERPRET"] = "1"
 
 from ect import precision
+from tests.quick import Quick
 
 torch.set_num_threads(1)
 FLAGS = [
@@ -51,6 +52,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="tests/gpu_paths: every combination, not only every pair")
+    parser.addoption("--quick", action="store_true", help="without the tests that are marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Quick(config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
