@@ -10,7 +10,7 @@ from ect import precision
 from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
 from ect.errors import UserError
-from ect.models import EDMPrecond, half_precision_weights
+from ect.models import EDMPrecond
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
 from ect.ranks.distributed import World
@@ -62,11 +62,11 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
     state = FlatState(
         net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
         ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
-        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
+        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=net.half_weights(),
         channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip
     if arithmetic.half is not None:
-        state.compute.model.fused = True  # type: ignore[assignment]  # half precision is for the ops, which sum in fp32
+        state.compute.model.on_ops = True  # half precision is for the ops, which sum in fp32
     return state
 
 

@@ -316,3 +316,16 @@ def test_a_short_digits_job_shows_the_gain(tmp_path: Path) -> None:
     print({nfe: (round(v["FDc"], 1), round(v["FDp"], 3)) for nfe, v in figures.items()})
     assert figures[2]["FDc"] < 0.9 * figures[9]["FDc"] and figures[2]["FDp"] < 0.4 * figures[9]["FDp"]
     assert figures[1]["FDc"] < 0.5 * figures[3]["FDc"]
+
+
+@pytest.mark.parametrize("choice", ["perturb=cuda", "levels=apex", "*=cuda"])
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not train without a word on something else."""
+    with pytest.raises(UserError, match=r"^--kernels .*: backend '(cuda|apex)' cannot run: .*; have: reference"):
+        Job(config(run_dir=tmp_path / "run", kernels=choice), Console(quiet=True))
+    monkeypatch.setenv("ECT_KERNELS", choice)
+    with pytest.raises(UserError, match="^ECT_KERNELS: "):
+        Job(config(run_dir=tmp_path / "run"), Console(quiet=True))
+    assert not list(tmp_path.iterdir())

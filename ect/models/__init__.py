@@ -6,13 +6,14 @@ from typing import Any
 
 from ect.errors import UserError
 from ect.models.adm_unet import DhariwalUNet
-from ect.models.layers import MaskKey, half_precision_weights
+from ect.models.layers import MaskKey
 from ect.models.precond import ECMPrecond, EDMPrecond
 from ect.models.song_unet import SongUNet
+from ect.models.unet import UNet
 
-__all__ = ["DhariwalUNet", "ECMPrecond", "EDMPrecond", "MaskKey", "SongUNet", "build", "half_precision_weights"]
+__all__ = ["DhariwalUNet", "ECMPrecond", "EDMPrecond", "MaskKey", "SongUNet", "UNet", "build"]
 
-_UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+_UNETS: dict[str, type[UNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 def build(spec: dict[str, Any]) -> EDMPrecond:
