@@ -10,7 +10,7 @@ from ect import precision
 from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
 from ect.errors import UserError
-from ect.models import EDMPrecond
+from ect.models import EDMPrecond, describe
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
 from ect.ranks.distributed import World
@@ -22,7 +22,7 @@ few minutes of compiling against a few per cent of a step of tens of millisecond
 
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
-    """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
+    """Describe a new network of the configured architecture to ect.models.build. Raises UserError where none fits."""
     mult = " ".join(map(str, cfg.channel_mult))
     if dataset.resolution >> (len(cfg.channel_mult) - 1) < 1:
         raise UserError(
@@ -41,11 +41,7 @@ def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: in
         "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
         "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
     }  # fmt: skip
-    if cfg.arch == "ncsnpp":
-        kwargs |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
-        kwargs |= {"resample_filter": [1, 3, 3, 1]}
-    unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
-    return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
+    return describe(cfg.arch, precond, cfg.sigma_data, kwargs)
 
 
 def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:

@@ -326,6 +326,6 @@ def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
     with pytest.raises(UserError, match=r"^--kernels .*: backend '(cuda|apex)' cannot run: .*; have: reference"):
         Job(config(run_dir=tmp_path / "run", kernels=choice), Console(quiet=True))
     monkeypatch.setenv("ECT_KERNELS", choice)
-    with pytest.raises(UserError, match="^ECT_KERNELS: "):
+    with pytest.raises(UserError, match=r"^ECT_KERNELS: "):
         Job(config(run_dir=tmp_path / "run"), Console(quiet=True))
     assert not list(tmp_path.iterdir())

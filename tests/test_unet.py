@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ect.models import EDMPrecond, MaskKey, UNet
+from ect import models
+from ect.assembly import flat_state, network_spec, train_step
+from ect.config import DataConfig, NetConfig
+from ect.data import ImageStream, load
+from ect.errors import UserError
+from ect.models import EDMPrecond, MaskKey, UNet, build
 from ect.models.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, UNetBlock, default_mask
 from tests.golden_data import rel_l2
+from tests.tiny import NET, config
 
 INIT = Init("xavier_uniform")
 STYLE = BlockStyle(
@@ -23,15 +31,20 @@ STYLE = BlockStyle(
 class Two(UNet):
     """Two blocks at one resolution: the second takes the first's input as a skip connection."""
 
+    architectures: ClassVar[dict[str, dict[str, Any]]] = {"two": {}, "attentive": {"attention": True}}
     keeps = True
 
-    def __init__(self, width: int = 16, **sizes: int) -> None:
-        super().__init__(**sizes)
+    def __init__(
+        self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
+        model_channels: int = 16, dropout: float = 0.2, attention: bool = False, **unused: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(img_resolution, in_channels, out_channels, label_dim, augment_dim)
+        width = model_channels
         self.map = Linear(1, 8, INIT)
         self.first = Conv2d(self.in_channels, width, 3, INIT)
         self.image = Conv2d(self.in_channels, width, 1, INIT)
-        self.down = UNetBlock(width, width, 8, STYLE, layer=0, dropout=0.2)
-        self.up = UNetBlock(2 * width, width, 8, STYLE, layer=1, dropout=0.2, attention=True)
+        self.down = UNetBlock(width, width, 8, STYLE, layer=0, dropout=dropout)
+        self.up = UNetBlock(2 * width, width, 8, STYLE, layer=1, dropout=dropout, attention=attention)
         self.norm, self.last = GroupNorm(width, 1e-6), Conv2d(width, self.out_channels, 3, INIT)
 
     def forward(
@@ -49,7 +62,7 @@ class Two(UNet):
 
 def made(dtype: torch.dtype = torch.float64) -> Two:
     torch.manual_seed(0)
-    net = Two(img_resolution=8, in_channels=3, out_channels=3).train()
+    net = Two(img_resolution=8, in_channels=3, out_channels=3, attention=True).train()
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
     return net.to(dtype)
@@ -99,3 +112,21 @@ def test_a_network_says_what_it_is_made_for() -> None:
     assert (net.img_resolution, net.in_channels, net.out_channels, net.label_dim, net.augment_dim) == (8, 2, 3, 5, 9)
     with pytest.raises(NotImplementedError, match="UNet has no forward pass"):
         UNet(8, 3, 3)(torch.zeros(1), torch.zeros(1))
+
+
+def test_a_registered_network_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its name in a configuration to an update, on the ops and in half precision."""
+    cfg, data = config(net=replace(NET, arch="attentive"), precision="bf16"), load(DataConfig())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"--net.arch attentive: .*known: ddpmpp, ncsnpp, adm"):
+        network_spec(cfg.net, "ECMPrecond", data, 0)
+    monkeypatch.setitem(models._UNETS, "Two", Two)
+    net = build(network_spec(cfg.net, "ECMPrecond", data, 0))
+    assert isinstance(net.model, Two) and net.model.up.num_heads == 1
+    with closing(ImageStream(data, 0, torch.device("cpu"), cfg.batch)) as stream:
+        step = train_step(replace(cfg, compile=False, graph=False), flat_state(cfg, net.train()), stream)
+        before = step.state.params.clone()
+        assert step(0, 2).isfinite() and not torch.equal(step.state.params, before)
+
+
+def test_every_name_of_the_option_is_some_networks_configuration() -> None:
+    assert get_args(get_type_hints(NetConfig)["arch"]) == tuple(models.known_architectures())

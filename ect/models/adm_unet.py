@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class DhariwalUNet(UNet):
 
     Keyword arguments, names and values are those of the public EDM checkpoints.
     """
+
+    architectures: ClassVar[dict[str, dict[str, Any]]] = {"adm": {}}
 
     def __init__(
         self,

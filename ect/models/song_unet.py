@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +28,16 @@ from ect.models.unet import UNet
 class SongUNet(UNet):
     """F_x(x, noise_labels): [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
 
-    DDPM++ is the default; NCSN++ has embedding_type='fourier', channel_mult_noise=2, encoder_type='residual' and
-    resample_filter=[1, 3, 3, 1]. Keyword arguments, names and values are those of the public EDM checkpoints.
+    Keyword arguments, names and values are those of the public EDM checkpoints.
     """
+
+    architectures: ClassVar[dict[str, dict[str, Any]]] = {
+        "ddpmpp": {},
+        "ncsnpp": {
+            "embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual",
+            "resample_filter": [1, 3, 3, 1],
+        },
+    }  # fmt: skip
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -44,6 +44,9 @@ class UNet(nn.Module):
     A network of one's own is a subclass: __init__ makes the layers, forward() is written once with the calls of a `Runner`. Its
     keyword arguments are JSON-able values, kept in model files.
     """
+
+    architectures: ClassVar[dict[str, dict[str, Any]]] = {}
+    """The named configurations (--net.arch): keyword arguments beside those of sizes, widths and dropout that a run gives."""
 
     on_ops: bool | None = None
     """Run on the ops of ect_kernels? None: on a GPU, or where a backend of any op was asked for by name."""
