@@ -15,7 +15,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from ect.models import DhariwalUNet, SongUNet
+from ect.models import DhariwalUNet, SongUNet, UNet
 from ect.models.fused import Fused, Pending, wanted
 from ect.models.layers import BlockStyle, GroupNorm, MaskKey, UNetBlock
 from tests.golden_data import MANIFEST, load, part, rel_l2
@@ -168,6 +168,17 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     grads = torch.autograd.grad((y * cotangent).sum(), list(net.parameters()))
     for a, b in zip(grads, want_grads, strict=True):
         assert rel_l2(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("choice", ["", "residual_group_norm_silu=reference"])
+def test_the_choice_of_arithmetic_compiles_too(choice: str) -> None:
+    net = UNet(8, 3, 3)
+    net.forward = lambda x: x * wanted(net.on_ops, x)
+    dispatch.set_choice(choice)
+    try:
+        assert torch.compile(net, fullgraph=True, backend="eager")(torch.ones(1)) == bool(choice)
+    finally:
+        dispatch.set_choice(None)
 
 
 def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:

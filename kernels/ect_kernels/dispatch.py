@@ -153,7 +153,8 @@ def requested(op: str) -> str | None:
 
 def named() -> dict[str, str]:
     """Name the ops for which a backend was asked for by name: {op: backend}."""
-    return {op: name for op in OPS if (name := requested(op)) is not None}
+    asked = {op: requested(op) for op in OPS}
+    return {op: name for op, name in asked.items() if name is not None}
 
 
 def check_named(device: torch.device) -> None:
