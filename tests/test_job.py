@@ -86,6 +86,7 @@ def test_resume_continues_bit_for_bit(uninterrupted: Path, stop_at: int, tmp_pat
     assert torch.equal(*(read_model(f).state["model.map_layer0.weight"] for f in (folder, uninterrupted)))
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(config(), folder)
@@ -96,6 +97,7 @@ def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) ->
     assert rows(folder) == rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_resume_through_both_phases(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     pretrain = PretrainConfig(total_kimg=0.08, optim=OptimConfig(optimizer="adam", lr=1e-3))
     cfg = config(pretrain=pretrain)
@@ -122,6 +124,7 @@ def test_resume_refuses_other_maths_by_name(uninterrupted: Path) -> None:
     assert "stats" not in text
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_pretraining_by_its_own_name(tmp_path: Path) -> None:
     run(config(pretrain=PretrainConfig(total_kimg=0.016)), tmp_path / "run")
     cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain.optim.lr", "0.5"])
