@@ -154,7 +154,7 @@ def chosen(seed: int, count: int, root: Path = ROOT) -> list[tuple[str, Mutant]]
     return [pair for turn in zip_longest(*rows) for pair in turn if pair is not None][:count]
 
 
-def tests_of(area: str, root: Path = ROOT) -> list[str]:
+def files_of_tests(area: str, root: Path = ROOT) -> list[str]:
     """The test files of an area that there are."""
     found = [path.relative_to(root) for name in AREAS[area] for path in sorted((root / "tests").glob(f"{name}.py"))]
     return [str(path) for path in found]
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         def unchanged(area: str) -> float:
             folder, start = folders.get(), time.monotonic()
             try:
-                passed, line = run(folder, tests_of(area))
+                passed, line = run(folder, files_of_tests(area))
             finally:
                 folders.put(folder)
             if not passed:
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             before = path.read_bytes()
             try:
                 path.write_bytes(before[: mutant.start] + mutant.new.encode() + before[mutant.end :])
-                passed, line = run(folder, tests_of(area), limits[area])
+                passed, line = run(folder, files_of_tests(area), limits[area])
             finally:
                 path.write_bytes(before)
                 folders.put(folder)
