@@ -262,6 +262,7 @@ def test_non_finite_gradients_are_reported(tmp_path: Path, monkeypatch, capsys) 
     assert rows(tmp_path / "run")[-1]["loss"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_sigterm_saves_and_exits_0_with_a_hint(tmp_path: Path) -> None:
     command = [
