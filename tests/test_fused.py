@@ -154,6 +154,7 @@ def test_fused_block_equals_plain(style: str, name: str, dtype: torch.dtype) -> 
     assert worst <= BLOCK_BARS[dtype][1], leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpmpp", "adm"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     net = build(name)
@@ -195,6 +196,7 @@ def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.set_choice(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpmpp", "skip"])  # tests/gpu_paths has the others, for a GPU
 def test_the_compiled_backward_fills_no_image_with_zeros(name: str) -> None:
     """A gradient that does not come is said beforehand; torch.compile makes zeros for any other."""

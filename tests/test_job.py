@@ -88,6 +88,7 @@ def test_resume_continues_bit_for_bit(uninterrupted: Path, stop_at: int, tmp_pat
     assert torch.equal(*(read_model(f).state["model.map_layer0.weight"] for f in (folder, uninterrupted)))
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(config(), folder)
@@ -98,6 +99,7 @@ def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) ->
     assert rows(folder) == rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_resume_through_both_phases(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08)
     whole = tmp_path / "whole"
@@ -123,6 +125,7 @@ def test_resume_refuses_other_maths_by_name(uninterrupted: Path) -> None:
     assert "stats" not in text
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_pretraining_by_its_own_name(tmp_path: Path) -> None:
     run(config(pretrain="digits-diffusion", pretrain_kimg=0.016), tmp_path / "run")
     cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain", "edm-cifar10"])
@@ -259,6 +262,7 @@ def test_non_finite_gradients_are_reported(tmp_path: Path, monkeypatch, capsys) 
     assert rows(tmp_path / "run")[-1]["loss"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_sigterm_saves_and_exits_0_with_a_hint(tmp_path: Path) -> None:
     command = [
