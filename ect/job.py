@@ -125,7 +125,8 @@ class Job:
         cfg, models = self.cfg, []
         if cfg.pretrain is not None and cfg.init_from is None:
             folder = self.run_dir / "pretrain"
-            teacher = self.train("pretraining", pretrain_config(cfg, folder), folder)
+            phase = pretrain_config(cfg, folder)
+            teacher = self.train("pretraining", phase, folder)
             if teacher is None:
                 return False
             models.append((teacher, heun_samplers(HEUN_STEPS)))
