@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ect import emas
+
 try:
     import tyro
 
@@ -44,6 +46,11 @@ FALLING = Limit(
     lambda mid_t: all(a > b > 0 for a, b in itertools.pairwise((80, *mid_t))),
 )
 EACH_BELOW_1 = Limit("from 0 to below 1", lambda values: all(0 <= value < 1 for value in values))
+FEW_EMAS = Limit(f"1 to {emas.MAX_EMAS} weight averages, each once", emas.are_few)
+NO_POWER_EMAS = Limit(
+    "constant decays such as .9999; averages by a power profile (rel:) are not there yet", emas.have_no_power
+)
+EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are_decays)
 
 
 @dataclass(frozen=True)
@@ -118,10 +125,11 @@ class OptimConfig:
     decay: Literal["constant", "linear", "rsqrt"] = "constant"
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
     decay_kimg: Annotated[float, FROM_0] = 0.0
-    ema_beta: Annotated[float, BELOW_1] = 0.9999
-    """Decay of the weight average per step."""
+    emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
+    """Weight averages, 1 to 3, each by its decay per step: '.9999' or '.9999 .999'. The model is the first; --ema 1 of
+    ect.sample and ect.evaluate takes the second."""
     ema_rampup: Annotated[float | None, ABOVE_0] = None
-    """Early in a run, let the average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
+    """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from ect.metrics import (
     consistency_samplers,
     heun_samplers,
     make_evaluator,
+    named,
     quality_rows,
 )
 from ect.models import fused
@@ -62,6 +63,23 @@ def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
         phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
     parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
     return replace(cfg, pretrain=None, pretrain_kimg=None, **parts)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A weight average of a phase, and how it is sampled for the report."""
+
+    path: Path
+    ema: int
+    entry: str | None
+    """Its entry of --optim.emas, where there are several."""
+    samplers: Sequence[Sampler]
+
+    @classmethod
+    def averages(cls, path: Path, cfg: Config, samplers: Sequence[Sampler]) -> list[Rated]:
+        """All weight averages of the phase with this configuration and model file."""
+        emas = cfg.optim.emas
+        return [cls(path, i, entry if len(emas) > 1 else None, samplers) for i, entry in enumerate(emas)]
 
 
 @dataclass
@@ -122,14 +140,15 @@ class Job:
                     self.run_dir.rmdir()  # which only an empty folder allows
 
     def _run(self) -> bool:
-        cfg, models = self.cfg, []
+        cfg = self.cfg
+        models: list[Rated] = []
         if cfg.pretrain is not None and cfg.init_from is None:
             folder = self.run_dir / "pretrain"
             phase = pretrain_config(cfg, folder)
             teacher = self.train("pretraining", phase, folder)
             if teacher is None:
                 return False
-            models.append((teacher, heun_samplers(HEUN_STEPS)))
+            models += Rated.averages(teacher, phase, heun_samplers(HEUN_STEPS))
             cfg = replace(cfg, init_from=teacher)
         name = "tuning" if cfg.init_from is not None else "training"
         model = self.train(name, cfg, self.run_dir)
@@ -137,7 +156,7 @@ class Job:
             return False
         consistency = cfg.objective.kind == "consistency"
         samplers = consistency_samplers(cfg.eval.mid_t) if consistency else heun_samplers(HEUN_STEPS)
-        models.append((model, samplers))
+        models += Rated.averages(model, cfg, samplers)
         return self.finish(models)
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
@@ -183,21 +202,21 @@ class Job:
         with atomic(folder / CONFIG) as temp:
             temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
-    def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> bool:
+    def finish(self, models: Sequence[Rated]) -> bool:
         """Samples side by side (samples.png), the table on the console, results.json and results.md; False if stopped."""
         begin, cfg = time.monotonic(), self.cfg.eval
         rows: list[QualityRow] = []
         pictures = {"data": self.dataset.images[: len(STRIP_SEEDS)]}
-        for path, samplers in models:
-            net, _ = load_model(path, device=self.device)
-            for sampler in samplers:
+        for model in models:
+            net, _ = load_model(model.path, device=self.device, ema=model.ema)
+            for sampler in model.samplers:
                 with precision.sampling(precision.resolve(self.cfg.precision, self.device)):
                     images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
-                    pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
+                    pictures[f"{named(sampler, model.entry)} (NFE {sampler.nfe})"] = torch.cat(list(images))
                     if self.evaluator is not None:
                         rows += quality_rows(
                             net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device,
-                            world=self.world,
+                            ema=model.entry, world=self.world,
                         )  # fmt: skip
                 if self.stop.heard():  # the models are saved; --resume comes back to this report
                     return False

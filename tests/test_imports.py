@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert"}
 LIGHT = {
     "ect.config",
+    "ect.emas",
     "ect.errors",
     "ect.options",
     "ect.presets",
@@ -23,10 +24,11 @@ LIGHT = {
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
     "cost": {"assembly", "config", "data", "errors", "models", "objective", "optim", "precision", "show", "step"},
     "data": {"config", "errors"},
-    "files": {"config", "errors", "models", "presets"},
+    "files": {"config", "emas", "errors", "models", "presets"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"errors"},
-    "presets": {"config"},
+    "optim": set(),
+    "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},
     "show": {"config", "files", "metrics", "options"},
 }

@@ -36,7 +36,7 @@ def test_any_field_is_overridden() -> None:
 def test_the_one_hour_recipe() -> None:
     cfg = PRESETS["cifar10-1h"]
     assert cfg.total_kimg * 1000 == 8_000 * 128 and cfg.batch == 128
-    assert (cfg.objective.q, cfg.objective.n_stages, cfg.optim.ema_beta, cfg.net.dropout) == (256, 1, 0.9993, 0.2)
+    assert (cfg.objective.q, cfg.objective.n_stages, cfg.optim.emas, cfg.net.dropout) == (256, 1, (".9993",), 0.2)
     assert (cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.data.xflip) == ("radam", 1e-4, (0.9, 0.999), False)
 
 
@@ -46,7 +46,7 @@ def test_the_one_hour_recipe() -> None:
 def test_the_staged_recipes(name: str, kimg: int) -> None:
     cfg = PRESETS[name]
     assert cfg.total_kimg == kimg == cfg.objective.stage_kimg * cfg.objective.n_stages
-    assert (cfg.objective.q, cfg.objective.n_stages, cfg.optim.ema_beta) == (2, 8, 0.9999)
+    assert (cfg.objective.q, cfg.objective.n_stages, cfg.optim.emas) == (2, 8, (".9999",))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -89,7 +89,7 @@ def test_unknown_or_ill_typed_options_say_what_was_meant(args: list[str], said: 
         ("--net.model-channels", "6"), ("--net.num-blocks", "0"), ("--log.keep", "0"), ("--eval.samples", "1"),
         ("--eval.batch", "0"), ("--eval.mid-t", "90"), ("--objective.q", "1"), ("--objective.c", "-0.1"),
         ("--objective.k", "-1"), ("--objective.P-std", "0"), ("--objective.n-stages", "0"), ("--objective.stage-kimg", "0"),
-        ("--optim.lr", "0"), ("--optim.eps", "-1"), ("--optim.clip", "0"), ("--optim.ema-beta", "1"),
+        ("--optim.lr", "0"), ("--optim.eps", "-1"), ("--optim.clip", "0"), ("--optim.emas", "1"),
         ("--pretrain", "cifar10-1h"), ("--optim.betas", "0.9 1"), ("--log.stats-kimg", "nan"),
         ("--total-kimg", "inf"), ("--pretrain-kimg", "-3"), ("--log.eval-kimg", "-1"), ("--optim.warmup-kimg", "-4"),
         ("--optim.ema-rampup", "-1"), ("--optim.decay-kimg", "-1"), ("--objective.b", "-3"), ("--net.channel-mult", "0"),

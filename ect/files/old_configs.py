@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ect.config import ObjectiveConfig, OptimConfig
+from ect.emas import emas_of
 from ect.errors import UserError
 from ect.presets import PRESETS
 
@@ -26,11 +27,21 @@ def current(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_0_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Version 0.1 had the options of the diffusion phase, {total_kimg, objective, optim}, where now a preset has its name."""
+    """Version 0.1 had the options of the diffusion phase, {total_kimg, objective, optim}, where now a preset has its name; and
+    one weight average."""
     phase = values.pop("pretrain", {"total_kimg": 0})
+    if "optim" in values:
+        values["optim"] = _optim_from_0_1(values["optim"])
     if phase["total_kimg"] > 0:
+        phase = {**phase, "optim": _optim_from_0_1(phase["optim"])}
         values |= {"pretrain": _preset_of(phase), "pretrain_kimg": phase["total_kimg"]}
     return values
+
+
+def _optim_from_0_1(optim: dict[str, Any]) -> dict[str, Any]:
+    """{"ema_beta": 0.9, ...} is {"emas": [".9"], ...} today."""
+    rest = {name: value for name, value in optim.items() if name != "ema_beta"}
+    return {**rest, "emas": list(emas_of(optim["ema_beta"]))} if "ema_beta" in optim else rest
 
 
 def _preset_of(phase: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ect.config import Config, DataConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
+from ect.emas import emas_of
 
 _DATA = DataConfig(source="datasets/cifar-10-python.tar.gz")
 # DDPM++ of EDM's edm-cifar10-32x32-uncond-vp.pkl; --init-from that file is what these recipes expect.
@@ -10,7 +11,7 @@ _CIFAR10 = Config(
     data=_DATA,
     batch=128,
     objective=ObjectiveConfig(q=2.0, n_stages=8, stage_kimg=3200.0),
-    optim=OptimConfig(optimizer="radam", lr=1e-4, ema_beta=0.9999),
+    optim=OptimConfig(optimizer="radam", lr=1e-4, emas=(".9999",)),
     log=LogConfig(stats_kimg=12.8, sample_kimg=640.0, checkpoint_kimg=1280.0),
 )
 
@@ -25,7 +26,7 @@ RECIPES = {
         _CIFAR10,
         total_kimg=1024.0,
         objective=replace(_CIFAR10.objective, q=256.0, n_stages=1, stage_kimg=1024.0),
-        optim=replace(_CIFAR10.optim, ema_beta=0.9993),
+        optim=replace(_CIFAR10.optim, emas=(".9993",)),
         log=replace(_CIFAR10.log, sample_kimg=128.0, checkpoint_kimg=256.0),
     ),
     "cifar10-100k": _stages_of_8(12_800.0),
@@ -40,7 +41,7 @@ RECIPES = {
         net=NetConfig(dropout=0.13),
         objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),
         optim=OptimConfig(
-            optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, ema_beta=0.5 ** (512 / 500e3), ema_rampup=0.05
+            optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, emas=emas_of(0.5 ** (512 / 500e3)), ema_rampup=0.05
         ),
         log=LogConfig(stats_kimg=51.2, sample_kimg=2560.0, checkpoint_kimg=2560.0),
     ),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from ect.config import Config, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
 
 _OPTIM = OptimConfig(
-    betas=(0.9, 0.99), warmup_kimg=6.4, decay="linear", decay_kimg=38.4, ema_beta=0.995, ema_rampup=0.05
+    betas=(0.9, 0.99), warmup_kimg=6.4, decay="linear", decay_kimg=38.4, emas=(".995",), ema_rampup=0.05
 )
 _DIGITS = Config(
     total_kimg=76.8,
