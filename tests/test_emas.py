@@ -163,7 +163,7 @@ def test_what_is_no_average_is_refused_by_the_option(
 ) -> None:
     assert main([f"--optim.emas={entries[0]}", *entries[1:]] if entries else ["--optim.emas"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --optim.emas ") and said in error
+    assert error.startswith("error: --optim.emas") and said in error
 
 
 def test_the_option_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
