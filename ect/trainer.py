@@ -17,8 +17,7 @@ from torch import Tensor
 from ect import precision, schedule
 from ect.assembly import flat_state, network_spec, train_step
 from ect.config import Config
-from ect.cost import memory
-from ect.cost.signal_noise import signal_noise
+from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
@@ -34,7 +33,6 @@ from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
 
 GRID_HEUN_STEPS = (18,)
-NOISE_IMAGES = 16
 
 
 @dataclass
@@ -98,15 +96,7 @@ class Trainer:
         """What the self-check found, as lines for log and report."""
         self.notes += self.checked
         if self.precision.half is not None and self.consistency:
-            self.notes.append(self._signal_noise())
-
-    def _signal_noise(self) -> str:
-        """What the precision costs, as a line for the log."""
-        images, labels = self.dataset.images[:NOISE_IMAGES].to(self.device), self.dataset.labels
-        labels = None if labels is None else labels[:NOISE_IMAGES].to(self.device)
-        noise = signal_noise(self.net, self.precision.name, images, labels, against=torch.float32)
-        found = ", ".join(f"{100 * error:.0f} % at t = {t:g}" for t, error in noise.items())
-        return f"noise of {self.precision.name} on the signal D(x_t, t) - D(x_r, r) at its smallest: {found}"
+            self.notes.append(signal_noise.note(self.net, self.precision.name, self.dataset))
 
     def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
         """The network in train mode: of the checkpoint's architecture with --init-from, else new."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},
-    "show": {"files", "metrics"},
+    "show": {"config", "files", "metrics", "options"},
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400
@@ -111,6 +112,15 @@ def test_only_closed_readers_touch_pickles() -> None:
     calls = ("pickle.Unpickler", "pickle.load(", "pickle.loads(")
     readers = {name for name, path in ECT.items() if any(call in path.read_text() for call in calls)}
     assert readers <= {"ect.files.safe_pickle", "ect.data.readers.cifar10"}
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject.toml lists each folder of Python files of ect/ and kernels/ as a package of the distribution."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall('"([^"]+)"', text.partition("\npackages = [")[2].partition("]")[0])
+    modules = {**ECT, **KERNELS}.items()
+    found = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules}
+    assert sorted(listed) == sorted(found)
 
 
 @pytest.mark.parametrize("folder", ["ect", "kernels", "benchmarks", "tests"])
