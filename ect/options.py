@@ -75,7 +75,8 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{name} {value}: expected a finite number")
         for limit in limits:
             if value is not None and not limit.holds(value):
-                raise UserError(f"{_option(name, value)}: expected {limit.expected}")
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--{name} {shown}: expected {limit.expected}")
     per_device, objective, optim = cfg.batch_per_device, cfg.objective, cfg.optim
     rules: list[tuple[str, Any, bool, str]] = [
         (
