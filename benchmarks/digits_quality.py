@@ -23,14 +23,14 @@ import torch
 import tyro
 from lib.measure import reason
 from rich.console import Console
-from rich.table import Table
 
-from ect.config import PRESETS, Config, EvalConfig, LogConfig, PretrainConfig
+from ect.config import Config, EvalConfig, LogConfig
 from ect.files.checkpoint import load_model
-from ect.job import Job
+from ect.job import Job, pretrain_config
 from ect.metrics import quality_rows
+from ect.presets import PRESETS
 from ect.sampler import Heun, Sampler, consistency_samplers
-from ect.show.report import markdown
+from ect.show.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
 SAMPLES = 3000
@@ -79,17 +79,17 @@ def rate(model: Path, name: str, samplers: Sequence[Sampler], job: Job) -> Resul
 
 def one_seed(seed: int, folder: Path) -> Result:
     cfg = replace(PRESETS["digits"], seed=seed)
-    scratch = replace(cfg, pretrain=PretrainConfig())
+    scratch = replace(cfg, pretrain=None)
     judge = Job(replace(cfg, run_dir=folder / "judge"), Console(quiet=True))
-    ect = train(cfg, folder / "ect")
-    teacher = folder / "ect" / "pretrain" / f"checkpoint-{cfg.pretrain.total_kimg:010.3f}.safetensors"
+    ect, first_kimg = train(cfg, folder / "ect"), pretrain_config(cfg).total_kimg
+    teacher = folder / "ect" / "pretrain" / f"checkpoint-{first_kimg:010.3f}.safetensors"
     mid_t = cfg.eval.mid_t
     result = rate(teacher, "diffusion, Heun", [Heun(n) for n in (18, 5, 4, 3, 2)], judge)
     result |= rate(teacher, "diffusion, consistency sampler", consistency_samplers(mid_t), judge)
     result |= rate(ect, "ECT", consistency_samplers(mid_t), judge)
     model = train(scratch, folder / "scratch")
     result |= rate(model, "scratch, tuning's steps", consistency_samplers(mid_t), judge)
-    factor = (cfg.pretrain.total_kimg + cfg.total_kimg) / cfg.total_kimg
+    factor = (first_kimg + cfg.total_kimg) / cfg.total_kimg
     model = train(stretch(scratch, factor), folder / "scratch-all")
     return result | rate(model, "scratch, all steps", consistency_samplers(mid_t), judge)
 
@@ -116,8 +116,8 @@ def short(value: float, digits: int) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
-def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: mean +- standard deviation over seeds of each model and sampler."""
+def table(lines: list[dict[str, Any]]) -> Table:
+    """One row a model and sampler: mean +- standard deviation over seeds."""
     cells = []
     for name in lines[0]["result"]:
         row = [name]
@@ -126,21 +126,16 @@ def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             spread = f" +- {short(statistics.stdev(values), 2)}" if len(values) > 1 else ""
             row += [f"{short(statistics.fmean(values), 3)}{spread}", ", ".join(short(v, 3) for v in values)]
         cells.append(row)
-    return ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"], cells
+    headers = ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"]
+    return Table(headers, cells, f"Digits, {len(lines)} seeds, {SAMPLES} samples")
 
 
 def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
     """Print the table and the claims; returns whether all claims hold."""
-    headers, cells = table(lines)
     if as_markdown:
-        print(markdown(headers, cells))
+        print(table(lines).markdown())
     else:
-        view = Table(title=f"Digits, {len(lines)} seeds, {SAMPLES} samples", title_justify="left")
-        for i, header in enumerate(headers):
-            view.add_column(header, justify="left" if i == 0 else "right")
-        for row in cells:
-            view.add_row(*row)
-        Console(width=130).print(view)
+        Console(width=130).print(table(lines))
     held = [claims(line["result"]) for line in lines]
     for claim in held[0]:
         count = sum(h[claim] for h in held)

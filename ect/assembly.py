@@ -10,8 +10,9 @@ import torch
 from ect import precision
 from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
+from ect.emas import beta_of
 from ect.errors import UserError
-from ect.models import EDMPrecond, half_precision_weights
+from ect.models import EDMPrecond, describe
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.objectives.distillation import ConsistencyDistillation
 from ect.optim import FlatState
@@ -24,7 +25,7 @@ few minutes of compiling against a few per cent of a step of tens of millisecond
 
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
-    """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
+    """Describe a new network of the configured architecture to ect.models.build. Raises UserError where none fits."""
     mult = " ".join(map(str, cfg.channel_mult))
     if dataset.resolution % 2 ** (len(cfg.channel_mult) - 1):
         raise UserError(
@@ -43,11 +44,7 @@ def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: in
         "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
         "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
     }  # fmt: skip
-    if cfg.arch == "ncsnpp":
-        kwargs |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
-        kwargs |= {"resample_filter": [1, 3, 3, 1]}
-    unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
-    return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
+    return describe(cfg.arch, precond, cfg.sigma_data, kwargs)
 
 
 def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
@@ -82,7 +79,7 @@ def frozen(cfg: Config, net: EDMPrecond) -> EDMPrecond:
     device = next(net.parameters()).device
     half = precision.resolve(cfg.precision, device).half
     if half is not None:
-        precision.round_weights(net, half_precision_weights(net), half)
+        precision.round_weights(net, net.half_weights(), half)
     net = net.eval().requires_grad_(False)
     return net.to(memory_format=torch.channels_last) if keeps_channels_last(cfg, device) else net
 
@@ -93,12 +90,12 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
     arithmetic = precision.resolve(cfg.precision, device)
     state = FlatState(
         net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
-        ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
-        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
+        ema_betas=[beta_of(entry) for entry in cfg.optim.emas], clip=cfg.optim.clip,
+        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=net.half_weights(),
         channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip
     if arithmetic.half is not None:
-        state.compute.model.fused = True  # type: ignore[assignment]  # half precision is for the ops, which sum in fp32
+        state.compute.model.on_ops = True  # half precision is for the ops, which sum in fp32
     return state
 
 

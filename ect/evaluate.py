@@ -13,7 +13,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from ect.config import DataConfig, EvalConfig
@@ -24,7 +23,7 @@ from ect.metrics import (
     Evaluator,
     FidelityOptions,
     QualityRow,
-    RatedElsewhere,
+    RemoteEvaluator,
     make_evaluator,
     quality_rows,
     quality_table,
@@ -36,6 +35,7 @@ from ect.ranks.device import resolve
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
+from ect.show.table import Table
 
 _SAMPLES = 50_000  # as published figures have it
 _DIGITS_SAMPLES = 3_000  # enough for 1,797 digits
@@ -51,6 +51,8 @@ class Options:
 
     model: tyro.conf.Positional[Path]
     """A model (.safetensors of ours, .pkl of EDM or ECT) or a run folder (its latest checkpoint)."""
+    ema: int | None = None
+    """Which weight average of a run: --ema 1 is the second entry of its --optim.emas. Default: the first."""
     data: str | None = None
     """Reference images: 'digits', or a path as for ect.train. Default: the digits for a model of the digits."""
     resolution: int | None = None
@@ -106,7 +108,7 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     writes. Raises UserError on what the user can mend."""
     _check_numbers(options)
     device = resolve(options.device, world)
-    net, info = load_model(options.model, device=device)
+    net, info = load_model(options.model, device=device, ema=options.ema)
     assert isinstance(net, EDMPrecond)  # ECMPrecond is one too
     for line in self_check.of_sampling(net, device, world):
         console.print(Text(line))
@@ -117,12 +119,12 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     samples = options.samples
     if samples is None:
         samples = _DIGITS_SAMPLES if data is not None and data.name == "digits" else _SAMPLES
-    evaluator: Evaluator = RatedElsewhere()
+    evaluator: Evaluator = RemoteEvaluator()
     if world.rank == 0:
         evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
     with sampling(PRECISIONS[options.precision]):
         arithmetic = products(device)
-        rows = _rate(options, samples, net, evaluator, samplers, device, console, world)
+        rows = _rate(options, samples, net, info, evaluator, samplers, device, console, world)
     if world.rank > 0:
         return rows
     unrated = [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers]
@@ -174,7 +176,8 @@ def _run_dir(options: Options) -> Path:
     run_dir = options.run_dir
     if run_dir is None:
         model = options.model.resolve()
-        run_dir = Path("runs") / f"evaluation-{model.name if model.is_dir() else f'{model.parent.name}-{model.stem}'}"
+        name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
+        run_dir = Path("runs") / f"evaluation-{name}{f'-ema{options.ema}' if options.ema else ''}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,6 +189,7 @@ def _rate(
     options: Options,
     samples: int,
     net: EDMPrecond,
+    info: dict[str, Any],
     evaluator: Evaluator,
     samplers: list[Sampler],
     device: torch.device,
@@ -204,6 +208,7 @@ def _rate(
             batch=options.batch,
             device=device,
             on_images=lambda count: progress.advance(task, count),
+            ema=None if options.ema is None else info.get("ema"),
             world=world,
         )
 
@@ -211,15 +216,9 @@ def _rate(
 def _print(
     console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow], arithmetic: str
 ) -> None:  # fmt: skip
-    headers, cells = quality_table(rows, evaluator.columns)
     spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
     console.print(Text(f"{options.model}: {spread} {rows[0].samples:,} samples, products in {arithmetic}"))
-    table = Table()
-    for i, header in enumerate(headers):
-        table.add_column(Text(header), justify="left" if i == 0 else "right")
-    for row in cells:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    console.print(Table(*quality_table(rows, evaluator.columns)))
     for note in evaluator.notes:
         console.print(Text(f"- {note}"))
 

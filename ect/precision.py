@@ -61,7 +61,7 @@ def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
     for name, p in net.named_parameters():
         if name in names:
             p.data = p.data.to(half)
-    net.model.fused = True  # type: ignore[assignment]
+    net.model.on_ops = True
 
 
 def apply(precision: Precision) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ect.config import MID_T, SIGMA_MAX, mid_t_falls
+from ect.config import FALLING, MID_T, SIGMA_MAX
 from ect.errors import UserError
 from ect.models import EDMPrecond
 from ect.ranks.distributed import World
@@ -156,7 +156,7 @@ def levels_after_first(given: Sequence[float] | None, info: dict[str, Any]) -> t
     if given is None:
         own = info.get("mid_t") or MID_T
         given = own if isinstance(own, (list, tuple)) else [own]
-    if not mid_t_falls(given):
+    if not FALLING.holds(given):
         shown = " ".join(f"{t:g}" for t in given)
         raise UserError(f"--mid-t {shown}: expected strictly decreasing levels between 0 and {SIGMA_MAX:g}")
     return tuple(map(float, given))

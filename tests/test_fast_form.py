@@ -24,7 +24,7 @@ def losses(objective: Objective, change: Callable[[TrainStep], object] = lambda 
     found = []
     for on_ops in (False, True):
         step = make(objective)
-        step.net.model.fused = on_ops
+        step.net.model.on_ops = on_ops
         change(step)
         put(step, 0, STAGE)
         found.append(step.loss(0).detach())
@@ -111,7 +111,7 @@ def test_a_kind_of_mapping_without_a_formula_is_refused_on_both_paths() -> None:
     object.__setattr__(mapping, "kind", "cosine")  # as if the list of kinds had grown, and nothing else
     for on_ops in (False, True):
         step = make(ConsistencyObjective(mapping=mapping))
-        step.net.model.fused = on_ops
+        step.net.model.on_ops = on_ops
         with pytest.raises(KeyError, match="cosine"):
             step(0, STAGE)
 
@@ -148,7 +148,7 @@ class TwoTimes(Objective):
 def test_an_objective_is_given_what_it_declares(on_ops: bool) -> None:
     whole, parts = make(TwoTimes()), make(TwoTimes(), micro_batch=4)
     for step in (whole, parts):
-        step.net.model.fused = on_ops
+        step.net.model.on_ops = on_ops
     assert float(parts(0, 0)) == pytest.approx(float(whole(0, 0)), rel=1e-5)
     numbers = whole.draw(TwoTimes.draws["normals"], torch.zeros(12, 1, 8, 8), 0)
     assert numbers.shape == (12, 2) and not torch.equal(numbers[:, 0], numbers[:, 1])

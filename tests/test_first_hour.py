@@ -21,7 +21,8 @@ from first_hour import Stage
 from lib import first_hour_report, measure
 
 from ect import options
-from ect.config import PRESETS
+from ect.files.run_folder import to_dict
+from ect.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,6 +172,7 @@ def test_every_stage_sees_the_chosen_gpu_alone(
     assert not any("cuda:1" in part for command in commands for part in command)
 
 
+@pytest.mark.slow
 def test_stages_need_no_more_packages_than_they_say() -> None:
     """Others are hidden; what the stages import is imported."""
     others = "matplotlib torch_fidelity torchvision tensorboard scipy sklearn pytest"
@@ -215,7 +217,7 @@ def test_every_command_is_understood(device: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "device_option", torch.device)  # looks for the device
     run = tmp_path / "work" / "run"
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(options.to_dict(PRESETS["cifar10-1h"])))
+    (run / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
     seen = set()
     for stage in first_hour.stages(device, tmp_path):
         words = stage.command[1:]

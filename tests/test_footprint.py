@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ect.assembly import flat_state, network_spec, train_step
-from ect.config import PRESETS, Config, DataConfig
+from ect.config import Config, DataConfig
 from ect.cost.footprint import BLOCK, Footprint, foreach_kernels, record, trace
 from ect.data import Dataset, ImageStream, load
 from ect.models import build
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from tests.tiny import NET
 
@@ -28,7 +29,7 @@ def meta(*shape: int, **options: Any) -> Tensor:
 def make(cfg: Config, dataset: Dataset, device: str = "meta", on_ops: bool = True) -> TrainStep:
     with torch.device(device):
         net = build(network_spec(cfg.net, "ECMPrecond", dataset, 0)).train()
-    net.model.fused = on_ops  # type: ignore[assignment]
+    net.model.on_ops = on_ops
     return train_step(cfg, flat_state(cfg, net), ImageStream(dataset, 0, device, cfg.batch))
 
 

@@ -17,11 +17,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect.config import PRESETS, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimConfig, PretrainConfig
+from ect.config import Config, DataConfig, EvalConfig, ObjectiveConfig, OptimConfig
 from ect.errors import UserError
 from ect.files.checkpoint import load_model, read_model
-from ect.job import Job, new_run_dir, pretrain_config
+from ect.files.run_folder import new_run_dir
+from ect.job import Job, pretrain_config
 from ect.options import parse
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from ect.train import main
 from tests.tiny import BATCH, STEPS, config, run
@@ -86,6 +88,7 @@ def test_resume_continues_bit_for_bit(uninterrupted: Path, stop_at: int, tmp_pat
     assert torch.equal(*(read_model(f).state["model.map_layer0.weight"] for f in (folder, uninterrupted)))
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(config(), folder)
@@ -96,9 +99,9 @@ def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) ->
     assert rows(folder) == rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_resume_through_both_phases(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    pretrain = PretrainConfig(total_kimg=0.08, optim=OptimConfig(optimizer="adam", lr=1e-3))
-    cfg = config(pretrain=pretrain)
+    cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08)
     whole = tmp_path / "whole"
     run(cfg, whole)
     for stop_at in (4, 14):  # in the first phase, in the second
@@ -122,10 +125,13 @@ def test_resume_refuses_other_maths_by_name(uninterrupted: Path) -> None:
     assert "stats" not in text
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_pretraining_by_its_own_name(tmp_path: Path) -> None:
-    run(config(pretrain=PretrainConfig(total_kimg=0.016)), tmp_path / "run")
-    cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain.optim.lr", "0.5"])
-    with pytest.raises(UserError, match=r"--pretrain\.optim\.lr: checkpoint has 0\.001, command line says 0\.5"):
+    run(config(pretrain="digits-diffusion", pretrain_kimg=0.016), tmp_path / "run")
+    cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain", "edm-cifar10"])
+    with pytest.raises(
+        UserError, match='--pretrain: checkpoint has "digits-diffusion", command line says "edm-cifar10"'
+    ):
         Job(cfg, Console(quiet=True))
 
 
@@ -161,7 +167,7 @@ def test_an_impatient_user_gets_out(tmp_path: Path, monkeypatch, capsys) -> None
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("ect.step.TrainStep.__call__", step)
-    assert main(["--run-dir", str(tmp_path / "run"), "--pretrain.total-kimg", "0"]) == 130
+    assert main(["--run-dir", str(tmp_path / "run"), "--pretrain", "None"]) == 130
     assert "last checkpoint" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -256,6 +262,7 @@ def test_non_finite_gradients_are_reported(tmp_path: Path, monkeypatch, capsys) 
     assert rows(tmp_path / "run")[-1]["loss"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_sigterm_saves_and_exits_0_with_a_hint(tmp_path: Path) -> None:
     command = [
@@ -291,11 +298,11 @@ def test_bad_device_is_named(tmp_path: Path) -> None:
 
 def test_pretraining_is_the_same_trainer_with_another_objective() -> None:
     cfg = pretrain_config(PRESETS["digits"])
-    assert cfg.objective.kind == "diffusion" and cfg.optim.lr == 4e-3 and cfg.pretrain.total_kimg == 0
+    assert cfg.objective.kind == "diffusion" and cfg.optim.lr == 4e-3 and cfg.pretrain is None
 
 
 @pytest.mark.slow
-def test_a_short_digits_job_shows_the_gain(tmp_path: Path) -> None:
+def test_a_short_digits_job_shows_the_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the recipe: two evaluations of ECT beat nine of the diffusion model it came from, by far in pixels."""
     cfg = PRESETS["digits"]
 
@@ -307,9 +314,11 @@ def test_a_short_digits_job_shows_the_gain(tmp_path: Path) -> None:
         total_kimg=25.6,
         objective=replace(cfg.objective, stage_kimg=cfg.objective.stage_kimg / 3),
         optim=shorten(cfg.optim),
-        pretrain=replace(cfg.pretrain, total_kimg=25.6, optim=shorten(cfg.pretrain.optim)),
+        pretrain_kimg=25.6,
         eval=replace(cfg.eval, samples=1000),
     )
+    first = PRESETS["digits-diffusion"]
+    monkeypatch.setitem(PRESETS, "digits-diffusion", replace(first, optim=shorten(first.optim)))
     run(cfg, tmp_path / "run")
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     figures = {row["sampler"]["nfe"]: row["values"][0] for row in result["rows"]}
@@ -317,6 +326,19 @@ def test_a_short_digits_job_shows_the_gain(tmp_path: Path) -> None:
     print({nfe: (round(v["FDc"], 1), round(v["FDp"], 3)) for nfe, v in figures.items()})
     assert figures[2]["FDc"] < 0.9 * figures[9]["FDc"] and figures[2]["FDp"] < 0.4 * figures[9]["FDp"]
     assert figures[1]["FDc"] < 0.5 * figures[3]["FDc"]
+
+
+@pytest.mark.parametrize("choice", ["perturb=cuda", "levels=apex", "*=cuda"])
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not train without a word on something else."""
+    with pytest.raises(UserError, match=r"^--kernels .*: backend '(cuda|apex)' cannot run: .*; have: reference"):
+        Job(config(run_dir=tmp_path / "run", kernels=choice), Console(quiet=True))
+    monkeypatch.setenv("ECT_KERNELS", choice)
+    with pytest.raises(UserError, match=r"^ECT_KERNELS: "):
+        Job(config(run_dir=tmp_path / "run"), Console(quiet=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_job_says_what_it_trains_on_and_which_options_do_nothing(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from ect import evaluate, sample
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
+from ect.files.run_folder import resolved
 from ect.job import Job
-from ect.options import parse, resolved
+from ect.options import parse
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.trainer import Trainer
@@ -163,7 +164,7 @@ def test_images_are_made_on_ops_that_were_checked(monkeypatch: pytest.MonkeyPatc
     line = "group_norm_silu: triton failed its check and is not used: y: off"
     assert self_check.of_sampling(net, gpu) == [line]
     assert set(seen) == {"group_norm_silu", "residual_group_norm_silu"}
-    assert next(net.parameters()).device.type == "cpu" and net.model.fused is None
+    assert next(net.parameters()).device.type == "cpu" and net.model.on_ops is None
 
 
 @pytest.mark.parametrize("command", [sample, evaluate])

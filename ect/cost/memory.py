@@ -93,7 +93,7 @@ def predict(
     on_ops = gpu or fused.wanted(None, torch.empty(0))
     with torch.device("meta"):
         net, teacher = build(spec).train(), None
-        net.model.fused = on_ops  # type: ignore[assignment]
+        net.model.on_ops = on_ops
         if objective_type(cfg.objective).wants_teacher:
             teacher = frozen(traced, copy.deepcopy(net))
     state = flat_state(traced, net)
@@ -104,11 +104,11 @@ def predict(
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
         sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
     weights = state.params.untyped_storage().nbytes()
-    checkpoint = (4 + len(state.emas)) * weights  # copies of parameters, moments and averages, one more of the average
+    copies = len(state.saved_arenas()) + len(state.emas)  # that a checkpoint makes: of its state and its model files
     transient = update.peak_bytes - update.state_bytes
     process = PROCESS + (COMPILER if compiles(cfg, device) else 0)
     allowance = CUDA_CONTEXT + WORKSPACES + round(FRAGMENTATION * transient) if gpu else process
-    between = max(sampling.peak_bytes - sampling.state_bytes, checkpoint)
+    between = max(sampling.peak_bytes - sampling.state_bytes, copies * weights)
     return Prediction(
         batch_per_device,
         update.state_bytes + weights,

@@ -8,7 +8,8 @@ from ect.metrics.features import digits_distance
 from ect.metrics.fidelity import FidelityOptions
 from ect.metrics.quality import (
     QualityRow,
-    RatedElsewhere,
+    RemoteEvaluator,
+    named,
     quality_rows,
     quality_table,
 )
@@ -18,9 +19,10 @@ __all__ = [
     "Evaluator",
     "FidelityOptions",
     "QualityRow",
-    "RatedElsewhere",
+    "RemoteEvaluator",
     "digits_distance",
     "make_evaluator",
+    "named",
     "quality_rows",
     "quality_table",
 ]

@@ -18,6 +18,11 @@ from ect.ranks.distributed import World
 from ect.sampler import Sampler, generate
 
 
+def named(sampler: Sampler, ema: str | None) -> str:
+    """How a table names a sampler; ema: the weight average that it samples, where there are several."""
+    return sampler.name if ema is None else f"{sampler.name}, EMA {ema}"
+
+
 @dataclass(frozen=True)
 class QualityRow:
     """The figures of one sampler."""
@@ -31,6 +36,8 @@ class QualityRow:
     """One evaluation a repeat, by column name."""
     seconds: float
     """Wall-clock of the sampling, all repeats together."""
+    ema: str | None = None
+    """The weight average, an entry of --optim.emas, where there are several."""
 
     def mean(self, column: str) -> float:
         """Mean over the repeats."""
@@ -41,15 +48,16 @@ class QualityRow:
         return min(value[column] for value in self.values)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-able: all of the above, with mean and minimum of each column."""
+        """JSON-able: all of the above but `ema` where it is None, with mean and minimum of each column."""
         names = self.values[0]
         sampler = {"name": self.sampler.name, "nfe": self.sampler.nfe, **asdict(self.sampler)}
         summary = {"mean": {n: self.mean(n) for n in names}, "minimum": {n: self.minimum(n) for n in names}}
-        return asdict(self) | {"sampler": sampler} | summary
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return known | {"sampler": sampler} | summary
 
 
-class RatedElsewhere(Evaluator):
-    """What ranks other than 0 hold in place of an evaluator: no weights, no statistics."""
+class RemoteEvaluator(Evaluator):
+    """The evaluator of rank 0, as the other ranks know it: it rates nothing there, and needs no weights and no statistics."""
 
     columns = ()
 
@@ -68,14 +76,15 @@ def quality_rows(
     batch: int = 256,
     device: torch.device | str = "cpu",
     on_images: Callable[[int], None] = lambda count: None,
+    ema: str | None = None,
     world: World = World(),
 ) -> list[QualityRow]:
     """Rate `net` with each sampler; in each repeat all of them start from the same latents. All ranks of `world` make images,
     rank 0 computes their features and figures while the others wait, and every rank returns the rows.
 
-    Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have `RatedElsewhere`.
+    Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have `RemoteEvaluator`.
     samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward pass. on_images: called
-    with the number of images just made.
+    with the number of images just made. ema: names the weight average in the rows.
     No rows where the evaluator has no column to fill: the images would be made for nothing.
     """
     if not world.first(lambda: bool(evaluator.available)):
@@ -92,14 +101,16 @@ def quality_rows(
                 on_images(len(some))
             seconds += time.perf_counter() - start
             values.append(world.first(partial(evaluator.evaluate, images)))
-        rows.append(QualityRow(sampler, samples, first_seeds, tuple(values), seconds))
+        rows.append(QualityRow(sampler, samples, first_seeds, tuple(values), seconds, ema))
     return rows
 
 
 def quality_table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
     """(headers, cells) as text. A cell is 'mean (minimum)' of several repeats, or one figure, or '-' where missing."""
     headers = ["sampler", "NFE", *(column.name for column in columns)]
-    cells = [[row.sampler.name, str(row.sampler.nfe), *(_cell(row, column) for column in columns)] for row in rows]
+    cells = [
+        [named(row.sampler, row.ema), str(row.sampler.nfe), *(_cell(row, column) for column in columns)] for row in rows
+    ]
     return headers, cells
 
 
