@@ -25,6 +25,7 @@ from ect.objective import ConsistencyObjective, Mapping
 from ect.objectives.distillation import ConsistencyDistillation, euler_step
 from ect.options import parse
 from ect.step import TrainStep
+from ect.trainer import Trainer
 from tests.test_job import final_state, interrupt_after
 from tests.test_step import make, put
 from tests.tiny import config, run
@@ -175,26 +176,28 @@ def test_memory_has_room_for_the_teacher() -> None:
 
 
 def test_a_run_distils_its_own_pretraining_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08, objective=TEACHER)
+    cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.016, objective=TEACHER)
     run(cfg, tmp_path / "whole")
     assert isinstance(load_model(tmp_path / "whole")[0], ECMPrecond)
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 14)
+        interrupt_after(patch, 7)
         assert not Job(replace(cfg, run_dir=folder), Console(quiet=True)).run()
     run(parse(["--resume", str(folder)]), folder)
     got, want = final_state(folder), final_state(tmp_path / "whole")
     assert all(torch.equal(got[name], want[name]) for name in want)
-    ect = tmp_path / "ect"
-    run(replace(cfg, objective=replace(TEACHER, target="self")), ect)
-    assert not all(torch.equal(final_state(ect)[name], want[name]) for name in want)
+    trainer = Trainer(replace(cfg, init_from=folder / "pretrain"), tmp_path, load(cfg.data), torch.device("cpu"))
+    assert isinstance(trainer.step.objective, ConsistencyDistillation) and trainer.step.teacher is trainer.teacher
+    teacher = load_model(folder / "pretrain")[0].state_dict()
+    assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher.state_dict().items())
+    assert any(str(folder / "pretrain") in note for note in trainer.notes)
 
 
 def test_a_resume_wants_the_same_teacher(tmp_path: Path) -> None:
-    diffusion_only = config(objective=ObjectiveConfig(kind="diffusion"))
+    diffusion_only = config(objective=ObjectiveConfig(kind="diffusion"), total_kimg=0.008)
     run(diffusion_only, tmp_path / "one")
     run(replace(diffusion_only, seed=1), tmp_path / "two")
-    run(config(objective=TEACHER, init_from=tmp_path / "one"), tmp_path / "run")
+    run(config(objective=TEACHER, init_from=tmp_path / "one", total_kimg=0.008), tmp_path / "run")
     (tmp_path / "one").rename(tmp_path / "moved")
     resume = ["--resume", str(tmp_path / "run")]
     with pytest.raises(UserError, match=r"one: no such file"):
@@ -207,7 +210,7 @@ def test_a_resume_wants_the_same_teacher(tmp_path: Path) -> None:
 def test_a_teacher_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no teacher; give a diffusion model with --init-from"):
         run(config(objective=TEACHER), tmp_path / "none")
-    run(config(), tmp_path / "ect")
+    run(config(total_kimg=0.008), tmp_path / "ect")
     with pytest.raises(UserError, match=r"--init-from .*ect is a consistency model"):
         run(config(objective=TEACHER, init_from=tmp_path / "ect"), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
