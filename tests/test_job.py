@@ -333,6 +333,19 @@ def test_a_short_digits_job_shows_the_gain(tmp_path: Path, monkeypatch: pytest.M
     assert figures[1]["FDc"] < 0.5 * figures[3]["FDc"]
 
 
+@pytest.mark.parametrize("choice", ["perturb=cuda", "levels=apex", "*=cuda"])
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not train without a word on something else."""
+    with pytest.raises(UserError, match=r"^--kernels .*: backend '(cuda|apex)' cannot run: .*; have: reference"):
+        Job(config(run_dir=tmp_path / "run", kernels=choice), Console(quiet=True))
+    monkeypatch.setenv("ECT_KERNELS", choice)
+    with pytest.raises(UserError, match=r"^ECT_KERNELS: "):
+        Job(config(run_dir=tmp_path / "run"), Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_job_says_what_it_trains_on_and_which_options_do_nothing(tmp_path: Path) -> None:
     net = replace(config().net, attn_resolutions=(8, 5), label_dropout=0.1)
     console = Console(record=True, width=200, quiet=False, file=io.StringIO())
