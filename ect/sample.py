@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
 from ect.config import HEUN_STEPS, SIGMA_MAX
 from ect.errors import UserError
-from ect.files.checkpoint import atomic, load_model
+from ect.files.checkpoint import load_model
 from ect.models import ECMPrecond, EDMPrecond
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
@@ -26,9 +21,7 @@ from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
-from ect.show.grid import save_grid, save_png
-
-_FILES = (".png", ".npz")
+from ect.show import images
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ def sample(options: Options, world: World = World()) -> None:
             raise UserError(f"--{name} {value}: expected at least 1")
     device = resolve(options.device, world)
     set_threads(options.threads, world)
-    world.first(lambda: _prepare(options.out))
+    world.first(lambda: images.prepare(options.out))
     net, info = load_model(options.checkpoint, device=device, ema=options.ema)
     _check_class(options.class_idx, net.label_dim)
     for line in self_check.of_sampling(net, device, world):
@@ -102,7 +95,8 @@ def sample(options: Options, world: World = World()) -> None:
         if world.rank > 0:
             deque(batches, maxlen=0)  # makes them
             return
-        _write(options, seeds, batches, sampler, _classes(net, seeds, options.class_idx))
+        sigmas, classes = getattr(sampler, "sigmas", ()), _classes(net, seeds, options.class_idx)
+        images.write(options.out, batches, seeds, sigmas, classes)
     seconds = time.perf_counter() - start
     rate = f"{len(seeds) / seconds:,.1f} img/s, products in {arithmetic}"
     print(f"wrote {len(seeds)} images to {options.out} in {seconds:.1f} s ({rate})")
@@ -128,22 +122,6 @@ def _seeds(options: Options) -> list[int]:
             )
         seeds.extend(range(int(first_text), int(last_text) + 1))
     return seeds
-
-
-def _prepare(out: Path) -> None:
-    """Make the folder that is written to, so that a bad --out fails before the work. Raises UserError."""
-    if out.suffix not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
-        raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
-    if out.suffix in _FILES and out.is_dir():
-        raise UserError(
-            f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images"
-        )
-    folder = out.parent if out.suffix in _FILES else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write into {folder} ({error.strerror}); choose another place") from error
 
 
 def _check_class(class_idx: int | None, label_dim: int) -> None:
@@ -182,29 +160,6 @@ def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler
 def _classes(net: EDMPrecond, seeds: Sequence[int], class_idx: int | None) -> list[int]:
     """Class of each image as `generate` chooses it; -1 for an unconditional model."""
     return [draw(net, seed)[1] if class_idx is None else class_idx for seed in seeds]
-
-
-def _write(
-    options: Options, seeds: Sequence[int], batches: Iterator[Tensor], sampler: Sampler, classes: Sequence[int]
-) -> None:
-    out = options.out
-    if out.suffix == ".png":
-        save_grid(torch.cat(list(batches)), out)
-    elif out.suffix == ".npz":
-        images = torch.cat(list(batches)).numpy()
-        arrays: dict[str, Any] = {
-            "images": images,
-            "seeds": np.array(seeds),
-            "sigmas": np.array(getattr(sampler, "sigmas", ())),
-            "class": np.array(classes),
-        }
-        with atomic(out) as temp, temp.open("wb") as file:
-            np.savez(file, **arrays)
-    else:
-        for seed, image in zip(seeds, itertools.chain.from_iterable(batches), strict=True):
-            folder = out / f"{seed - seed % 1000:06d}"
-            folder.mkdir(exist_ok=True)
-            save_png(image, folder / f"{seed:06d}.png", durable=False)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},
-    "show": {"config", "files", "metrics", "options"},
+    "show": {"config", "errors", "files", "metrics", "options"},
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400
