@@ -1,6 +1,6 @@
 """How much memory a run will need, known before it starts, and the batch per device that fits.
 
-What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.cost.footprint); what does not is an
+What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.cost.trace); what does not is an
 allowance, each stated below.
 """
 
@@ -15,7 +15,8 @@ import torch
 from ect import precision
 from ect.assembly import captures, compiles, flat_state, keeps_channels_last, train_step
 from ect.config import Config
-from ect.cost import footprint
+from ect.cost.footprint import Footprint
+from ect.cost.trace import trace
 from ect.data import Dataset, ImageStream
 from ect.data.stream import RESIDENT_SHARE
 from ect.errors import UserError
@@ -95,11 +96,11 @@ def predict(
     net.model.fused = on_ops  # type: ignore[assignment]
     state = flat_state(traced, net)
     stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
-    update = footprint.trace(train_step(traced, state, stream), device.type)
+    update = Footprint.of(trace(train_step(traced, state, stream).update, device.type))
     with torch.no_grad():
         images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
-        sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
+        sampling = Footprint.of(trace(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type))
     weights = state.params.untyped_storage().nbytes()
     checkpoint = (4 + len(state.emas)) * weights  # copies of parameters, moments and averages, one more of the average
     transient = update.peak_bytes - update.state_bytes
