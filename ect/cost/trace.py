@@ -153,10 +153,11 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = tree_map_only(Tensor, self._see, (args, kwargs))
+        given, named = tree_map_only(Tensor, self._see, (args, kwargs))
         out = _run(func, args, kwargs)
         result = tree_map_only(Tensor, partial(self._see, made=True), out)
-        self.events.append(Event(func, *known, result, *self._origin(), self.alive))
+        site, backward = self._origin()
+        self.events.append(Event(func, given, named, result, site, backward, self.alive))
         return out
 
     def _see(self, t: Tensor, made: bool = False) -> TensorMeta:
