@@ -13,8 +13,8 @@ CATEGORIES = (
 TABLE = {
     # functions: what they do is theirs, whoever calls them
     "ect_kernels.philox.dropout": "dropout",
-    "ect.models.fused.add_skip": "conv 1x1 as gemm",
-    "ect.models.fused.attention": "conv 1x1 as gemm",
+    "ect.models.products.add_skip": "conv 1x1 as gemm",
+    "ect.models.products.attention": "conv 1x1 as gemm",
     # modules and packages: of the innermost one that is named
     "ect.models": "other", "ect.models.precond": "data/loss", "ect.optim": "optimizer", "ect.step": "data/loss",
     "ect.objective": "data/loss", "ect.data": "data/loss",
