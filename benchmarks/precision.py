@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 from lib.measure import header, reason
+from lib.options import command
 from rich.console import Console
 
 from ect import models
@@ -119,13 +120,10 @@ def load_all(options: Options) -> tuple[EDMPrecond, Dataset]:
     return net, dataset
 
 
+@command
 def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, description=__doc__, args=args)
-    try:
-        net, dataset = load_all(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    net, dataset = load_all(options)
     where = next(net.parameters()).device
     images, labels = dataset.images[: options.samples].to(where), None
     if net.label_dim and dataset.labels is not None:

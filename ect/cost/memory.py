@@ -1,6 +1,6 @@
 """How much memory a run will need, known before it starts, and the batch per device that fits.
 
-What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.cost.footprint); what does not is an
+What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.cost.trace); what does not is an
 allowance, each stated below.
 """
 
@@ -16,7 +16,8 @@ import torch
 from ect import precision
 from ect.assembly import captures, compiles, flat_state, frozen, keeps_channels_last, objective_type, train_step
 from ect.config import Config
-from ect.cost import footprint
+from ect.cost.footprint import Footprint
+from ect.cost.trace import trace
 from ect.data import Dataset, ImageStream
 from ect.data.stream import RESIDENT_SHARE
 from ect.errors import UserError
@@ -98,11 +99,11 @@ def predict(
             teacher = frozen(traced, copy.deepcopy(net))
     state = flat_state(traced, net)
     stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
-    update = footprint.trace(train_step(traced, state, stream, teacher=teacher), device.type)
+    update = Footprint.of(trace(train_step(traced, state, stream, teacher=teacher).update, device.type))
     with torch.no_grad():
         images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
-        sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
+        sampling = Footprint.of(trace(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type))
     weights = state.params.untyped_storage().nbytes()
     copies = len(state.saved_arenas()) + len(state.emas)  # that a checkpoint makes: of its state and its model files
     transient = update.peak_bytes - update.state_bytes
