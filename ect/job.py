@@ -118,8 +118,10 @@ class Job:
         """Apply --kernels, and say which backend each op uses where the networks run on the ops."""
         try:
             dispatch.set_choice(self.cfg.kernels)
+            dispatch.check_named(self.device)
         except dispatch.BackendError as error:
-            raise UserError(f"--kernels {self.cfg.kernels}: {error}") from error
+            asked = f"--kernels {self.cfg.kernels}" if self.cfg.kernels else "ECT_KERNELS"
+            raise UserError(f"{asked}: {error}") from error
         if self.cfg.resume is not None:
             self_check.keep(resolved(run_folder(self.cfg.resume)), self.device)
         if fused.wanted(None, torch.zeros(0, device=self.device)):

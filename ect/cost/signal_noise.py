@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ect.data.stream import to_float
-from ect.models import EDMPrecond, MaskKey, half_precision_weights
+from ect.models import EDMPrecond, MaskKey
 from ect.objective import Denoiser, Mapping
 from ect.precision import PRECISIONS
 
@@ -75,7 +75,7 @@ def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) 
     """The denoiser of a copy of net that computes in this precision."""
     half, twin = PRECISIONS[precision].half, copy.deepcopy(net)
     if half is not None:
-        round_weights(twin, half_precision_weights(net), half)
+        round_weights(twin, net.half_weights(), half)
     emulate = precision == "tf32" and next(net.parameters()).device.type == "cpu"
     return denoiser(twin, labels, emulated_tf32 if emulate else contextlib.nullcontext)
 
@@ -85,7 +85,7 @@ def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
     for name, p in net.named_parameters():
         if name in names:
             p.data = p.data.to(half)
-    net.model.fused = True  # type: ignore[assignment]
+    net.model.on_ops = True
 
 
 def denoiser(
@@ -109,7 +109,7 @@ def in_fp64(net: EDMPrecond, labels: Tensor | None = None) -> Denoiser:
 def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoiser:
     """The U-Net's plain forward and EDM's preconditioning of training, all in one dtype."""
     unet = copy.deepcopy(net.model).to(dtype).train()
-    unet.fused = False  # type: ignore[assignment]
+    unet.on_ops = False
     sigma_data, label_dim = net.sigma_data, net.label_dim
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
