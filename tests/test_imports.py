@@ -29,7 +29,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},
-    "show": {"files", "metrics"},
+    "show": {"errors", "files", "metrics"},
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ect.emas import spelled
 from ect.errors import UserError
@@ -64,6 +64,14 @@ def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
         if tensor is not None:
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(net: nn.Module) -> str:
+    """SHA-256 of the names and bytes of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
