@@ -134,8 +134,8 @@ class OptimConfig:
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
     decay_kimg: Annotated[float, FROM_0] = 0.0
     emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
-    """Weight averages, 1 to 3, each by its decay per step: '.9999' or '.9999 .999'. The model is the first; --ema 1 of
-    ect.sample and ect.evaluate takes the second."""
+    """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
+    makes; ect.sample and ect.evaluate take the second with --ema 1."""
     ema_rampup: Annotated[float | None, ABOVE_0] = None
     """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
 

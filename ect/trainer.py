@@ -18,12 +18,12 @@ from torch import Tensor
 from ect import precision, schedule
 from ect.assembly import flat_state, network_spec, train_step
 from ect.config import HEUN_STEPS, Config
-from ect.cost import memory
-from ect.cost.signal_noise import signal_noise
+from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
+from ect.files.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
 from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, quality_rows
 from ect.models import EDMPrecond, build
@@ -33,8 +33,6 @@ from ect.ranks.stop import StopSignal
 from ect.sampler import Heun, Sampler, consistency_samplers, generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
-
-NOISE_IMAGES = 16
 
 
 @dataclass
@@ -79,7 +77,8 @@ class Trainer:
         self.precision = precision.resolve(cfg.precision, self.device)
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
-        self.spec, self.net = self._build()
+        saved = None if cfg.resume is None else checkpoint.Checkpoints.load(cfg.resume)
+        self.spec, self.net = self._build(saved)
         checking, ops = self_check.wanted(cfg.self_check, self.device), Recorder()
         with ops if checking else nullcontext():
             plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
@@ -91,28 +90,20 @@ class Trainer:
         self.notes += [str(plan), self.state.note(), stream.note]
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
-        self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
-        if cfg.resume is not None:
-            self._resume(cfg.resume)
+        self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
+        if saved is not None:
+            self._resume(saved)
         self.checked = self_check.run(self.step, ops.calls, self.nimg, self._stage()) if checking else []
         """What the self-check found, as lines for log and report."""
         self.notes += self.checked
         if self.precision.half is not None and self.consistency:
-            self.notes.append(self._signal_noise())
+            self.notes.append(signal_noise.note(self.net, self.precision.name, self.dataset))
 
-    def _signal_noise(self) -> str:
-        """What the precision costs, as a line for the log."""
-        images, labels = self.dataset.images[:NOISE_IMAGES].to(self.device), self.dataset.labels
-        labels = None if labels is None else labels[:NOISE_IMAGES].to(self.device)
-        noise = signal_noise(self.net, self.precision.name, images, labels, against=torch.float32)
-        found = ", ".join(f"{100 * error:.0f} % at t = {t:g}" for t, error in noise.items())
-        return f"noise of {self.precision.name} on the signal D(x_t, t) - D(x_r, r) at its smallest: {found}"
-
-    def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
-        """The network in train mode: of the checkpoint's architecture with --init-from, else new."""
+    def _build(self, saved: checkpoint.Saved | None) -> tuple[dict[str, Any], EDMPrecond]:
+        """The network in train mode: of the checkpoint's architecture with --resume and --init-from, else new."""
         cfg = self.cfg
-        if cfg.resume is not None:
-            spec = checkpoint.read_model(checkpoint.Checkpoints.load(cfg.resume)[2]).spec
+        if saved is not None:
+            spec = checkpoint.read_spec(saved[2])
             return spec, build(spec).to(self.device).train()
         precond = "ECMPrecond" if self.consistency else "EDMPrecond"
         augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
@@ -263,17 +254,17 @@ class Trainer:
         options, weights = json.dumps(to_dict(self.cfg)), str(sums)
         self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
-    def _resume(self, source: Path) -> None:
-        tensors, meta, self.path = checkpoint.Checkpoints.load(source)
-        checkpoint.refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
-        checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
+    def _resume(self, saved: checkpoint.Saved) -> None:
+        tensors, meta, self.path = saved
+        refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
+        refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
         try:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm.copy_(tensors["grad_norm"])
             self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
         except KeyError as error:
             raise UserError(
-                f"--resume {source}: its training state is damaged, missing {error.args[0]}; resume from another checkpoint of "
-                "the run, or start a new one from its weights with --init-from"
+                f"--resume {self.cfg.resume}: its training state is damaged, missing {error.args[0]}; resume from another "
+                "checkpoint of the run, or start a new one from its weights with --init-from"
             ) from error
         self.nimg, self._seconds = meta["nimg"], meta["seconds"]

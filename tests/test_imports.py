@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},
-    "show": {"errors", "files", "metrics"},
+    "show": {"config", "errors", "files", "metrics", "options"},
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400
@@ -117,6 +118,15 @@ def test_one_closed_reader_touches_pickles() -> None:
         }
         assert used <= {"UnpicklingError"}, name  # what torch.load(weights_only=True) raises
         assert not any(found.startswith("pickle.") for found in imports(path)), name
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject.toml lists each folder of Python files of ect/ and kernels/ as a package of the distribution."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall('"([^"]+)"', text.partition("\npackages = [")[2].partition("]")[0])
+    modules = {**ECT, **KERNELS}.items()
+    found = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules}
+    assert sorted(listed) == sorted(found)
 
 
 @pytest.mark.parametrize("folder", ["ect", "kernels", "benchmarks", "tests"])
