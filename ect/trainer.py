@@ -23,6 +23,13 @@ from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
+from ect.files.resume import (
+    data_fingerprint,
+    refuse_changed_data,
+    refuse_changed_maths,
+    refuse_changed_teacher,
+    weights_fingerprint,
+)
 from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, build
@@ -77,7 +84,8 @@ class Trainer:
         self.precision = precision.resolve(cfg.precision, self.device)
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
-        self.spec, self.net = self._build()
+        saved = None if cfg.resume is None else checkpoint.Checkpoints.load(cfg.resume)
+        self.spec, self.net = self._build(saved)
         self.teacher = self._teacher() if self.objective.wants_teacher else None
         checking, ops = self_check.wanted(cfg.self_check, self.device), Recorder()
         with ops if checking else nullcontext():
@@ -91,20 +99,20 @@ class Trainer:
         self.notes += [str(plan), self.state.note(), stream.note]
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
-        self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
-        if cfg.resume is not None:
-            self._resume(cfg.resume)
+        self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
+        if saved is not None:
+            self._resume(saved)
         self.checked = self_check.run(self.step, ops.calls, self.nimg, self._stage()) if checking else []
         """What the self-check found, as lines for log and report."""
         self.notes += self.checked
         if self.precision.half is not None and self.objective.staged:
             self.notes.append(signal_noise.note(self.net, self.precision.name, self.dataset))
 
-    def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
-        """The network in train mode: of the checkpoint's architecture with --init-from, else new."""
+    def _build(self, saved: checkpoint.Saved | None) -> tuple[dict[str, Any], EDMPrecond]:
+        """The network in train mode: of the checkpoint's architecture with --resume and --init-from, else new."""
         cfg = self.cfg
-        if cfg.resume is not None:
-            spec = checkpoint.read_model(checkpoint.Checkpoints.load(cfg.resume)[2]).spec
+        if saved is not None:
+            spec = checkpoint.read_spec(saved[2])
             return spec, build(spec).to(self.device).train()
         precond = self.objective.precond
         augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
@@ -143,7 +151,7 @@ class Trainer:
                 "diffusion model, or tune this one with --objective.target self"
             )
         self.notes.append(f"the frozen teacher is {source}")
-        self.teacher_digest = checkpoint.weights_fingerprint(net)
+        self.teacher_digest = weights_fingerprint(net)
         return frozen(self.cfg, net)
 
     @property
@@ -273,18 +281,18 @@ class Trainer:
         options, weights = json.dumps(to_dict(self.cfg)), str([*sums, self.teacher_digest])
         self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
-    def _resume(self, source: Path) -> None:
-        tensors, meta, self.path = checkpoint.Checkpoints.load(source)
-        checkpoint.refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
-        checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
-        checkpoint.refuse_changed_teacher(meta.get("teacher"), self.teacher_digest, self.cfg.init_from)
+    def _resume(self, saved: checkpoint.Saved) -> None:
+        tensors, meta, self.path = saved
+        refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
+        refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
+        refuse_changed_teacher(meta.get("teacher"), self.teacher_digest, self.cfg.init_from)
         try:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm.copy_(tensors["grad_norm"])
             self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
         except KeyError as error:
             raise UserError(
-                f"--resume {source}: its training state is damaged, missing {error.args[0]}; resume from another checkpoint of "
-                "the run, or start a new one from its weights with --init-from"
+                f"--resume {self.cfg.resume}: its training state is damaged, missing {error.args[0]}; resume from another "
+                "checkpoint of the run, or start a new one from its weights with --init-from"
             ) from error
         self.nimg, self._seconds = meta["nimg"], meta["seconds"]

@@ -69,11 +69,10 @@ def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
 
 
 def weights_fingerprint(net: nn.Module) -> str:
-    """SHA-256 of a network's weights, with their names and dtypes."""
+    """SHA-256 of the names and bytes of a network's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in net.state_dict().items():
-        digest.update(f"{name} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,14 +1,14 @@
-"""Sampled images as files: a grid, an .npz, or a folder with a PNG file for each."""
+"""Generated images as files: a grid, an .npz, or a folder with a PNG file for each seed."""
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,7 +20,7 @@ _FILES = (".png", ".npz")
 
 
 def prepare(out: Path) -> None:
-    """Make the folder that is written to, so that a bad --out fails before the work. Raises UserError."""
+    """Make the folder that `write` needs, so that a bad --out fails before the work. Raises UserError."""
     if out.suffix not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
         raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
     if out.suffix in _FILES and out.is_dir():
@@ -36,23 +36,22 @@ def prepare(out: Path) -> None:
 
 
 def write(
-    out: Path, batches: Iterable[Tensor], seeds: Sequence[int], sigmas: Sequence[float], classes: Sequence[int]
+    out: Path, seeds: Sequence[int], batches: Iterable[Tensor], arrays: Mapping[str, Sequence[npt.ArrayLike]]
 ) -> None:
-    """Write the images to NAME.png (a grid), to NAME.npz with all that is given, or else into the folder `out`, by their seeds.
+    """Write batches of images, uint8 [n, H, W, C] and one a seed, where `out` says.
 
-    Args: batches: uint8 [n, H, W, C], in the order of seeds. sigmas: noise levels that they were sampled at. classes: of each.
+    NAME.png: a grid. NAME.npz: images [N, H, W, C], seeds and `arrays`. Else a folder: 001000/001234.png is that of seed 1234.
+    Raises UserError where the system refuses.
     """
     if out.suffix == ".png":
         save_grid(torch.cat(list(batches)), out)
     elif out.suffix == ".npz":
-        arrays: dict[str, Any] = {
-            "images": torch.cat(list(batches)).numpy(),
-            "seeds": np.array(seeds),
-            "sigmas": np.array(sigmas),
-            "class": np.array(classes),
+        images = torch.cat(list(batches)).numpy()
+        named = {"images": images, "seeds": np.array(seeds)} | {
+            name: np.array(values) for name, values in arrays.items()
         }
         with atomic(out) as temp, temp.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **named)  # type: ignore[arg-type]
     else:
         for seed, image in zip(seeds, itertools.chain.from_iterable(batches), strict=True):
             folder = out / f"{seed - seed % 1000:06d}"
