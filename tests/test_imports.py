@@ -27,6 +27,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "files": {"config", "emas", "errors", "models", "presets"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"errors"},
+    "objectives": {"objective"},
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},

@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ect import precision, schedule
 from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
+from ect.cost.categories import GEMMS
+from ect.cost.trace import trace
 from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.files import checkpoint
@@ -286,17 +287,11 @@ def test_images_are_made_by_weights_in_the_memory_order_of_training(channels_las
 
 def test_the_noise_of_half_precision_is_measured_without_slow_arithmetic(tmp_path: Path) -> None:
     """GPUs for games do fp64 at a 64th of their speed; only the small difference of two outputs is taken in it."""
-    dtypes: set[torch.dtype] = set()
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func._schema.name.split("::")[1].rstrip("_") in ("convolution", "mm", "addmm", "bmm", "baddbmm"):
-                dtypes.update(a.dtype for a in args if isinstance(a, torch.Tensor))
-            return func(*args, **(kwargs or {}))
-
-    with Products():
-        trainer = make(config(precision="fp16", total_kimg=0.008), tmp_path)
-    assert any("noise of fp16 on the signal" in note for note in trainer.notes)
+    notes: list[str] = []
+    events = trace(lambda: notes.extend(make(config(precision="fp16", total_kimg=0.008), tmp_path).notes))
+    products = [event for event in events if event.name.rstrip("_") in ("convolution", *GEMMS)]
+    dtypes = {t.dtype for event in products for t in event.inputs}
+    assert any("noise of fp16 on the signal" in note for note in notes)
     assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 
