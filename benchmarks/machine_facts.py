@@ -5,6 +5,7 @@ Prints a line a fact; with a file, writes them as JSON.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = (
@@ -83,9 +85,20 @@ def facts() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, nargs="?", help="JSON file for the facts")
+    path: Path | None = parser.parse_args(argv).file
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        print(f"{path}: cannot be written; name a file in a folder that exists", file=sys.stderr)
+        return 2
     found = facts()
     for name, value in found.items():
         print(f"{name}: {value}")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

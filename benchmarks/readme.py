@@ -9,8 +9,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from lib.options import Parser, command
+
+from ect.errors import UserError
 from ect.files.checkpoint import read_model, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +27,16 @@ def insert(text: str, name: str, block: str) -> str:
     return f"{head}<!-- {name}: written by make readme -->\n{block.strip()}\n<!-- /{name} -->{tail}"
 
 
-def main(run_dir: Path) -> None:
-    shutil.copy(run_dir / "samples.png", ROOT / "benchmarks/results/digits.png")
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run of python -m ect.train")
+    run_dir = parser.parse_args(argv).run_dir
+    for name in ("samples.png", "results.md"):
+        if not (run_dir / name).is_file():
+            raise UserError(f"{run_dir / name}: no such file; name the folder of a finished run of python -m ect.train")
     model = read_model(run_dir)
+    shutil.copy(run_dir / "samples.png", ROOT / "benchmarks/results/digits.png")
     info = {**model.info, "made_by": "make readme", "licence": "Apache-2.0"}
     save_model(ROOT / "ect/models/digits.safetensors", model.state, model.spec, info)
     report = [sys.executable, str(ROOT / "benchmarks/digits_quality.py"), "--report", "--markdown"]
@@ -33,7 +44,8 @@ def main(run_dir: Path) -> None:
     path = ROOT / "README.md"
     text = insert(path.read_text(encoding="utf-8"), "digits", (run_dir / "results.md").read_text(encoding="utf-8"))
     path.write_text(insert(text, "seeds", seeds), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main())

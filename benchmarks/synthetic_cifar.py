@@ -9,9 +9,11 @@ import io
 import pickle
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from lib.options import Parser, new_file
 
 FOLDER, BATCHES, ROWS, DISTINCT = "cifar-10-batches-py", 5, 10_000, 2_000
 
@@ -42,5 +44,14 @@ def write(path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("file", type=new_file, help="the archive to write")
+    path: Path = parser.parse_args(argv).file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+    return 0
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    sys.exit(main())
