@@ -24,6 +24,8 @@ from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
 from tests.gpu_paths.pairwise import Case, cover, name
 from tests.tiny import config, run
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = {
     "arch": ["ddpmpp", "ncsnpp", "adm"],
     "labels": [False, True],
