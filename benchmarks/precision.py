@@ -26,14 +26,14 @@ from rich.console import Console
 from ect import models
 from ect.config import DataConfig
 from ect.cost import signal_noise
-from ect.cost.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors, round_weights
+from ect.cost.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors
 from ect.data import Dataset, load
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.models import EDMPrecond
 from ect.models.layers import Conv2d
 from ect.objective import Denoiser
-from ect.precision import PRECISIONS, apply
+from ect.precision import PRECISIONS, apply, round_weights
 from ect.ranks import device
 from ect.show.table import Table
 

@@ -42,9 +42,8 @@ def status(name: str, arguments: list[str]) -> int:
     """The exit status of python benchmarks/NAME.py ARGUMENTS."""
     try:
         found: int = importlib.import_module(name).main(arguments)
-    except SystemExit as exit:
-        assert isinstance(exit.code, int)
-        return exit.code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else -1
     return found
 
 

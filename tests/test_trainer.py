@@ -18,6 +18,7 @@ from ect.cost.categories import GEMMS
 from ect.cost.trace import trace
 from ect.data import ImageStream, load
 from ect.errors import UserError
+from ect.files import checkpoint
 from ect.files.checkpoint import Checkpoints, read_model
 from ect.job import Job
 from ect.metrics import Column, Evaluator
@@ -28,7 +29,7 @@ from ect.show.log import RunLog
 from ect.show.report import strips
 from ect.step import TrainStep
 from ect.trainer import Trainer
-from tests.tiny import config, run
+from tests.tiny import BATCH, STEPS, config, run
 
 EVERYTHING = config(
     seed=5,
@@ -133,6 +134,27 @@ def test_a_lost_pointer_does_not_restart_the_run(tmp_path: Path) -> None:
     for source in (folder, folder / "checkpoint-000000.080.safetensors"):
         run(replace(config(), resume=source), folder)
         assert (folder / "stats.jsonl").read_text() == stats
+
+
+def test_a_resume_reads_and_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    run(config(), folder)
+    read: dict[str, list[str]] = {"_fingerprint": [], "_read_tensors": []}
+    for name, paths in read.items():
+        original = getattr(checkpoint, name)
+
+        def counted(path: Path, *args: Any, original: Any = original, paths: list[str] = paths) -> Any:
+            paths.append(path.name)
+            return original(path, *args)
+
+        monkeypatch.setattr(checkpoint, name, counted)
+    trainer = make(replace(config(), resume=folder), folder)
+    model, state = "checkpoint-000000.080.safetensors", "checkpoint-000000.080.state.safetensors"
+    assert read == {
+        "_fingerprint": [model, state],
+        "_read_tensors": [state, model],
+    }  # of the model its description alone
+    assert trainer.nimg == STEPS * BATCH and trainer.spec == read_model(folder).spec
 
 
 def test_a_damaged_training_state_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

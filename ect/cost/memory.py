@@ -6,6 +6,7 @@ allowance, each stated below.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ect import precision
-from ect.assembly import captures, compiles, flat_state, keeps_channels_last, train_step
+from ect.assembly import captures, compiles, flat_state, frozen, keeps_channels_last, objective_type, train_step
 from ect.config import Config
 from ect.cost.footprint import Footprint
 from ect.cost.trace import trace
@@ -39,9 +40,9 @@ CGROUP = Path("/sys/fs/cgroup")  # of a Linux container
 class Prediction:
     """Peak memory of a run, in bytes.
 
-    state: parameters, gradients, moments, averages, the averaged network, images. update: the most that an update has alive
-    beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the update's memory meanwhile.
-    allowance: for what lies outside of tensors. launches: no memory, but counted on the way: of an update.
+    state: parameters, gradients, moments, averages, the averaged network, a frozen teacher, images. update: the most that an
+    update has alive beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the update's
+    memory meanwhile. allowance: for what lies outside of tensors. launches: no memory, but counted on the way: of an update.
     """
 
     batch_per_device: int
@@ -92,11 +93,13 @@ def predict(
     )  # fmt: skip
     on_ops = gpu or fused.wanted(None, torch.empty(0))
     with torch.device("meta"):
-        net = build(spec).train()
-    net.model.on_ops = on_ops
+        net, teacher = build(spec).train(), None
+        net.model.on_ops = on_ops
+        if objective_type(cfg.objective).wants_teacher:
+            teacher = frozen(traced, copy.deepcopy(net))
     state = flat_state(traced, net)
     stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
-    update = Footprint.of(trace(train_step(traced, state, stream).update, device.type))
+    update = Footprint.of(trace(train_step(traced, state, stream, teacher=teacher).update, device.type))
     with torch.no_grad():
         images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
