@@ -56,7 +56,7 @@ def test_sampling_waits_for_the_device_once_a_batch(case: Case) -> None:
 class Counting(Evaluator):
     """Rates by counting."""
 
-    columns = (Column("images", "higher"),)
+    columns = (Column("images"),)
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
         made = list(images)
