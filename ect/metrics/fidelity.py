@@ -215,8 +215,8 @@ def _torch_fidelity() -> ModuleType:
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch fails with RuntimeError
         reason = str(error).splitlines()[0]
         raise Unavailable(
-            f"torch-fidelity cannot be imported ({reason}): pip install 'ect[eval]', with the torchvision that belongs "
-            f"to torch {torch.__version__}"
+            f"torch-fidelity cannot be imported ({reason}): pip install torch-fidelity, and the torchvision that "
+            f"belongs to torch {torch.__version__}"
         ) from error
     return torch_fidelity
 
