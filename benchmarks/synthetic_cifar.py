@@ -5,10 +5,11 @@ Soft waves, each class in a colour of its own; 2,000 of them, again and again. G
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
-import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,5 +43,11 @@ def write(path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the tar file to write")
+    write(parser.parse_args(argv).file)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    main()

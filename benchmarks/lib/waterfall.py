@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from lib.baseline import ParameterState, PlainStep
 from torch import Tensor
 
 from ect import precision
@@ -22,6 +21,7 @@ from ect.data import Dataset, ImageStream, load
 from ect.models import EDMPrecond, build, half_precision_weights
 from ect.objective import ConsistencyObjective
 from ect.step import TrainStep
+from lib.baseline import ParameterState, PlainStep
 
 STAGE = 0
 Step = PlainStep | TrainStep
