@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ class Outcome:
 def stages(device: str, out: Path) -> list[Stage]:
     """All of them, in order; on a CPU at small sizes."""
     gpu, work, py = device != "cpu", out / "work", sys.executable
-    where = ["--device", device]
+    where = ["--device", device.partition(":")[0]]  # the environment shows the stages one GPU alone
     cifar, run, check, demo = work / "cifar-10-python.tar", work / "run", work / "check", work / "digits"
     train = [py, "-m", "ect.train", *where]
     tune = [*train, "--preset", "cifar10-1h", "--data.source", str(cifar), "--eval.samples", "0"]
@@ -151,9 +152,11 @@ def environment(device: str, out: Path) -> dict[str, str]:
     found = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     found["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
     found["PATH"] = os.pathsep.join([str(paths[0] / "bin"), os.environ.get("PATH", "")])  # ninja's wheel has a program
-    return found | {
-        "ECT_SKIP_CUDA" if device == "cpu" else "ECT_CUDA_REQUIRED": "1"
-    }  # no extension: the build has failed
+    if device.startswith("cuda:"):  # the one GPU that any stage sees, whatever it does with devices
+        index, visible = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
+        found["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+    extension = "ECT_SKIP_CUDA" if device == "cpu" else "ECT_CUDA_REQUIRED"  # no extension: the build has failed
+    return found | {extension: "1"}
 
 
 def install(wheels: Path, out: Path, environment: dict[str, str]) -> str:
@@ -278,6 +281,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages")
     options = parser.parse_args(argv)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        parser.error(f"--device {options.device}: expected cuda, cuda:1 or cpu")
+    gpus = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    if ":" in options.device and gpus and int(options.device.partition(":")[2]) >= len(gpus):
+        parser.error(f"--device {options.device}: CUDA_VISIBLE_DEVICES shows {len(gpus)} GPUs, counted from 0")
     known = [stage.name for stage in stages(options.device, options.out)]
     for name in options.only or []:
         if name not in known:

@@ -90,7 +90,10 @@ def compiles(cfg: Config, device: torch.device) -> bool:
 
 
 def captures(cfg: Config, device: torch.device) -> bool:
-    """Whether a run on `device` captures its update into a CUDA graph: on a GPU, unless configured otherwise."""
+    """Whether a run on `device` captures its update into a CUDA graph: on a GPU, unless configured otherwise. Raises UserError
+    where a graph is asked for by name on a device that has none."""
+    if cfg.graph and device.type != "cuda":
+        raise UserError(f"--graph: a CUDA graph needs a GPU, and this run is on {device}; leave the option out")
     return device.type == "cuda" and cfg.graph is not False
 
 

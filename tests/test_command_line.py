@@ -234,7 +234,9 @@ def test_a_long_run_compiles_on_a_gpu_and_a_short_one_does_not() -> None:
 def test_graph_and_memory_order_follow_the_device() -> None:
     cfg = PRESETS["cifar10-1h"]
     assert captures(cfg, GPU) and not captures(cfg, CPU)
-    assert not captures(replace(cfg, graph=False), GPU) and not captures(replace(cfg, graph=True), CPU)
+    assert not captures(replace(cfg, graph=False), GPU) and captures(replace(cfg, graph=True), GPU)
+    with pytest.raises(UserError, match="--graph: a CUDA graph needs a GPU, and this run is on cpu"):
+        captures(replace(cfg, graph=True), CPU)
     assert keeps_channels_last(cfg, GPU) and not keeps_channels_last(cfg, CPU)
     assert keeps_channels_last(replace(cfg, channels_last=True), CPU)
     assert not keeps_channels_last(replace(cfg, channels_last=False), GPU)

@@ -233,11 +233,11 @@ def test_sigterm_to_torchrun_saves_once_and_says_how_to_continue(tmp_path: Path)
 def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    world = start()
+    world = start(*launch.rank_and_size())
     assert world == World() and not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    assert start() == world and not torch.distributed.is_initialized()
+    assert start(*launch.rank_and_size()) == world and not torch.distributed.is_initialized()
     x = torch.ones(3)
     world.sum_(x)
     assert torch.equal(x, torch.ones(3)) and world.mean(0.1) == 0.1 and world.gather(x)[0] is x
@@ -353,7 +353,7 @@ def test_how_a_rank_ends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HOW", before)
-    monkeypatch.setattr("ect.ranks.distributed.start", lambda: Lost(1, 2))
+    monkeypatch.setattr("ect.ranks.distributed.start", lambda rank, size: Lost(1, 2))
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
 

@@ -15,6 +15,7 @@ from ect.files.checkpoint import save_model
 from ect.metrics import (
     Column,
     QualityRow,
+    choice,
     consistency_samplers,
     digits_distance,
     heun_samplers,
@@ -22,7 +23,7 @@ from ect.metrics import (
     quality_rows,
     quality_table,
 )
-from ect.metrics.evaluator import Evaluator
+from ect.metrics.evaluator import Evaluator, Several
 from ect.metrics.features import DigitsEvaluator
 from ect.metrics.fidelity import FidelityEvaluator
 from ect.models import EDMPrecond, build
@@ -289,3 +290,16 @@ def test_choice_of_metrics(tmp_path: Path) -> None:
     assert isinstance(make_evaluator(Dataset("digits", images(9, 8, 8, 1), None), cfg, tmp_path), DigitsEvaluator)
     other = make_evaluator(Dataset("digits", images(9, 16, 16, 3), None), cfg, tmp_path)  # a folder of that name
     assert isinstance(other, FidelityEvaluator)
+
+
+def test_a_further_metric_stands_beside_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(choice, "EXTRA", [lambda dataset: MeanPixel(), lambda dataset: None])
+    data = load(DataConfig("digits"))
+    evaluator = make_evaluator(data, EvalConfig(samples=8), tmp_path)
+    assert [column.name for column in evaluator.columns] == ["FDc", "FDp", "imbalance", "mean", "absent"]
+    assert evaluator.notes == ["absent: no reason"] and evaluator.used["mean, absent"] == {"what": "pixels"}
+    figures = evaluator.evaluate(iter(data.images[:8].split(4)))
+    assert figures.keys() == {"FDc", "FDp", "imbalance", "mean"}
+    assert figures["FDc"] == DigitsEvaluator(data.images).evaluate(data.images[:8].split(4))["FDc"]
+    with pytest.raises(ValueError, match="two evaluators have a column named absent, mean"):
+        Several([MeanPixel(), MeanPixel()])

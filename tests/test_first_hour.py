@@ -158,6 +158,19 @@ def test_only_the_build_differs_between_a_cpu_and_a_gpu() -> None:
     }
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("3,5", "5")])
+def test_every_stage_sees_the_chosen_gpu_alone(
+    visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert first_hour.environment("cuda:1", Path("out"))["CUDA_VISIBLE_DEVICES"] == expected
+    assert first_hour.environment("cuda", Path("out")).get("CUDA_VISIBLE_DEVICES") == visible
+    commands = [stage.command for stage in first_hour.stages("cuda:1", Path("out"))]
+    assert not any("cuda:1" in part for command in commands for part in command)
+
+
 def test_stages_need_no_more_packages_than_they_say() -> None:
     """Others are hidden; what the stages import is imported."""
     others = "matplotlib torch_fidelity torchvision tensorboard scipy sklearn pytest"
@@ -171,8 +184,16 @@ def test_stages_need_no_more_packages_than_they_say() -> None:
         assert done.returncode == 0, done.stderr[-500:]
 
 
-def test_bad_options_are_named(hour: Hour, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for args, said in ((["--only", "dance"], "'dance'"), (["--wheels", str(tmp_path / "none")], "no such folder")):
+def test_bad_options_are_named(
+    hour: Hour, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    for args, said in (
+        (["--only", "dance"], "'dance'"),
+        (["--wheels", str(tmp_path / "none")], "no such folder"),
+        (["--device", "gpu"], "expected cuda, cuda:1 or cpu"),
+        (["--device", "cuda:2"], "shows 2 GPUs"),
+    ):
         with pytest.raises(SystemExit) as stop:
             hour(*args)
         assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -12,6 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert"}
 LIGHT = {"ect.config", "ect.errors", "ect.options", "ect.schedule", "ect.train"}  # import no torch
+WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
+    "cost": {"assembly", "config", "data", "errors", "models", "objective", "optim", "precision", "show", "step"},
+    "data": {"config", "errors"},
+    "files": {"errors", "models"},
+    "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
+    "models": {"errors"},
+    "ranks": {"errors", "models", "precision", "step"},
+    "show": {"files", "metrics"},
+}
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400
 
@@ -52,6 +61,29 @@ def test_nobody_imports_an_entry_point_tests_or_benchmarks(name: str) -> None:
     path = {**ECT, **KERNELS, **BENCHMARKS}[name]
     assert not imports(path) & (ENTRY_POINTS - {name})
     assert not roots(path) & {"tests", "benchmarks"}
+
+
+def arrows() -> dict[str, set[str]]:
+    """module -> modules of ect that it imports; of a package that only leads to a module, the module alone."""
+    found = {name: imports(path) & ECT.keys() - {name, "ect"} for name, path in ECT.items()}
+    return {
+        name: {one for one in names if not any(other.startswith(f"{one}.") for other in names)}
+        for name, names in found.items()
+    }
+
+
+@pytest.mark.parametrize("wing", [path.parent.name for path in sorted((ROOT / "ect").glob("*/__init__.py"))])
+def test_a_wing_imports_what_it_may(wing: str) -> None:
+    inside = {name: found for name, found in arrows().items() if name.split(".")[1:2] == [wing]}
+    others = {found.split(".")[1] for names in inside.values() for found in names} - {wing}
+    assert others <= WINGS[wing]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = arrows()
+    while leaves := {name for name, found in graph.items() if not found & graph.keys()}:
+        graph = {name: found for name, found in graph.items() if name not in leaves}
+    assert not graph, "a circle among, or behind, these"
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))

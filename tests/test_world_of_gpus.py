@@ -17,7 +17,6 @@ def test_sums_run_by_nccl_where_there_are_gpus(
     gpu: bool, nccl: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: dict[str, Any] = {}
-    monkeypatch.setattr(distributed, "rank_and_size", lambda: (1, 2))
     monkeypatch.setattr(driver, "available", lambda: gpu)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([("store", 1, 2)]))
@@ -25,7 +24,7 @@ def test_sums_run_by_nccl_where_there_are_gpus(
     monkeypatch.setattr(dist, "new_group", lambda **options: f"{options['backend']} control")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    world = distributed.start()
+    world = distributed.start(1, 2)
     assert made["backend"] == backend and (made["rank"], made["world_size"]) == (1, 2)
     assert (world.rank, world.size, world.local_rank, world.local_size) == (1, 2, 1, 2)
     assert (world.control, world.store) == ("gloo control", "store")

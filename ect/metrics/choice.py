@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,10 +10,14 @@ import torch
 from ect.config import EvalConfig
 from ect.data import Dataset
 from ect.errors import UserError
-from ect.metrics.evaluator import Evaluator
+from ect.metrics.evaluator import Evaluator, Several
 from ect.metrics.features import DigitsEvaluator
 from ect.metrics.fidelity import MIN_IMAGES, FidelityEvaluator, FidelityOptions
 from ect.ranks.device import resolve
+
+EXTRA: list[Callable[[Dataset | None], Evaluator | None]] = []
+"""Makers of further evaluators, whose columns stand beside those of every table. A maker takes the data set (None where
+statistics replace it) and returns None where its metric does not apply."""
 
 
 def make_evaluator(
@@ -23,7 +28,8 @@ def make_evaluator(
     options: FidelityOptions | None = None,
     device: torch.device | str = "auto",
 ) -> Evaluator:
-    """The evaluator of a data set: FDc and FDp for the digits, torch-fidelity's metrics for any other images.
+    """The evaluator of a data set: FDc and FDp for the digits, torch-fidelity's metrics for any other images, and beside them
+    what EXTRA makes.
 
     Missing weights or a missing torch-fidelity are no error: the columns that need them say so (`Evaluator.notes`).
 
@@ -40,5 +46,8 @@ def make_evaluator(
     if eval_cfg.samples < least:
         raise UserError(f"{eval_cfg.samples} generated images cannot be rated; expected at least {least} samples")
     if dataset is not None and digits and options.reference is None:
-        return DigitsEvaluator(dataset.images)
-    return FidelityEvaluator(dataset, options, run_dir, device)
+        main: Evaluator = DigitsEvaluator(dataset.images)
+    else:
+        main = FidelityEvaluator(dataset, options, run_dir, device)
+    extra = [evaluator for make in EXTRA if (evaluator := make(dataset)) is not None]
+    return Several([main, *extra]) if extra else main

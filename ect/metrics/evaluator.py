@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,3 +44,22 @@ class Evaluator(ABC):
             if column.missing is not None:
                 names.setdefault(column.missing, []).append(column.name)
         return [f"{', '.join(columns)}: {reason}" for reason, columns in names.items()]
+
+
+class Several(Evaluator):
+    """Evaluators side by side: the columns of all, in order. `used` is the first one's; what the others rest on stands there
+    under their columns' names. Raises ValueError where two have a column of the same name."""
+
+    def __init__(self, evaluators: Sequence[Evaluator]) -> None:
+        self._evaluators = evaluators
+        self.columns = tuple(column for evaluator in evaluators for column in evaluator.columns)
+        names = [column.name for column in self.columns]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two evaluators have a column named {', '.join(sorted(twice))}; rename one")
+        first, *others = evaluators
+        self.used = first.used | {", ".join(c.name for c in other.columns): other.used for other in others}
+
+    def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
+        """The figures of all evaluators, of the same images."""
+        batches = list(images)
+        return {name: figure for each in self._evaluators for name, figure in each.evaluate(batches).items()}

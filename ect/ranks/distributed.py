@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ect.errors import UserError
 from ect.ranks import driver
-from ect.ranks.launch import rank_and_size
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # of the sums in a step: all ranks come to them within a step's time
@@ -120,9 +119,9 @@ class World:
             dist.destroy_process_group()
 
 
-def start() -> World:
-    """The World of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE); without it nothing is set up."""
-    rank, size = rank_and_size()
+def start(rank: int, size: int) -> World:
+    """The World of process `rank` of `size`, which find each other by torchrun's environment; for one process nothing is set
+    up. Raises UserError where torch has no torch.distributed."""
     if size == 1:
         return World()
     if not dist.is_available():

@@ -23,7 +23,8 @@ def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inter
     parse: reads the command line, quickly; None: there is nothing to do. interrupted: what to say after Ctrl-C. Under torchrun
     standard output is rank 0's alone, an error is told by the rank that met it first, and no rank waits for a lost one.
     """
-    first = rank_and_size()[0] == 0
+    rank, size = rank_and_size()
+    first = rank == 0
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     try:
@@ -34,7 +35,7 @@ def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inter
                 return 0
             from ect.ranks.distributed import start  # not earlier: torch takes seconds to import, --help needs none
 
-            world = start()
+            world = start(rank, size)
     except UserError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
