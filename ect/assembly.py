@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ few minutes of compiling against a few per cent of a step of tens of millisecond
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
     """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
     mult = " ".join(map(str, cfg.channel_mult))
-    if dataset.resolution >> (len(cfg.channel_mult) - 1) < 1:
+    if dataset.resolution % 2 ** (len(cfg.channel_mult) - 1):
         raise UserError(
             f"--net.channel-mult {mult}: images of {dataset.resolution}x{dataset.resolution} cannot be halved "
             f"{len(cfg.channel_mult) - 1} times; give fewer factors"
@@ -46,6 +47,17 @@ def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: in
         kwargs |= {"resample_filter": [1, 3, 3, 1]}
     unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
     return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
+
+
+def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
+    """Options that do nothing on this data set, as lines for the console."""
+    sizes = [dataset.resolution >> level for level in range(len(cfg.net.channel_mult))]
+    idle = [size for size in cfg.net.attn_resolutions if size not in sizes]
+    if idle and cfg.init_from is None and cfg.resume is None:
+        levels = ", ".join(map(str, sizes))
+        yield f"--net.attn-resolutions {' '.join(map(str, idle))}: no level of the network has this size, but {levels}"
+    if cfg.net.label_dropout > 0 and dataset.labels is None:
+        yield f"--net.label-dropout {cfg.net.label_dropout}: there are no labels to drop; give --data.labels"
 
 
 def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:

@@ -27,6 +27,9 @@ class DataConfig:
     """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, EDM zip, folder of images."""
     resolution: int | None = None
     """Resize and centre-crop a folder of images to this size (pixels). None: all images must already agree."""
+    convert: Literal["rgb", "grey"] | None = None
+    """Make a folder or zip of images RGB or grey: transparency on white, palettes, CMYK and 16 bits included. None: all must
+    already be of one kind, 8-bit grey or RGB."""
     labels: bool = False
     """Train class-conditionally on the data set's labels."""
     xflip: bool = False

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ect import precision
+from ect.assembly import idle_options
 from ect.config import Config, PretrainConfig
 from ect.data import load
 from ect.errors import UserError
@@ -111,6 +112,8 @@ class Job:
         self.device = resolve(cfg.device, self.world)
         self._choose_kernels()
         self.dataset = load(cfg.data)
+        for line in (self.dataset.describe(), *self.dataset.notes, *idle_options(cfg, self.dataset)):
+            self.console.print(line, markup=False, highlight=False)
         self.stop = StopSignal(world=self.world)
         self.seconds: dict[str, float] = {}
         self.checked: list[str] = []

@@ -58,9 +58,9 @@ def test_idx_files_padded_to_32(tmp_path: Path, suffix: str) -> None:
 
 
 def test_idx_of_another_size_needs_a_resolution(tmp_path: Path) -> None:
-    path = write_folder(tmp_path, {"a-images-idx3-ubyte": idx_bytes(noise(2, 20, 20))}) / "a-images-idx3-ubyte"
+    path = write_folder(tmp_path, {"a-images-idx3-ubyte": idx_bytes(noise(2, 18, 18))}) / "a-images-idx3-ubyte"
     message = refusal(path)
-    assert "a-images-idx3-ubyte: 20x20 pixels" in message and "--data.resolution 16" in message
+    assert "a-images-idx3-ubyte: 18x18 pixels" in message and "--data.resolution 16" in message
     assert read(path, resolution=16).images.shape == (2, 16, 16, 1)
     assert read(write_folder(tmp_path, {"b-images.idx3-ubyte": idx_bytes(noise(2, 16, 16))}) / "b-images.idx3-ubyte")
 
@@ -87,3 +87,21 @@ def test_idx_files_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert f"{packed}: cannot be read" in refusal(packed)
     monkeypatch.setattr(idx, "MAX_BYTES", 10)
     assert "promises 1568 bytes of data, found 11" in refusal(path)
+
+
+def test_a_folder_of_idx_files_as_published(tmp_path: Path) -> None:
+    y, test = noise(3, 28, 28), noise(2, 28, 28)
+    files = {
+        "train-images-idx3-ubyte.gz": gzip.compress(idx_bytes(y)),
+        "train-labels-idx1-ubyte.gz": gzip.compress(idx_bytes(np.array([2, 0, 1], np.uint8))),
+        "t10k-images-idx3-ubyte.gz": gzip.compress(idx_bytes(test)),
+        "t10k-labels-idx1-ubyte.gz": gzip.compress(idx_bytes(np.array([0, 1], np.uint8))),
+    }
+    folder = write_folder(tmp_path / "mnist", files)
+    found = read(folder, labels=True, resolution=28)
+    assert (found.name, len(found.images), found.label_dim) == ("mnist", 3, 3)
+    assert np.array_equal(found.images[..., 0].numpy(), y)
+    write_folder(folder, {"train-images-idx3-ubyte": idx_bytes(y)})  # unpacked beside it: the same set
+    assert len(read(folder).images) == 3
+    two = write_folder(tmp_path / "two", {"a-images-idx3-ubyte": idx_bytes(y), "b-images-idx3-ubyte": idx_bytes(y)})
+    assert "several sets of images (a-images-idx3-ubyte, b-images-idx3-ubyte)" in refusal(two)

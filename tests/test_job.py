@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -316,3 +317,13 @@ def test_a_short_digits_job_shows_the_gain(tmp_path: Path) -> None:
     print({nfe: (round(v["FDc"], 1), round(v["FDp"], 3)) for nfe, v in figures.items()})
     assert figures[2]["FDc"] < 0.9 * figures[9]["FDc"] and figures[2]["FDp"] < 0.4 * figures[9]["FDp"]
     assert figures[1]["FDc"] < 0.5 * figures[3]["FDc"]
+
+
+def test_a_job_says_what_it_trains_on_and_which_options_do_nothing(tmp_path: Path) -> None:
+    net = replace(config().net, attn_resolutions=(8, 5), label_dropout=0.1)
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    Job(replace(config(net=net), run_dir=tmp_path / "run"), console)
+    lines = console.export_text().splitlines()
+    assert "digits: 1,797 images, 8x8 grey, no labels" in lines
+    assert "--net.attn-resolutions 5: no level of the network has this size, but 8" in lines
+    assert "--net.label-dropout 0.1: there are no labels to drop; give --data.labels" in lines

@@ -11,7 +11,9 @@ import torch
 
 from ect.config import DataConfig
 from ect.data.readers import cifar10, idx, image_files
+from ect.data.readers.image_files import Read
 from ect.data.readers.labels import one_hot
+from ect.data.readers.pictures import fit_all, is_resolution
 from ect.errors import UserError
 
 
@@ -20,13 +22,15 @@ class Dataset:
     """Images at rest.
 
     name: short name for logs and model files
-    images: uint8 [N, H, W, C], contiguous; H = W is a power of two, C = 1 (grey) or 3 (RGB)
+    images: uint8 [N, H, W, C], contiguous; H = W is a multiple of 4, C = 1 (grey) or 3 (RGB)
     labels: float32 [N, L], one-hot rows or vectors, or None
+    notes: what was left out or changed while reading, as lines for the log
     """
 
     name: str
     images: torch.Tensor
     labels: torch.Tensor | None
+    notes: tuple[str, ...] = ()
 
     @property
     def resolution(self) -> int:
@@ -43,32 +47,52 @@ class Dataset:
         """Length of a label vector; 0 without labels."""
         return 0 if self.labels is None else self.labels.shape[1]
 
+    def describe(self) -> str:
+        """What it is, in a line: name, images, size, colour, and the classes with their counts."""
+        size = f"{self.resolution}x{self.resolution} {'grey' if self.channels == 1 else 'RGB'}"
+        return f"{self.name}: {len(self.images):,} images, {size}, {self._classes()}"
+
+    def _classes(self) -> str:
+        if self.labels is None:
+            return "no labels"
+        if not bool(((self.labels == 0) | (self.labels == 1)).all() and (self.labels.sum(1) == 1).all()):
+            return f"label vectors of {self.label_dim} numbers"
+        counts = self.labels.sum(0).int().tolist()
+        empty = [str(i) for i, count in enumerate(counts) if count == 0]
+        text = f"{self.label_dim} classes of {min(counts):,} to {max(counts):,} images"
+        if self.label_dim == 1:
+            text = "a single class, from which a network learns nothing"
+        if empty:
+            text += f"; without images: class {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
+        return text
+
 
 def load(cfg: DataConfig) -> Dataset:
     """Read the data set that `cfg.source` names.
 
     Formats: 'digits' (ships with the package); CIFAR-10 as the python tarball or its extracted folder; EDM's zip, or
     the same tree as a folder, with labels in dataset.json; any folder of images, whose top-level folders are the
-    classes; an IDX image file such as train-images-idx3-ubyte.gz. Labels are kept only if `cfg.labels`. With
-    `cfg.resolution` every image is cropped to its central square and resized to that width.
+    classes; an IDX image file such as train-images-idx3-ubyte.gz, or its folder. Labels are kept only if `cfg.labels`. With
+    `cfg.resolution` every image is cropped to its central square and resized to that width. Grey 28x28 is padded to
+    32x32, unless cfg.resolution is another; with `cfg.convert` image files become grey or RGB.
 
     Raises UserError, naming file, expectation and remedy, for data that is missing, damaged, of mixed or unsuitable
     size or colour mode, or not labelled as asked.
     """
-    if cfg.resolution is not None and not image_files.is_resolution(cfg.resolution):
-        raise UserError(f"--data.resolution {cfg.resolution}: expected a power of two from 4 on, such as 32")
-    images: np.ndarray
-    labels: np.ndarray | None
+    if cfg.resolution is not None and not is_resolution(cfg.resolution):
+        raise UserError(f"--data.resolution {cfg.resolution}: expected a multiple of 4, such as 32")
     if cfg.source == "digits":
-        name, (images, labels) = "digits", _digits()
+        name, (images, labels, notes) = "digits", Read(*_digits(), [])
     else:
-        name, (images, labels) = _read_path(Path(cfg.source).expanduser(), cfg)
-    if cfg.resolution is not None:
-        images = image_files.fit_all(images, cfg.resolution)
+        name, (images, labels, notes) = _read_path(Path(cfg.source).expanduser(), cfg)
+    padded = 32 if images.shape[1:] == (28, 28, 1) else None  # as the field has it for MNIST and its kin
+    if (resolution := cfg.resolution or padded) is not None:
+        images = fit_all(images, resolution)
     return Dataset(
         name,
         torch.from_numpy(np.require(images, requirements=["C", "W"])),
         torch.from_numpy(labels) if cfg.labels and labels is not None else None,
+        tuple(notes),
     )
 
 
@@ -79,21 +103,22 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return np.rint(levels * (255 / 16)).astype(np.uint8)[..., None], one_hot(labels, 10)
 
 
-def _read_path(path: Path, cfg: DataConfig) -> tuple[str, tuple[np.ndarray, np.ndarray | None]]:
+def _read_path(path: Path, cfg: DataConfig) -> tuple[str, Read]:
     """Name and arrays of the data set at `path`, by the reader that its name and contents call for."""
     if cifar10.claims(path):
-        return "cifar10", cifar10.read(path)
+        return "cifar10", Read(*cifar10.read(path), [])
+    if idx.claims(path):
+        return path.name.split(".")[0], Read(*idx.read(path, cfg.labels, cfg.resolution), [])
+    how = cfg.labels, cfg.resolution, cfg.convert
     if path.is_dir():
-        return path.resolve().name, image_files.read_folder(path, cfg.labels, cfg.resolution)
+        return path.resolve().name, image_files.read_folder(path, *how)
     if not path.exists():
         raise UserError(
             f"--data.source {cfg.source}: no such file or folder (looked for {path.absolute()}). Pass 'digits', or a "
             "path: CIFAR-10 tarball or folder, EDM zip, folder of images, IDX file"
         )
     if path.suffix.lower() == ".zip":
-        return path.stem, image_files.read_zip(path, cfg.labels, cfg.resolution)
-    if idx.claims(path):
-        return path.name.split(".")[0], idx.read(path, cfg.labels, cfg.resolution)
+        return path.stem, image_files.read_zip(path, *how)
     raise UserError(
         f"--data.source {cfg.source}: not a data set file. Expected cifar-10-python.tar.gz, a .zip in EDM's layout or "
         "an IDX file (*-images-idx3-ubyte, plain or .gz); for single images pass the folder that holds them"

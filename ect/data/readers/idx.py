@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ect.data.readers.image_files import check_size
 from ect.data.readers.labels import one_hot
+from ect.data.readers.pictures import check_size
 from ect.errors import UserError
 
 MAX_BYTES = 2**33
@@ -22,19 +22,35 @@ _NAME = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?", re.IGNORECASE)
 
 
 def claims(path: Path) -> bool:
-    """Whether the file's name is that of an IDX image file."""
+    """Whether `path` is named as an IDX image file, or is a folder that holds one."""
+    return bool(_images_in(path)) if path.is_dir() else _named(path)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """IDX image files of a folder; of MNIST's two, the training set alone. A file and its .gz twin count once."""
+    found = {file.name.removesuffix(".gz"): file for file in sorted(folder.iterdir(), reverse=True) if _named(file)}
+    training = {name: file for name, file in found.items() if name.startswith("train-")}
+    return list((training or found).values())
+
+
+def _named(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
 def read(path: Path, labels: bool, resolution: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images uint8 [N, H, W, 1], the usual 28x28 padded with 0 to 32x32, and if `labels` float32 one-hot [N, L].
+    """Images uint8 [N, H, W, 1], and if `labels` float32 one-hot [N, L].
 
-    The label file lies beside the image file. Other sizes than 28x28 must be squares of a power of two, unless the
-    caller will crop and resize them to `resolution`. Raises UserError naming a file that is missing or does not fit.
+    path: the image file, or the folder that holds it (MNIST's training set, where it has that and the test set). The label
+    file lies beside it. Images must be squares whose side is a multiple of 4, unless the caller will crop and resize them to
+    `resolution`. Raises UserError naming a file that is missing or does not fit.
     """
+    if path.is_dir():
+        inside = _images_in(path)
+        if len(inside) > 1:
+            names = ", ".join(sorted(file.name for file in inside))
+            raise UserError(f"--data.source {path}: several sets of images ({names}); pass the one to train on")
+        path = inside[0]
     images = _read_array(path, 3)
-    if images.shape[1:] == (28, 28):
-        images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     if images.size == 0:
         raise UserError(f"{path}: it holds no images (sizes {images.shape}). Use the original file")
     if resolution is None:

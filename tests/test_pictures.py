@@ -1,0 +1,167 @@
+"""Folders and zips as people have them: links, hidden folders, odd packing, and images of many kinds."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ect.config import DataConfig
+from ect.data import Dataset, load
+from ect.errors import UserError
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def plain(value: int, mode: str = "RGB", size: int = 8) -> bytes:
+    return png(Image.new(mode, (size, size), value if mode == "L" else (value,) * len(mode)))
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def read(path: Path, **options: Any) -> Dataset:
+    return load(DataConfig(source=str(path), **options))
+
+
+def values(data: Dataset) -> list[int]:
+    return data.images[:, 0, 0, 0].tolist()
+
+
+def test_links_are_followed_once_each_way(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", {"1.png": plain(1), "deep/2.png": plain(2)})
+    data = write(tmp_path / "data", {"cat/0.png": plain(0)})
+    (data / "dog").symlink_to(tmp_path / "elsewhere")
+    (data / "cat" / "again").symlink_to(data)  # a circle
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path)  # and another
+    (tmp_path / "elsewhere" / "gone").symlink_to(tmp_path / "nowhere")
+    found = read(data, labels=True)
+    assert values(found) == [0, 1, 2]
+    assert found.labels is not None and found.labels.argmax(1).tolist() == [0, 1, 1]
+
+
+def test_hidden_folders_are_no_data_and_no_classes(tmp_path: Path) -> None:
+    files = {"cat/0.png": plain(0), "dog/1.png": plain(1)}
+    hidden = {
+        name: plain(9) for name in (".ipynb_checkpoints/a.png", "__MACOSX/cat/b.png", "cat/.cache/c.png", "dog/._d.png")
+    }
+    found = read(write(tmp_path / "data", files | hidden), labels=True)
+    assert values(found) == [0, 1] and found.label_dim == 2
+
+
+@pytest.mark.parametrize("top", ["", "my set/"])
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_zips_as_other_systems_pack_them(tmp_path: Path, top: str, slash: str) -> None:
+    labels = json.dumps({"labels": [["00000/a.png", 1], ["00000/b.png", 0]]}).encode()
+    files = {"00000/b.png": plain(2), "00000/a.png": plain(1), "dataset.json": labels}
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            info = zipfile.ZipInfo("placeholder")
+            info.filename = (top + name).replace("/", slash)  # after the constructor, which would mend it
+            archive.writestr(info, content)
+        archive.writestr("__MACOSX/._a.png", b"macOS")
+    found = read(path, labels=True)
+    assert values(found) == [1, 2]
+    assert found.labels is not None and found.labels.tolist() == [[0, 1], [1, 0]]
+
+
+def kinds() -> dict[str, bytes]:
+    """The same mid-grey picture in every kind that people have, 200 of 255 where it can be exact."""
+    alpha = Image.new("RGBA", (8, 8), (200, 200, 200, 255))
+    palette = Image.new("RGB", (8, 8), (200, 200, 200)).convert("P", palette=Image.Palette.ADAPTIVE)
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (8, 8), (0, 0, 0, 55)).save(cmyk, "TIFF")
+    deep = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
+    return {
+        "a.png": plain(200), "b.png": plain(200, "L"), "c.png": png(alpha), "d.png": png(palette), "e.tif": cmyk.getvalue(),
+        "f.png": png(deep), "g.png": png(Image.new("LA", (8, 8), (200, 255))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("convert", "channels"), [("rgb", 3), ("grey", 1)])
+def test_every_kind_converts(tmp_path: Path, convert: str, channels: int) -> None:
+    found = read(write(tmp_path / "data", kinds()), convert=convert)
+    assert found.images.shape == (7, 8, 8, channels)
+    assert (found.images == 200).all()
+
+
+def test_transparency_lies_on_white(tmp_path: Path) -> None:
+    clear = png(Image.new("RGBA", (8, 8), (10, 20, 30, 0)))
+    marked = png(Image.new("RGB", (8, 8), (10, 20, 30)), transparency=(10, 20, 30))
+    folder = write(tmp_path / "data", {"a.png": clear, "b.png": marked})
+    assert (read(folder, convert="rgb").images == 255).all()
+    (folder / "a.png").unlink()
+    found = read(folder)
+    assert found.images[0, 0, 0].tolist() == [10, 20, 30]
+    assert found.notes == ("1 of 1 images mark a colour as transparent, which was passed over",)
+
+
+def test_a_range_that_is_unknown_is_refused(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(file, "TIFF")
+    with pytest.raises(UserError, match=r"a.tif: cannot be read as an image \(floating-point values"):
+        read(write(tmp_path / "data", {"a.tif": file.getvalue()}), convert="grey")
+
+
+def test_odd_images_are_counted_and_one_option_is_named(tmp_path: Path) -> None:
+    files = {f"{i:02}.png": plain(i) for i in range(6)} | {f"x{i}.png": plain(i, "L") for i in range(3)}
+    folder = write(tmp_path / "data", files | {"y.png": png(Image.new("RGBA", (8, 8)))})
+    with pytest.raises(UserError) as caught:
+        read(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / 'x0.png'}: grey, but 00.png is RGB")
+    assert "--data.convert rgb" in message
+    assert "(found: 6 RGB 8x8, 3 grey 8x8, 1 RGB with transparency 8x8)" in message
+    assert read(folder, convert="rgb").images.shape[0] == 10
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "the file is empty"), (b"<html>", "of no known format")])
+def test_what_is_no_image_is_told_plainly(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(write(tmp_path / "data", {"a.png": content}))
+    assert said in str(caught.value) and "object at" not in str(caught.value)
+
+
+def test_enlarging_is_noted(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", {"a.png": plain(1, size=8), "b.png": plain(2, size=16)})
+    assert read(folder, resolution=16).notes == ("1 of 2 images were smaller than 16x16, and enlarged",)
+
+
+@pytest.mark.parametrize("size", [28, 48, 96])
+def test_sizes_that_a_network_can_halve(tmp_path: Path, size: int) -> None:
+    assert read(write(tmp_path / "data", {"a.png": plain(1, size=size)})).resolution == size
+
+
+def test_mnist_is_padded_whatever_holds_it(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", {"a.png": plain(7, "L", 28)})
+    for options in ({}, {"resolution": 32}):
+        found = read(folder, **options)
+        assert found.resolution == 32 and int(found.images.sum()) == 7 * 28 * 28
+    assert read(folder, resolution=28).resolution == 28
+
+
+def test_a_data_set_says_what_it_is(tmp_path: Path) -> None:
+    assert read(Path("digits")).describe() == "digits: 1,797 images, 8x8 grey, no labels"
+    assert read(Path("digits"), labels=True).describe().endswith("8x8 grey, 10 classes of 174 to 183 images")
+    gaps = {"a.png": plain(0), "b.png": plain(1), "dataset.json": b'{"labels": [["a.png", 0], ["b.png", 2]]}'}
+    found = read(write(tmp_path / "gaps", gaps), labels=True)
+    assert found.describe() == "gaps: 2 images, 8x8 RGB, 3 classes of 0 to 1 images; without images: class 1"
+    one = gaps | {"dataset.json": b'{"labels": [["a.png", 0], ["b.png", 0]]}'}
+    assert "a single class" in read(write(tmp_path / "one", one), labels=True).describe()
+    vectors = gaps | {"dataset.json": b'{"labels": [["a.png", [0.5, 1]], ["b.png", [0, 1]]]}'}
+    assert read(write(tmp_path / "v", vectors), labels=True).describe().endswith("label vectors of 2 numbers")
