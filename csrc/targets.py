@@ -1,6 +1,6 @@
-"""Which GPUs csrc/ is compiled for: those asked for or present, less what the kernels or this nvcc cannot do.
+"""The GPUs that csrc/ is compiled for: those asked for or present, less what the kernels or this nvcc cannot do.
 
-setup.py's; standard library only. Nothing here raises: what has to be left out becomes a sentence.
+setup.py uses it: standard library only. Nothing here raises: what has to be left out becomes a sentence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
 
 def present() -> list[str]:
-    """What nvidia-smi says about the compute capability of each GPU; empty where it is absent, fails or hangs."""
+    """Return the compute capability of each GPU as nvidia-smi says it; nothing where it is absent, fails or hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -70,7 +70,7 @@ def wanted(text: str) -> tuple[list[Target], list[str]]:
 
 
 def buildable(targets: Iterable[Target], known: Sequence[int]) -> tuple[list[Target], list[str]]:
-    """Of `targets` what nvcc, which knows the architectures `known`, can build for; and a sentence on each of the rest.
+    """Return those of `targets` that nvcc, which knows the architectures `known`, can build for; and a sentence on each other.
 
     A GPU that nvcc does not know gets the code of the nearest older one, with PTX, which its driver compiles.
     """

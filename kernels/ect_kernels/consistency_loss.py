@@ -102,7 +102,7 @@ _forward_op = FORWARD.register(OP)
 
 @torch.library.custom_op("ect::consistency_loss_bwd", mutates_args=(), schema="(Tensor dF, Tensor dloss) -> Tensor")
 def _backward_op(dF: Tensor, dloss: Tensor) -> Tensor:
-    """dF times the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
+    """Multiply dF by the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
     return torch.mul(dF, dloss.view(-1, 1, 1, 1), out=torch.empty_like(dF))
 
 
@@ -128,11 +128,11 @@ def consistency_loss(
     F_t: Tensor, F_r: Tensor, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, weight: Tensor, c: float, sigma_data: float,
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """weight (sqrt(||D_t - target||^2 + c^2) - c), float32 [N]; see the module's formulas. Gradient: F_t alone.
+    """Return weight (sqrt(||D_t - target||^2 + c^2) - c), float32 [N]; see the module's formulas. Only F_t gets a gradient.
 
-    Args: F_t, F_r: student's and teacher's raw network outputs [N, C, H, W], fp16, bf16 or fp32. x_t, x_r: their noisy images,
-    fp32 (all made channels-last if they are not). t, r, weight: fp32 [N]; t > r >= 0. c: >= 0, 0 is the plain distance.
-    Raises ValueError, dispatch.BackendError.
+    Args: F_t, F_r: student's and teacher's raw network outputs [N, C, H, W], fp16, bf16 or fp32. x_t, x_r: their noisy
+    images, fp32 (all made channels-last if they are not). t, r, weight: fp32 [N]; t > r >= 0. c: >= 0, 0 is the plain
+    distance. Raises ValueError, dispatch.BackendError.
     """
     shape = tuple(F_t.shape)
     if F_t.dim() != 4:

@@ -22,7 +22,7 @@ NOT_SPECIALISED = ["layer", "threshold"]
 
 
 def named(way: str) -> Callable[[Any], str]:
-    """A kernel's name in a profile: that of the op which launches it."""
+    """Return a kernel's name in a profile: that of the op which launches it."""
 
     def name(specialised: Any) -> str:
         residual = specialised.signature["skip_scale"] != "constexpr"
@@ -36,7 +36,7 @@ def place(
     C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """A program's sample and first channel; its channels, which of them exist, in which group, in which source.
+    """Return a program's sample and first channel; its channels, which of them exist, in which group, in which source.
 
     Masks are constants where no slab is padded or cut, so that they cost nothing there.
     """
@@ -58,7 +58,7 @@ def place(
 
 @triton.jit
 def inside_of(row: tl.tensor, HW: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
-    """Which rows exist, bool [ROWS, 1]; a constant where chunks of ROWS divide HW, so that masks cost nothing there."""
+    """Return which rows exist, bool [ROWS, 1]; a constant where chunks of ROWS divide HW, so that masks cost nothing there."""
     if HW % ROWS == 0:
         return tl.full((ROWS, 1), 1, tl.int1)
     return (row < HW)[:, None]
@@ -66,13 +66,13 @@ def inside_of(row: tl.tensor, HW: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor
 
 @triton.jit
 def group_sum(v: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """Sums [GROUPS] of v [WIDTH] over the lanes of each group; member: bool [WIDTH, GROUPS]. A NaN stays in its group."""
+    """Sum v [WIDTH] over the lanes of each group, to [GROUPS]; member: bool [WIDTH, GROUPS]. A NaN stays in its group."""
     return tl.sum(tl.where(member, v[:, None], 0.0), 0)
 
 
 @triton.jit
 def column_sum(v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
-    """Sums [WIDTH] of v [ROWS, WIDTH], by parts: the interpreter adds row after row, which would round as often."""
+    """Sum v [ROWS, WIDTH] over rows, to [WIDTH], by parts: the interpreter adds row after row, which would round as often."""
     if ROWS >= 64:
         return tl.sum(tl.sum(tl.reshape(v, (ROWS // 16, 16, WIDTH)), 1), 0)
     return tl.sum(v, 0)
@@ -80,7 +80,7 @@ def column_sum(v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> tl.tens
 
 @triton.jit
 def spread(v: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """v [GROUPS] at the lanes of each group, [WIDTH]; 0 at lanes of none."""
+    """Give v [GROUPS] to the lanes of each group, [WIDTH]; 0 to lanes of none."""
     return tl.sum(tl.where(member, v[None, :], 0.0), 1)
 
 
@@ -106,7 +106,7 @@ def join_other(
     value: tl.tensor, other: tl.tensor, row: tl.tensor, c: tl.tensor, ok: tl.tensor, C: tl.constexpr, C2: tl.constexpr,
     POLICY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The fp32 tile of cat(x, other) whose channels of x are in `value`; ok: mask of the tile's shape."""
+    """Return the fp32 tile of cat(x, other) whose channels of x are in `value`; ok: mask of the tile's shape."""
     if C2 > 0:
         at = row[:, None] * C2 + (c - C)[None, :]
         second = tl.load(other + at, mask=ok, other=0.0, eviction_policy=POLICY).to(tl.float32)
@@ -150,7 +150,7 @@ def forward_kernel(
     C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given.
+    """Compute y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given.
 
     v_rows, rows_apart: distance of two samples' rows in v, and in scale and shift.
     """
@@ -272,7 +272,7 @@ def backward_kernel(
     SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """With d the gradient of cat(x, other) through the norm + djoined: da = (d[:, :C] + dx) * skip_scale, dother = d[:, C:].
+    """Compute da = (d[:, :C] + dx) * skip_scale and dother = d[:, C:], where d = norm's gradient of cat(x, other) + djoined.
 
     dv: da summed over positions, [N, C + C2].
 

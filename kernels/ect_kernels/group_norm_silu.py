@@ -66,8 +66,10 @@ class Inputs(NamedTuple):
         return 1.0 if self.seed is None else philox.inv_keep(self.p)
 
     def vectors(self) -> tuple[Tensor | int | None, ...]:
-        """gamma, beta, v, scale, shift as the kernels read them, float32 with neighbouring channels; then the distance of the
-        samples' rows in v, and in scale and shift."""
+        """Return gamma, beta, v, scale, shift as the kernels read them, then the distance of two samples' rows in v and scale.
+
+        The vectors are float32 with neighbouring channels. scale and shift have one distance.
+        """
         v, scale, shift = map(tensors.fp32_rows, self[3:6])
         if scale is not None and shift is not None and scale.stride(0) != shift.stride(0):
             scale, shift = scale.contiguous(), shift.contiguous()
@@ -84,7 +86,7 @@ class Output(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward takes before the inputs."""
+    """Arguments of the backward pass before the inputs."""
 
     dy: Tensor
     mean: Tensor
@@ -105,26 +107,26 @@ class Grads(NamedTuple):
 
 
 def empty_output(i: Inputs) -> Output:
-    """Room for the forward's results; gamma says how many channels, of x or of more than x."""
+    """Return room for the forward's results; gamma says how many channels, of x or of more than x."""
     mean = i.x.new_empty((i.x.shape[0], i.groups), dtype=i.wide)
     return Output(tensors.empty_image(i.x, i.gamma.shape[-1]), mean, torch.empty_like(mean))
 
 
 def empty_grads(s: Saved, i: Inputs) -> Grads:
-    """Room for the backward's."""
+    """Return room for the backward's results."""
     n, c = i.x.shape[:2]
     sizes = [(2, n, c), *((0,) if t is None else (n, c) for t in (i.v, i.scale, i.shift))]
     return Grads(tensors.empty_image(i.x, c), *(s.mean.new_empty(size) for size in sizes))
 
 
 def _rows(t: Tensor, i: Inputs) -> Tensor:
-    """[N, H W, G, C / G] of an image, wide."""
+    """Return an image as wide rows [N, H W, G, C / G]."""
     n, c, h, w = t.shape
     return t.permute(0, 2, 3, 1).reshape(n, h * w, i.groups, c // i.groups).to(i.wide)
 
 
 def _image(rows: Tensor, i: Inputs) -> Tensor:
-    """Channels-last [N, C, H, W] of it."""
+    """Return rows as a channels-last image [N, C, H, W]."""
     n, c, h, w = i.x.shape
     return rows.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -134,7 +136,7 @@ def _dropout(rows: Tensor, i: Inputs) -> Tensor:
 
 
 def _shifted(i: Inputs) -> Tensor:
-    """x + v."""
+    """Return x + v."""
     rows = _rows(i.x, i)
     return rows if i.v is None else rows + _wide(i.v, i)
 
@@ -180,7 +182,7 @@ def reference_bwd(s: Saved, i: Inputs) -> Grads:
 
 
 def limits(i: Inputs, most: int) -> str | None:
-    """Why kernels that take at most `most` channels a group cannot run, or None."""
+    """Return why kernels that take at most `most` channels a group cannot run, or None."""
     c, (h, w) = i.gamma.shape[-1], i.x.shape[2:]
     if i.x.dtype not in native.DTYPES:
         return f"dtype {i.x.dtype} (only float32, float16, bfloat16)"
@@ -192,7 +194,7 @@ def limits(i: Inputs, most: int) -> str | None:
 
 
 def numbers(i: Inputs) -> tuple[int, ...]:
-    """What the C launchers take after the sizes."""
+    """Return the arguments of the C launchers after the sizes."""
     return i.groups, native.DTYPES[i.x.dtype], int(i.act), i.threshold, i.layer
 
 
@@ -234,7 +236,7 @@ def _apex_options(i: Inputs) -> tuple[float, str, int]:
 
 
 def apex_fwd(i: Inputs) -> Output:
-    """apex saves 2 N G sums of its own making: they travel in the places of mean and rstd, read by apex_bwd alone."""
+    """Run apex's forward; its 2 N G sums travel in the places of mean and rstd, for apex_bwd alone to read."""
     from apex.contrib.group_norm import group_norm  # type: ignore[import-not-found]
 
     y, sums = group_norm.group_norm_nhwc_fprop(i.x, i.groups, i.gamma, i.beta, *_apex_options(i))

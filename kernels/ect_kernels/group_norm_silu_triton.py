@@ -43,11 +43,12 @@ def slab(channels: int, groups: int, hw: int, per_thread: int) -> Slab:
 
 
 def cut(channels: int, groups: int, hw: int, backward: bool, light: bool) -> Slab:
-    """How channels and rows are dealt to programs and threads; found by compiling for sm_80 and sm_90 at DDPM++'s shapes.
+    """Return how channels and rows are dealt to programs and threads.
 
-    Tiles of 8192 elements forward (16 warps) and 4096 backward (8) stay in registers with two programs on an SM and no spill:
-    16x16 fits with slabs of 16 channels, one 32-byte sector a row. In a loop, backward's sums beside Philox or a second tensor
-    allow 8 elements a thread; light: with neither 16, which keeps the programs on an SM, and so their claim on L2, at two.
+    It was found by compiling for sm_80 and sm_90 at DDPM++'s shapes. Tiles of 8192 elements forward (16 warps) and 4096
+    backward (8) stay in registers with two programs on an SM and no spill: 16x16 fits with slabs of 16 channels, one
+    32-byte sector a row. In a loop, backward's sums beside Philox or a second tensor allow 8 elements a thread; light:
+    with neither 16, which keeps the programs on an SM, and so their claim on L2, at two.
     """
     s = slab(channels, groups, hw, per_thread=16 if light or not backward else 8)
     rows, size, most = triton.next_power_of_2(hw), channels // groups, 4096 if backward else 8192

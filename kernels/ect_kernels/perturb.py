@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the outputs: N, C, H, W."""
+        """Size of the outputs: N, C, H, W."""
         n, h, w, c = self.images.shape
         return n, c, h, w
 

@@ -75,13 +75,15 @@ def dropout_threshold(p: float) -> int:
 
 
 def inv_keep(p: float) -> float:
-    """The exact inverse of the fraction that is kept."""
+    """Return the exact inverse of the fraction that is kept."""
     return 65536.0 / (65536 - dropout_threshold(p))
 
 
 def first_sample(op: str, n0: Tensor | int, device: torch.device) -> Tensor | None:
-    """A global sample number as the ops take it: a 0-d int64 tensor on the device, so that one compiled graph serves all
-    micro-batches, or None for 0. Raises ValueError for a tensor of another kind."""
+    """Return a global sample number as the ops take it: a 0-d int64 tensor on the device, or None for 0.
+
+    It is a tensor, so that one compiled graph serves all micro-batches. Raises ValueError for a tensor of another kind.
+    """
     if isinstance(n0, int):
         return torch.full((), n0, dtype=torch.int64, device=device) if n0 else None
     if n0.dtype != torch.int64 or n0.numel() != 1:
@@ -90,7 +92,7 @@ def first_sample(op: str, n0: Tensor | int, device: torch.device) -> Tensor | No
 
 
 def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
-    """Raises ValueError where p is no probability that can be drawn, or has no seed to be drawn from."""
+    """Raise ValueError where p is no probability that can be drawn, or has no seed to be drawn from."""
     if dropout_threshold(p) not in range(65536):
         raise ValueError(f"{op}: p is {p}, expected 0 <= p < 1")
     if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):

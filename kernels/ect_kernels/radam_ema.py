@@ -89,7 +89,7 @@ def reference(
     params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: list[Tensor], shadow: Tensor | None,
     state_f64: Tensor, state_i64: Tensor,
 ) -> None:  # fmt: skip
-    """The step in flat PyTorch operations, on a CPU in parts that its caches hold; arenas fp32 or fp64."""
+    """Compute the step in flat PyTorch operations, on a CPU in parts that its caches hold; arenas fp32 or fp64."""
     size = CACHED if params.device.type == "cpu" else max(params.numel(), 1)
     bad = torch.stack([_clean(part) for part in grads.split(size)]).sum()
     exact = _coefficients(state_f64, state_i64, bad, grads.norm())
@@ -103,7 +103,7 @@ def reference(
 
 
 def _clean(grads: Tensor) -> Tensor:
-    """How many are not finite; they are replaced."""
+    """Replace what is not finite, and return how many there were."""
     # x - x is 0 for finite x, else nan. Eight sums, each exact in fp32 to 2^24, are faster than any count of true values.
     bad = (grads - grads).nan_to_num_(nan=1.0).view(-1, 8).sum(0).long().sum()
     grads.nan_to_num_(nan=0.0, posinf=BOUND, neginf=-BOUND)

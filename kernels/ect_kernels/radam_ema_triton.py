@@ -169,7 +169,7 @@ def step(
     params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: list[Tensor], shadow: Tensor | None,
     state_f64: Tensor, state_i64: Tensor,
 ) -> None:  # fmt: skip
-    """The three launches; arguments as of ect_kernels.radam_ema.reference, fp32."""
+    """Launch the step's three kernels; arguments as of ect_kernels.radam_ema.reference, fp32."""
     n = params.numel()
     blocks = triton.cdiv(n, CHUNK)
     partials = params.new_empty(2 * blocks, dtype=torch.float64)

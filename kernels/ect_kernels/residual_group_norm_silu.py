@@ -61,7 +61,7 @@ class Seam(NamedTuple):
 
 
 def _nothing_to_sum(s: Seam, i: Norm) -> bool:
-    """Whether x is a itself."""
+    """Return whether x is a itself."""
     parts = (s.bias, s.skip, s.skip_bias)
     return all(part is None for part in parts) and s.skip_scale == 1.0 and s.dtype == i.x.dtype
 
@@ -76,7 +76,7 @@ class Output(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward takes before the norm's arguments; dx, dy and djoined may be None."""
+    """Arguments of the backward pass before the norm's; dx, dy and djoined may be None."""
 
     dx: Maybe
     djoined: Maybe
@@ -89,8 +89,11 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """da in `dtype`, a's; dother (empty without other) in x's; rows [3, N, C + C2] in fp32 (fp64 for fp64), by sample: dgamma,
-    dbeta, and dbias in the first C places of the third."""
+    """Results of the backward pass.
+
+    da: in `dtype`, a's. dother: in x's, empty without other. rows: [3, N, C + C2] in fp32 (fp64 for fp64), by sample:
+    dgamma, dbeta, and dbias in the first C places of the third.
+    """
 
     da: Tensor
     dother: Tensor
@@ -110,7 +113,7 @@ def _room_bwd(s: Saved, i: Norm) -> Grads:
 
 
 def _joined(i: Norm, other: Maybe) -> Norm:
-    """The norm of cat(x, other), in the dtype of the arithmetic."""
+    """Return the norm of cat(x, other), in the dtype of the arithmetic."""
     return i._replace(x=(i.x if other is None else torch.cat([i.x, other], dim=1)).to(i.wide))
 
 
@@ -168,7 +171,7 @@ def _launcher_bwd(s: Saved, i: Norm, grads: Grads) -> tuple[native.Argument, ...
 
 
 def triton_limits(s: Seam | Saved, i: Norm) -> str | None:
-    """A slab has whole groups and whole blocks of random bits."""
+    """Return why the Triton kernels cannot run, or None: a slab has whole groups and whole blocks of random bits."""
     size = i.gamma.shape[0] // i.groups
     return cuda_limits(s, i, 4096 * size // math.lcm(size, 8))
 

@@ -41,8 +41,11 @@ def sources() -> list[Path]:
 
 
 def build(kind: str, *files: Path, defines: Sequence[str] = ()) -> Path:
-    """Compile `files` into one shared library ('plain'; 'record': launches are written down, not run) or, with a main among
-    them, one program ('program', 'address', 'thread')."""
+    """Compile `files` into a shared library or a program for the CPU.
+
+    kind: 'plain' is a library; 'record' is one whose launches are written down, not run; 'program', 'address' and
+    'thread' are programs, for `files` that have a main.
+    """
     flags = [*FLAGS[kind], *(f"-D{d}" for d in defines)]
     headers = [*sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc").rglob("*.h"))]
     headers += sorted((ROOT / "tests/emulator").glob("*.h"))

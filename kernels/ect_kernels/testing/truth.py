@@ -45,7 +45,7 @@ class Figure:
 def run(
     function: Callable[..., Any], kwargs: dict[str, Any], grads: tuple[str, ...], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Outputs out0, out1, ... and gradients d<name> of sum(out_i * cotangent_i), cotangents seeded by shape.
+    """Return outputs out0, out1, ... and gradients d<name> of sum(out_i * cotangent_i), cotangents seeded by shape.
 
     dtype: cast every float tensor to it first (float64 for the truth).
     """
