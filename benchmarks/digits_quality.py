@@ -49,7 +49,7 @@ class Options:
 
 
 def stretch(cfg: Config, factor: float) -> Config:
-    """The same recipe over `factor` times as many images."""
+    """Return the same recipe over `factor` times as many images."""
     optim, objective = cfg.optim, cfg.objective
     return replace(
         cfg,
@@ -93,7 +93,7 @@ def one_seed(seed: int, folder: Path) -> Result:
 
 
 def claims(result: Result) -> dict[str, bool]:
-    """What must hold for each seed, with room against the spread between seeds."""
+    """Return what must hold for each seed, with room against the spread between seeds."""
     ect = result["ECT, 2 NFE"]
     few = {k: v for k, v in result.items() if k.startswith("diffusion") and v["nfe"] <= MAX_NFE}
     scratch = result["scratch, tuning's steps, 2 NFE"]

@@ -44,8 +44,11 @@ GRACE = 8.0  # seconds between asking a process to stop and killing it
 
 @dataclass(frozen=True)
 class Stage:
-    """One process. seconds: at most. needs: packages, by the names they are imported by. fresh: a folder of an earlier call,
-    removed before."""
+    """One process of the first hour.
+
+    seconds: at most. needs: packages, by the names they are imported by. fresh: a folder of an earlier call, removed
+    before.
+    """
 
     name: str
     part: int
@@ -125,8 +128,10 @@ def stages(device: str, out: Path) -> list[Stage]:
 
 
 def gpu_tests(folder: str) -> list[str]:
-    """The files under a folder, those under tests/kernels only for itself, with a test that needs a GPU: others may import
-    what this machine has not."""
+    """Return the files under a folder that have a test which needs a GPU.
+
+    Those under tests/kernels are returned for that folder only: other ones may import what this machine has not.
+    """
     files = sorted((ROOT / folder).rglob("test_*.py"))
     kernels = ROOT / "tests" / "kernels"
     wanted = [path for path in files if (kernels in path.parents) == (ROOT / folder == kernels)]
@@ -140,14 +145,17 @@ def plugins(environment: dict[str, str]) -> list[str]:
 
 
 def missing(packages: str, environment: dict[str, str]) -> list[str]:
-    """Those that a stage's Python cannot import."""
+    """Return those packages that a stage's Python cannot import."""
     code = "import sys, importlib.util as u; print(*(n for n in sys.argv[1:] if u.find_spec(n) is None))"
     command = [sys.executable, "-c", code, *packages.split()]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 
 
 def environment(device: str, out: Path) -> dict[str, str]:
-    """Of every stage: this checkout, and the packages of --wheels before the machine's own. Nothing is fetched."""
+    """Return the environment of every stage: this checkout, and the packages of --wheels before the machine's own.
+
+    Nothing is fetched.
+    """
     paths = [out / "work" / "site", ROOT, ROOT / "kernels", ROOT / "benchmarks"]
     found = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     found["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -228,7 +236,7 @@ def slug(name: str) -> str:
 
 
 def earlier(out: Path) -> list[Outcome]:
-    """What other calls with the same folder did."""
+    """Return the outcomes of other calls with the same folder."""
     path = out / "stages.json"
     return [Outcome(**found) for found in json.loads(path.read_text())] if path.is_file() else []
 

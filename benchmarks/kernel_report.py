@@ -1,13 +1,14 @@
-"""What the compiler made of every kernel, with no GPU: python benchmarks/kernel_report.py [--check].
+"""A report of every compiled kernel, with no GPU: python benchmarks/kernel_report.py [--check].
 
 For sm_80, 86, 89, 90, 100 and 120. Triton: every case of lib/triton_cases.py. CUDA: every instantiation in csrc/, with
 the threads and the dynamic shared memory that the launchers ask for at DDPM++/NCSN++ shapes (lib/launches.py) on such a
-device. --check holds the kernels that those shapes use to the bars and fails on a miss that EXCEPTIONS does not explain; of
-Triton's cases and of the norms in csrc/ it compiles no others. --rows-of-eight counts the instructions of the norms' loops
-alone (benchmarks/lib/row_loops.py).
+device. --check holds the kernels that those shapes use to the bars and fails on a miss that EXCEPTIONS does not
+explain; of Triton's cases and of the norms in csrc/ it compiles no others. --rows-of-eight counts the instructions of
+the norms' loops alone (benchmarks/lib/row_loops.py).
 
 The bar on random bits: in every loop's body that draws (and in the code outside of loops, if that does), a thread calls
-Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become noise).
+Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become
+noise).
 
 DRAM traffic is what the ops' modules declare; tests/kernels/test_dram.py counts every access and holds them to it.
 """
@@ -98,7 +99,7 @@ class Row:
         return sass.ctas_per_sm(self.arch, self.usage.registers, self.threads, self.shared) if self.threads else 0
 
     def access(self) -> sass.Widths:
-        """Accesses to global memory by parameter name: {"load x": {128}}."""
+        """Return the accesses to global memory by parameter name: {"load x": {128}}."""
         named: sass.Widths = {}
         for key, bits in self.usage.access.items():
             verb, _, parameter = key.partition(" ")
@@ -111,7 +112,7 @@ class Row:
         return name not in self.small and not name[0].isdigit()
 
     def drawn(self) -> list[tuple[int, float]]:
-        """(calls of Philox, elements of a tensor that a thread handles) of each place that draws."""
+        """Return (calls of Philox, elements of a tensor that a thread handles) of each place that draws."""
         found = []
         for draws in self.usage.draws:
             counts = []
@@ -151,7 +152,7 @@ def bars(row: Row) -> dict[str, str]:
 
 
 def excuse(row: Row, bar: str, text: str) -> str | None:
-    """Why what was found may be so, or None."""
+    """Return why what was found may be so, or None."""
     pattern, reason = EXCEPTIONS.get((row.op, row.form, bar), ("", ""))
     return reason if reason and re.fullmatch(pattern, text) else None
 
@@ -210,8 +211,10 @@ def triton_row(op: str, number: int, arch: int) -> Row:
 
 
 def cuda_usages(op: str, arch: int, only: Sequence[str] = ()) -> tuple[dict[str, sass.Usage], list[row_loops.RowLoop]]:
-    """The usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16. only: see
-    sass.compiled."""
+    """Return the usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16.
+
+    only: see sass.compiled.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), only)
         listing = sass.disassembled(cubin)
@@ -220,7 +223,7 @@ def cuda_usages(op: str, arch: int, only: Sequence[str] = ()) -> tuple[dict[str,
 
 
 def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
-    """Of the fp16 kernels of csrc/<op>.cu, compiled for nothing else."""
+    """Return the row loops of the fp16 kernels of csrc/<op>.cu, compiled for nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, _ = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), bits=16)
         listing = sass.disassembled(cubin)
@@ -249,8 +252,10 @@ def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str,
 def compile_all(
     ops: Sequence[str], archs: Sequence[int], every: bool, quick: bool
 ) -> tuple[list[Row], list[row_loops.RowLoop]]:
-    """The rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; compiled by several processes. every:
-    not only what DDPM++ and NCSN++ launch; quick: for some architectures the CUDA norms alone."""
+    """Return the rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; several processes compile.
+
+    every: not only what DDPM++ and NCSN++ launch. quick: for some architectures the CUDA norms alone.
+    """
     written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if sass.available("nvcc") else []
     some = [arch for arch in archs if arch in QUICK] if quick else archs
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:

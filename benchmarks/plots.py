@@ -37,7 +37,7 @@ holds from step to step, with the most that a step has alive beside it. Launches
 
 
 def markdown(table: Table) -> str:
-    """A rich table as Markdown."""
+    """Return a rich table as Markdown."""
     names = [str(column.header) for column in table.columns]
     rule = ["---:" if column.justify == "right" else "---" for column in table.columns]
     rows = zip(*(list(column.cells) for column in table.columns), strict=True)
@@ -66,7 +66,7 @@ def waterfall(line: dict[str, Any], path: Path) -> None:
 
 
 def course(lines: list[dict[str, Any]], path: Path) -> None:
-    """The ratio of each row to the first, line by line."""
+    """Plot the ratio of each row to the first, line by line."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     labels = ["\n".join((line["commit"].replace("-dirty", "\nchanged"), line["time"][:10])) for line in lines]
     for name in lines[-1]["rows"]:

@@ -60,7 +60,7 @@ class Options:
 
 
 def read(options: Options) -> dict[tuple[int, str], Line]:
-    """The latest line of each seed and precision asked for, of runs of this length."""
+    """Return the latest line of each seed and precision asked for, of runs of this length."""
     if not options.results.is_file():
         return {}
     lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
@@ -72,7 +72,7 @@ def read(options: Options) -> dict[tuple[int, str], Line]:
 
 
 def teacher(cfg: Config, path: Path) -> Path:
-    """The model file of the diffusion phase of cfg, trained unless it is there."""
+    """Return the model file of the diffusion phase of cfg, which is trained unless it is there."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -99,7 +99,7 @@ def tune(seed: int, precision: Name, options: Options) -> Line:
 
 
 def values(lines: dict[tuple[int, str], Line], precision: str, nfe: int, metric: str) -> list[float]:
-    """The metric of every seed."""
+    """Return the metric of every seed."""
     return [line["result"][f"{nfe} NFE"][metric] for (_, p), line in sorted(lines.items()) if p == precision]
 
 

@@ -1,4 +1,7 @@
-"""What each CUDA launcher asks for at the shapes of DDPM++/NCSN++: kernels, threads, dynamic shared memory. Runs no kernel."""
+"""The launches of each CUDA launcher at the shapes of DDPM++/NCSN++: kernels, threads, dynamic shared memory.
+
+It runs no kernel.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Launch:
 
 
 def image(channels: int, height: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    """A channels-last tensor of N images, its memory untouched."""
+    """Return a channels-last tensor of N images, its memory untouched."""
     x = torch.empty(N, height, height, channels, dtype=dtype).permute(0, 3, 1, 2)
     return x.requires_grad_(grad)
 
@@ -116,8 +119,10 @@ DEVICES = {99: 0, 163: 1, 227: 2}
 
 
 def record(op: str, kilobytes: int | None = None) -> dict[str, Launch]:
-    """{kernel: Launch} of csrc/<op>.cu at the shapes of `calls`; the kernel's name as `demangle` writes it. kilobytes: of
-    shared memory that a block may have on the device; default: on the emulator's current one."""
+    """Return {kernel: Launch} of csrc/<op>.cu at the shapes of `calls`, under the kernels' names as `demangle` writes them.
+
+    kilobytes: of shared memory that a block may have on the device; default: on the emulator's current one.
+    """
     chosen = {} if kilobytes is None else {"CUDA_HOST_DEVICE": str(DEVICES[kilobytes])}
     with mock.patch.dict(os.environ, chosen):
         return _record(op)
@@ -157,7 +162,7 @@ def _record(op: str) -> dict[str, Launch]:
 
 
 def pointers(values: list[str], args: dict[str, native.Argument]) -> dict[str, tuple[str, bool]]:
-    """Which of the launcher's tensors each 8-byte word of a kernel's arguments (in hex) points into."""
+    """Return which of the launcher's tensors each 8-byte word of a kernel's arguments (in hex) points into."""
     tensors = {name: value for name, value in args.items() if isinstance(value, Tensor) and value.numel()}
     largest = max((value.numel() for value in tensors.values()), default=0)
     found = {}
@@ -205,7 +210,7 @@ def demangled(listing: dict[str, str]) -> dict[str, str]:
 
 
 def _head(line: str) -> str:
-    """A demangled function without its parameter list: up to the first '(' outside of <>."""
+    """Return a demangled function without its parameter list: up to the first '(' outside of <>."""
     depth = 0
     for i, letter in enumerate(line):
         depth += (letter == "<") - (letter == ">")

@@ -32,7 +32,7 @@ def device_option(name: str) -> torch.device:
 
 
 def header(device: torch.device) -> str:
-    """The machine and the software of a measurement, in one line."""
+    """Return the machine and the software of a measurement, in one line."""
     found = machine(device)
     where = found["device"] if device.type == "cuda" else f"{found['device']}, {os.cpu_count()} cores"
     clocks = ", ".join(f"{name} {value}" for name, value in found["clocks"].items())
@@ -54,12 +54,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def slug(device: str) -> str:
-    """A device's name as a file name."""
+    """Return a device's name as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-")
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; nothing where it fails or is missing."""
+    """Return what a command prints; nothing where it fails or is missing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
@@ -95,11 +95,11 @@ def turns(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int,
     failed: Callable[[str, Exception], None], least: float = 0.2,
 ) -> Iterator[dict[str, list[float]]]:  # fmt: skip
-    """After each round the seconds of a call so far, a value a round. Every round times all functions one after another, so
-    that a machine which slows down slows them all.
+    """Yield after each round the seconds of a call so far, a value a round.
 
-    The functions have run before. failed: is told of one that raises; it has no further turn and no figure, and the others
-    go on, unless the device was lost with it: then no round follows. least: seconds that a value averages over.
+    Every round times all functions one after another, so that a machine which slows down slows them all. The functions
+    have run before. failed: is told of one that raises; it has no further turn and no figure, and the others go on,
+    unless the device was lost with it: then no round follows. least: seconds that a value averages over.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls: dict[str, int] = {}
@@ -137,13 +137,13 @@ def once(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def reason(error: BaseException) -> str:
-    """An exception's type and first line."""
+    """Return an exception's type and first line."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def lost(device: torch.device) -> str | None:
-    """Why the device takes no more work of this process, None where it does: after an illegal access every call fails."""
+    """Return why the device takes no more work of this process, or None: after an illegal access every call fails."""
     try:
         _synchronize(device)
     except RuntimeError as error:
@@ -163,7 +163,7 @@ def _clock(function: Callable[[], Any], device: torch.device, calls: int) -> flo
 
 
 def clock(device: torch.device) -> tuple[str, Callable[[], float]]:
-    """What `interleaved` reads: the wall clock, but for one CPU thread its processor time, which excludes other work."""
+    """Return what `interleaved` reads: the wall clock, but for one CPU thread its processor time, which excludes other work."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return "CPU time", time.process_time
     return "wall clock", time.perf_counter

@@ -14,8 +14,11 @@ from lib.work import flop_formula
 
 
 class Products(TorchDispatchMode):
-    """Calling it repeats every operation of one `step` that multiplies: convolutions and matrix products, forward and backward,
-    on the same shapes, channels-last, with random data, and nothing else."""
+    """The products of one `step`, to be repeated by a call, and nothing else.
+
+    They are its convolutions and matrix products, forward and backward, on the same shapes, channels-last, with random
+    data.
+    """
 
     def __init__(self, step: Callable[[], Any]) -> None:
         super().__init__()

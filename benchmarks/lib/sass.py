@@ -18,8 +18,10 @@ PHILOX_MULTIPLIES = 18  # high halves of products: 20 in a call, two of which a 
 
 @dataclass(frozen=True)
 class Sm:
-    """What an SM holds at once, by the CUDA programming guide's table of compute capabilities. shared: bytes, of which one CTA
-    may have all but 1 KiB. Every SM has 64 K registers."""
+    """The limits of an SM, by the CUDA programming guide's table of compute capabilities.
+
+    shared: bytes, of which one CTA may have all but 1 KiB. Every SM has 64 K registers.
+    """
 
     shared: int
     threads: int
@@ -44,9 +46,10 @@ Widths = dict[str, frozenset[int]]  # "load x" -> bits
 
 @dataclass
 class Draws:
-    """Where a thread draws random bits, and what it does there: one loop's body, or all that is in no loop.
+    """A place where a thread draws random bits, and what it does there: one loop's body, or all that is in no loop.
 
-    multiplies: Philox's, for the high half. bits: "load x" -> of all such accesses; "shared" -> of stores to shared memory.
+    multiplies: Philox's, for the high half. bits: "load x" -> of all such accesses; "shared" -> of stores to shared
+    memory.
     """
 
     multiplies: int = 0
@@ -60,7 +63,7 @@ class Draws:
 
 @dataclass
 class Usage:
-    """What one compiled kernel takes. static_shared and stack in bytes; spills: count of local-memory instructions."""
+    """The resources of one compiled kernel. static_shared and stack in bytes; spills: count of local-memory instructions."""
 
     registers: int
     stack: int
@@ -103,8 +106,10 @@ TYPES = {16: ("F16", "__half"), 32: ("F32", "float")}
 def compiled(
     source: Path, arch: int, folder: Path, only: Collection[str] = (), bits: int | None = None
 ) -> tuple[Path, str]:
-    """The cubin of a file of csrc/, made by nvcc in a folder, and its PTX. only: of a norm's kernels these alone; bits: those
-    of fp16 or fp32."""
+    """Return the cubin of a file of csrc/, made by nvcc in a folder, and its PTX.
+
+    only: of a norm's kernels these alone. bits: those of fp16 or fp32.
+    """
     file = source
     if only or bits:
         file = folder / "part.cu"
@@ -144,7 +149,7 @@ def read(cubin: Path, ptx: str, arch: int, listing: dict[str, str] | None = None
 
 
 def available(name: str) -> bool:
-    """Whether there is such a tool."""
+    """Return whether there is such a tool."""
     try:
         tool(name)
     except FileNotFoundError:
@@ -308,8 +313,10 @@ def _origins(statements: list[tuple[str, str]]) -> dict[str, frozenset[str]]:
 
 
 def _places(opcode: str, source: str, places: dict[str, frozenset[Place]]) -> frozenset[Place]:
-    """(parameter, offset in bytes) that an operand names: "[kernel_param_0+16]", "kernel_param_0", "[%rd1+8]", "%rd1, 8"; for
-    selp, those of both its registers."""
+    """Return each (parameter, offset in bytes) that an operand names; for selp, those of both its registers.
+
+    Operands are "[kernel_param_0+16]", "kernel_param_0", "[%rd1+8]", "%rd1, 8".
+    """
     if found := re.search(r"_param_(\d+)(?:\+(\d+))?\]?\s*$", source):
         return frozenset({(found[1], int(found[2] or 0))})
     if opcode.startswith("selp"):
@@ -321,7 +328,7 @@ def _places(opcode: str, source: str, places: dict[str, frozenset[Place]]) -> fr
 
 
 def _base(opcode: str, operands: str) -> list[str]:
-    """Registers whose pointer an instruction hands on; indices are multiplied or shifted before they are added to one."""
+    """Return the registers whose pointer an instruction hands on; indices are multiplied or shifted before they are added."""
     registers = re.findall(r"%rd\d+", operands)
     verb = opcode.split(".")[0]
     if verb in ("add", "mov", "cvta", "selp", "or", "min", "max"):
@@ -346,7 +353,7 @@ def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
 
 
 def _bits(opcode: str) -> int:
-    """Of a PTX memory instruction: st.global.v4.b32 -> 128."""
+    """Return the bits of a PTX memory instruction: st.global.v4.b32 -> 128."""
     vector = re.search(r"\.v(\d)", opcode)
     element = re.search(r"\.[bsuf](8|16|32|64|128)\b", opcode) or re.search(r"x(2)\b", opcode)
     assert element is not None, f"no element size in {opcode!r}"

@@ -1,7 +1,8 @@
-"""What the launchers of ect_kernels ask Triton's compiler for, for compilation without a GPU: one function an op.
+"""The cases that the launchers of ect_kernels give Triton's compiler, for compilation without a GPU: one function an op.
 
-Each gives cases (name, kernel, signature, constexprs, attributes, num_warps, num_stages, note). A name or note with "generic"
-says that no network's shape needs it. GroupNorm's are those of DDPM++ and NCSN++ in float16, all with 32 groups.
+Each gives cases (name, kernel, signature, constexprs, attributes, num_warps, num_stages, note). A name or note with
+"generic" says that no network's shape needs it. GroupNorm's are those of DDPM++ and NCSN++ in float16, all with 32
+groups.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _aligned(signature: dict[str, str], *whole: str) -> dict[tuple[int], Any]:
 
 
 def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -> Case:
-    """A GroupNorm kernel without the arguments named in `absent`; shape: arguments of `options` but `backward`."""
+    """Return a GroupNorm kernel without the arguments named in `absent`; shape: arguments of `options` but `backward`."""
     kernel = gn.backward_kernel if backward else gn.forward_kernel
     c, c2, groups, hw, act, light = shape
     options = norm.options(c, c2, groups, hw, act, backward, light)
@@ -46,8 +47,10 @@ def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -
 
 
 def group_norm_silu() -> list[Case]:
-    """Each shape of the first norm of a block, and, where a block has them, of the second (v, dropout) and of the attention's
-    (no activation), forward and backward."""
+    """Return each shape of the first norm of a block, forward and backward.
+
+    Where a block has them, also those of the second norm (v, dropout) and of the attention's (no activation).
+    """
     uses = [(c, size, "plain") for c, size in NORMS]
     uses += [(256, size, "dropout") for size in (32, 16, 8)] + [(256, size, "linear") for size in (16, 8)]
     seam = {"a", "bias", "skip", "skip_bias", "skip_scale", "other", "dx", "djoined", "dother", "scale", "shift"}
@@ -146,7 +149,7 @@ def consistency_loss() -> list[Case]:
 
 
 def radam_ema() -> list[Case]:
-    """The three launches, the last with each number of averages and each kind of shadow."""
+    """Return the three launches, the last with each number of averages and each kind of shadow."""
     cases: list[Case] = []
 
     def add(name: str, kernel: Any, types: list[str], note: str, **constants: int) -> None:

@@ -1,8 +1,8 @@
-"""The arithmetic and memory traffic of a step, counted: every operation that a step on the fused ops dispatches, on the meta
-device, where tensors have shapes and no data.
+"""The arithmetic and memory traffic of a step, counted.
 
-FLOPs are 2 a multiply-add, by torch.utils.flop_counter's formulas. Bytes are those of each operation's distinct inputs and
-outputs, once each: what it cannot do without if nothing stays on the chip from one operation to the next.
+Every operation that a step on the fused ops dispatches is seen on the meta device, where tensors have shapes and no
+data. FLOPs are 2 a multiply-add, by torch.utils.flop_counter's formulas. Bytes are those of each operation's distinct
+inputs and outputs, once each: what it cannot do without if nothing stays on the chip from one operation to the next.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 
 @dataclass(frozen=True)
 class Work:
-    """One operation. level: '32x32', ... or 'vectors'; kind: a category of benchmarks/lib/categories.py; dtype: of its
-    products, None where it has none; backward: belongs to the backward pass. kernel: of ours, as benchmarks/lib/instructions.py
-    names it, and how many rows of eight elements it handles; bits: of such an element."""
+    """One operation.
+
+    level: '32x32', ... or 'vectors'. kind: a category of benchmarks/lib/categories.py. dtype: of its products, None
+    where it has none. backward: belongs to the backward pass. kernel: of ours, as benchmarks/lib/instructions.py names
+    it, and how many rows of eight elements it handles. bits: of such an element.
+    """
 
     level: str
     kind: str
@@ -48,7 +51,7 @@ class Work:
 
 
 def nbytes(tensors: Iterable[Any]) -> float:
-    """Of the distinct tensors among `tensors`; an expanded one counts what it stores."""
+    """Return the bytes of the distinct tensors among `tensors`; an expanded one counts what it stores."""
     seen: dict[tuple[Any, ...], int] = {}
     for t in tensors:
         if isinstance(t, Tensor):
@@ -58,7 +61,7 @@ def nbytes(tensors: Iterable[Any]) -> float:
 
 
 def _rows(kernel: str, tensors: list[Tensor]) -> dict[str, Any]:
-    """Of Work, for a kernel of ours: it handles its largest tensor once."""
+    """Return the fields of Work for a kernel of ours: it handles its largest tensor once."""
     largest = max(tensors, key=lambda t: nbytes([t]))
     return {"kernel": kernel, "rows": largest.numel() / 8, "bits": 8 * largest.element_size()}
 
@@ -71,7 +74,7 @@ def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) 
 
 
 def flop_formula(func: Any) -> Any:
-    """torch's formula of an operation that multiplies, None for others; one that writes in place has its twin's."""
+    """Return torch's formula of an operation that multiplies, None for others; one that writes in place has its twin's."""
     name = func.overloadpacket.__name__
     twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if func.namespace == "aten" else None
     return flop_registry.get(func.overloadpacket) or flop_registry.get(twin)
@@ -137,8 +140,10 @@ class Counter(TorchDispatchMode):
             self.add("conv", [x, grad, outputs[1 if mask[0] else 0]], each, grad.dtype)
 
     def _norm(self, name: str, inputs: list[Tensor], outputs: list[Tensor], drops: bool, computes: bool) -> None:
-        """The norm's own part is what it cannot do without, 2 passes forward and 3 backward; the residual sum's is the rest.
-        Its instructions are shared out like the bytes."""
+        """Split a norm: its own part is what it cannot do without, 2 passes forward and 3 backward; the rest is the sum's.
+
+        Its instructions are shared out like the bytes.
+        """
         total, largest = nbytes(inputs + outputs), max(nbytes([t]) for t in inputs + outputs)
         residual, backward = name.startswith("residual"), name.endswith("_bwd")
         own = min((3 if backward else 2) * largest if residual else total, total)
@@ -151,8 +156,11 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def fused_attention(self) -> Iterator[None]:
-        """Count scaled_dot_product_attention as one kernel, whose scores stay on the chip: q, k, v read, the output written;
-        backward those, the output's gradient and three more. On the meta device PyTorch would spell it out."""
+        """Count scaled_dot_product_attention as one kernel, whose scores stay on the chip.
+
+        Forward it reads q, k and v and writes the output; backward it moves those, the output's gradient and three
+        more. On the meta device PyTorch would spell it out.
+        """
         original = F.scaled_dot_product_attention
 
         def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,7 +191,7 @@ class _Attention(torch.autograd.Function):
 
 
 def network(spec: dict[str, Any], half: torch.dtype | None) -> EDMPrecond:
-    """The network of a spec on the meta device, on the fused ops, channels-last, its core weights in `half`."""
+    """Return the network of a spec on the meta device, on the fused ops, channels-last, its core weights in `half`."""
     with torch.device("meta"):
         net = build(spec)
     core = half_precision_weights(net) if half is not None else set()
@@ -194,7 +202,7 @@ def network(spec: dict[str, Any], half: torch.dtype | None) -> EDMPrecond:
 
 
 def forward(net: EDMPrecond, batch: int) -> list[Work]:
-    """Of one pass of the U-Net over `batch` images."""
+    """Count one pass of the U-Net over `batch` images."""
     counter = Counter(batch, net.img_resolution)
     with torch.no_grad(), counter.fused_attention(), counter:
         _unet(net, _image(net, batch))
@@ -202,7 +210,7 @@ def forward(net: EDMPrecond, batch: int) -> list[Work]:
 
 
 def step(net: EDMPrecond, batch: int, half: torch.dtype | None) -> list[Work]:
-    """Of a whole update: inputs, student, teacher, loss, backward, optimizer with one weight average."""
+    """Count a whole update: inputs, student, teacher, loss, backward, optimizer with one weight average."""
     counter = Counter(batch, net.img_resolution)
     n = sum(p.numel() for p in net.parameters())
     side, channels = net.img_resolution, net.img_channels
@@ -236,12 +244,12 @@ def _unet(net: EDMPrecond, x: Tensor) -> Tensor:
 
 @cache
 def ddpmpp_step(batch: int, half: torch.dtype | None) -> tuple[Work, ...]:
-    """Of the network of cifar10-1h."""
+    """Count a step of the network of cifar10-1h."""
     return tuple(step(network(ddpmpp_spec(), half), batch, half))
 
 
 def ddpmpp_spec() -> dict[str, Any]:
-    """Of the preset cifar10-1h: DDPM++ for 32x32 colour images without labels."""
+    """Return the description of the network of cifar10-1h: DDPM++ for 32x32 colour images without labels."""
     from ect.assembly import network_spec
     from ect.config import PRESETS
     from ect.data import Dataset

@@ -1,9 +1,9 @@
-"""What an update costs, before any device has run it: memory, operations, kernels and bytes moved, from a pass on meta tensors.
+"""The cost of an update before any device has run it: memory, operations, kernels, bytes moved, from a pass on meta tensors.
 
-`trace(step)` runs TrainStep.update() under a dispatch mode, which sees every operation that a device would be handed, with
-shapes and strides and without data. So memory is exact but for what lies outside of tensors, operations and launches are
-counted, and the bytes are the least that each operation must move: its inputs read once and its outputs written. Kernels are an
-estimate of what libraries make of their operations.
+`trace(step)` runs TrainStep.update() under a dispatch mode, which sees every operation that a device would be handed,
+with shapes and strides and without data. So memory is exact but for what lies outside of tensors, operations and
+launches are counted, and the bytes are the least that each operation must move: its inputs read once and its outputs
+written. Kernels are an estimate of what libraries make of their operations.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Footprint:
         return {name: line.bytes for name, line in self.by_category.items()}
 
     def table(self, by: str = "category", rows: int | None = None) -> str:
-        """The sums by 'category', 'op' or 'site', the most bytes first, and their total."""
+        """Return the sums by 'category', 'op' or 'site', the most bytes first, and their total."""
         lines: dict[str, Line] = getattr(self, f"by_{by}")
         named = sorted(lines.items(), key=lambda item: -item[1].bytes)[:rows]
         named.append(("all", Line(self.ops, self.launches, self.kernels, sum(self.traffic.values()))))
@@ -137,12 +137,12 @@ class Footprint:
 
 
 def trace(step: TrainStep, device: str = "cuda") -> Footprint:
-    """The cost on `device` ('cuda' or 'cpu') of an update of a step whose network, state and stream are on the meta device."""
+    """Return the cost on `device` ('cuda' or 'cpu') of an update of a step whose network, state and stream are on meta."""
     return record(step.update, device)
 
 
 def record(function: Callable[[], object], device: str = "cuda") -> Footprint:
-    """The cost on `device` of a function of meta tensors."""
+    """Return the cost on `device` of a function of meta tensors."""
     footprint = Footprint()
     with _Attention(device), Recorder(footprint):
         function()
@@ -207,7 +207,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _origin(self) -> tuple[str, str]:
-        """(calls in this package, innermost first; what they are for); a backward operation's are its forward's."""
+        """Return (calls in this package, innermost first; what they are for); a backward operation's are its forward's."""
         node = torch._C._current_autograd_node()
         if node is not None:
             return self._origins.get(node._sequence_nr(), ("autograd", "other"))
@@ -231,7 +231,7 @@ def _frames() -> Iterator[tuple[str, int, str]]:
 
 
 def _category(name: str, group: str, tensors: list[Tensor]) -> str:
-    """The line of the table for an operation called for a purpose; tensors: what it made and was given."""
+    """Return the line of the table for an operation called for a purpose; tensors: what it made and was given."""
     if group in ("optimizer", "dropout") or (group == "conv 1x1 as gemm" and name.rstrip("_") in _GEMMS):
         return group
     known = [prefix for prefix in _BY_NAME if name.startswith(prefix)]
@@ -243,7 +243,7 @@ def _category(name: str, group: str, tensors: list[Tensor]) -> str:
 
 
 def bytes_moved(func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]) -> int:
-    """What an operation must read, write in place and make; 0 for a view or an allocation."""
+    """Return the bytes that an operation must read, write in place and make; 0 for a view or an allocation."""
     moved = sum(_extent(t) for t in made)
     if name.startswith(("empty", "new_empty")) or not (moved or func._schema.is_mutable):
         return 0
@@ -266,7 +266,7 @@ def _extent(t: Tensor) -> int:
 
 
 def launches(name: str, args: Any) -> int:
-    """Of an operation; see Footprint.launches."""
+    """Return the launches of an operation; see Footprint.launches."""
     library = name.rstrip("_") in _GEMMS or name.startswith(("convolution", "_scaled_dot_product"))
     return 1 if library else _kernels(name, args)
 
@@ -287,7 +287,7 @@ def _kernels(name: str, args: Any) -> int:
 
 
 def _relayouts(tensors: Any) -> int:
-    """How many of a convolution's operands are not channels-last, if one is."""
+    """Return how many of a convolution's operands are not channels-last, if one is."""
     nhwc = [t.is_contiguous(memory_format=torch.channels_last) for t in tensors]
     return nhwc.count(False) if any(nhwc) else 0
 
@@ -295,9 +295,12 @@ def _relayouts(tensors: Any) -> int:
 def foreach_kernels(
     name: str, *lists: Sequence[Tensor], tensors: int = 64, blocks: int = 320, chunk: int = 65536
 ) -> int:
-    """Launches of _foreach_copy_ or _foreach_add_ on lists of tensors, by the rules of ATen's ForeachUtils.h and
-    MultiTensorApply.cuh: one kernel a tensor where lists mix dtypes or strides, else one for each `tensors` tensors or `blocks`
-    blocks of `chunk` values, whichever is reached first. The limits are those of CUDA 12; CUDA 13 has 448 and 2,240."""
+    """Return the launches of _foreach_copy_ or _foreach_add_ on lists of tensors.
+
+    By the rules of ATen's ForeachUtils.h and MultiTensorApply.cuh that is one kernel a tensor where lists mix dtypes or
+    strides, else one for each `tensors` tensors or `blocks` blocks of `chunk` values, whichever is reached first. The
+    limits are those of CUDA 12; CUDA 13 has 448 and 2,240.
+    """
     if not _foreach_is_fast(lists, cast=name == "_foreach_copy_"):
         return sum(t.numel() > 0 for t in lists[0])
     count = waiting = held = 0  # launches; blocks and tensors of the one that is being filled
@@ -313,7 +316,7 @@ def foreach_kernels(
 
 
 def _foreach_is_fast(lists: Sequence[Sequence[Tensor]], cast: bool) -> bool:
-    """Whether tensors are dense, of one dtype (a copy, `cast`: one in each list), and alike in strides from list to list."""
+    """Return whether tensors are dense, of one dtype (a copy, `cast`: one in each list), and alike in strides in all lists."""
     dtypes = [{t.dtype for t in tensors} for tensors in lists]
     if any(len(found) > 1 for found in dtypes) or (not cast and len(set.union(*dtypes)) > 1):
         return False
@@ -322,7 +325,7 @@ def _foreach_is_fast(lists: Sequence[Sequence[Tensor]], cast: bool) -> bool:
 
 
 def _is_dense(t: Tensor) -> bool:
-    """Whether the elements fill their memory, each its own place."""
+    """Return whether the elements fill their memory, each its own place."""
     step = 1
     for size, stride in sorted(memory_order(t), key=lambda dimension: dimension[1]):
         if stride != step:
@@ -332,7 +335,7 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any) -> list[Tensor | None]:
-    """Its results with cuDNN's strides."""
+    """Return the results of a convolution's backward with cuDNN's strides."""
     layout = _layout(x, weight)
     of_x, of_weight, of_bias = rest[-1]
     return [
@@ -343,7 +346,7 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any
 
 
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """cuDNN's choice for a convolution: channels-last where x or the weights are. Convolutions of meta tensors never are."""
+    """Return cuDNN's choice for a convolution: channels-last where x or the weights are. Those of meta tensors never are."""
     nhwc = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
     return torch.channels_last if nhwc else torch.contiguous_format
 

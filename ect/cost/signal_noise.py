@@ -1,7 +1,8 @@
-"""What rounding costs: the error that an arithmetic puts on the training signal, D(x_t, t) - D(x_r, r).
+"""The price of rounding: the error that an arithmetic puts on the training signal, D(x_t, t) - D(x_r, r).
 
-The signal is a small difference of two large outputs, so an output that is right to three digits may leave it with none. Here
-it is computed for the same weights, images, noise and dropout masks in an arithmetic and in fp64, and compared.
+The signal is a small difference of two large outputs, so an output that is right to three digits may leave it with
+none. Here it is computed for the same weights, images, noise and dropout masks in an arithmetic and in fp64, and
+compared.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def relative_errors(found: dict[float, Tensor], exact: dict[float, Tensor]) -> d
 
 
 def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) -> Denoiser:
-    """The denoiser of a copy of net that computes in this precision."""
+    """Return the denoiser of a copy of net that computes in this precision."""
     half, twin = PRECISIONS[precision].half, copy.deepcopy(net)
     if half is not None:
         round_weights(twin, half_precision_weights(net), half)
@@ -102,12 +103,12 @@ def denoiser(
 
 
 def in_fp64(net: EDMPrecond, labels: Tensor | None = None) -> Denoiser:
-    """The exact denoiser."""
+    """Return the exact denoiser."""
     return plain(net, labels, torch.float64)
 
 
 def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoiser:
-    """The U-Net's plain forward and EDM's preconditioning of training, all in one dtype."""
+    """Compute the U-Net's plain forward and EDM's preconditioning of training, all in one dtype."""
     unet = copy.deepcopy(net.model).to(dtype).train()
     unet.fused = False  # type: ignore[assignment]
     sigma_data, label_dim = net.sigma_data, net.label_dim
@@ -152,8 +153,11 @@ class _RoundOperands(TorchDispatchMode):
 
 @contextlib.contextmanager
 def emulated_tf32() -> Iterator[None]:
-    """Convolutions and matrix products of fp32 tensors as tensor cores do them in TF32: operands of 10 mantissa bits, sums in
-    fp32. Attention is done by its plain formula, so that its two products are seen."""
+    """Compute convolutions and matrix products of fp32 tensors in the block as tensor cores do them in TF32.
+
+    Operands have 10 mantissa bits, sums are fp32. Attention is done by its plain formula, so that its two products are
+    seen.
+    """
     with _RoundOperands(), sdpa_kernel(SDPBackend.MATH):
         yield
 

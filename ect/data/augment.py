@@ -150,5 +150,5 @@ def _inverse(log_scale: torch.Tensor, a: torch.Tensor, log_stretch: torch.Tensor
 
 
 def _fine_positions(size: int, device: torch.device) -> torch.Tensor:
-    """Where the samples that downsampling to `size` pixels reads lie: [2 size + 10], in pixels from the centre."""
+    """Return where the samples that downsampling to `size` pixels reads lie: [2 size + 10], in pixels from the centre."""
     return (torch.arange(2 * size + len(SYM6) - 2, device=device) - _CENTRE) / 2 - (size - 1) / 2

@@ -48,7 +48,7 @@ class Dataset:
         return 0 if self.labels is None else self.labels.shape[1]
 
     def describe(self) -> str:
-        """What it is, in a line: name, images, size, colour, and the classes with their counts."""
+        """Say what it is, in a line: name, images, size, colour, and the classes with their counts."""
         size = f"{self.resolution}x{self.resolution} {'grey' if self.channels == 1 else 'RGB'}"
         return f"{self.name}: {len(self.images):,} images, {size}, {self._classes()}"
 

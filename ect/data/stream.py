@@ -115,7 +115,7 @@ class ImageStream:
         return buffers
 
     def batch(self, n0: int, n: int) -> tuple[Tensor, Tensor | None]:
-        """The samples nimg + n0 .. nimg + n0 + n - 1: images uint8 [n, H, W, C] and labels float32 [n, L] or None.
+        """Return the samples nimg + n0 .. nimg + n0 + n - 1: images uint8 [n, H, W, C] and labels float32 [n, L] or None.
 
         Raises ValueError for samples outside the batch.
         """
@@ -131,7 +131,7 @@ class ImageStream:
 
 
 def _choose(size: int, device: torch.device, resident: bool | None) -> tuple[bool, str]:
-    """Whether `size` bytes of images stay on the device, and why."""
+    """Return whether `size` bytes of images stay on the device, and why."""
     if resident is not None:
         why = "as asked"
     elif device.type != "cuda":

@@ -82,7 +82,7 @@ def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info:
 
 
 def read_model(path: Path) -> Snapshot:
-    """Description and weights of a network, on the CPU.
+    """Return description and weights of a network, on the CPU.
 
     `path` is a model file of ours, an EDM or ECT pickle (.pkl), a run folder (its latest checkpoint) or any file of a
     checkpoint. Raises UserError on a missing, foreign, damaged or newer file.
@@ -197,7 +197,7 @@ def _read_model_file(path: Path) -> Snapshot:
 
 
 def _parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object that describes one of our files. Raises UserError where it is damaged or of a later format."""
+    """Return the JSON object that describes one of our files. Raises UserError where it is damaged or of a later format."""
     try:
         header = json.loads(text)
         if int(header["format"]) > FORMAT:
@@ -319,7 +319,7 @@ def _stem(path: Path) -> str | None:
 
 
 def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
-    """The checkpoint that `latest` names, or the newest whole one before it; warns of each one passed over."""
+    """Return the checkpoint that `latest` names, or the newest whole one before it; warn of each one passed over."""
     pointer = run_dir / "latest"
     latest = pointer.read_text().strip() if pointer.is_file() else None
     complete = set(_stems(run_dir, _MANIFEST))

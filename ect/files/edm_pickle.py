@@ -61,7 +61,7 @@ class Snapshot:
 
 
 def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapshot:
-    """The network stored under `key` in the EDM or ECT snapshot at `path`.
+    """Return the network stored under `key` in the EDM or ECT snapshot at `path`.
 
     Args: max_bytes: refuse larger files. Raises UserError when the file cannot be read, and its subclass UnsafePickle,
     naming file and culprit, when the content is hostile, damaged, or no network that this package has.
@@ -167,7 +167,7 @@ _TABLE: dict[str, Callable[..., object] | None] = {
 
 
 def _state(net: _Persistent) -> dict[str, Tensor]:
-    """What net.state_dict() would be: same keys, same order."""
+    """Return what net.state_dict() would be: same keys, same order."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()  # dictionaries of modules visited
     room: dict[int, int] = {}  # bytes of each storage not yet in use
@@ -211,7 +211,7 @@ def _state(net: _Persistent) -> dict[str, Tensor]:
 
 
 def _spec(net: _Persistent) -> dict[str, Any]:
-    """The description that `ect.models.build` takes, from the arguments that the networks were made with."""
+    """Return the description that `ect.models.build` takes, from the arguments that the networks were made with."""
     if net.class_name not in ("EDMPrecond", "ECMPrecond"):
         reason = _UNSUPPORTED.get(net.class_name, "unknown; expected EDMPrecond or ECMPrecond")
         raise UnsafePickle(f"network class {show(net.class_name)}: {reason}")

@@ -1,4 +1,4 @@
-"""What a resume may change, and what would make it another run: options and data, refused by name."""
+"""Changes that a resume may make, and those that would make it another run: options and data, refused by name."""
 
 from __future__ import annotations
 

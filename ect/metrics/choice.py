@@ -1,4 +1,4 @@
-"""Which metrics a data set gets."""
+"""The choice of the metrics of a data set."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def make_evaluator(
     options: FidelityOptions | None = None,
     device: torch.device | str = "auto",
 ) -> Evaluator:
-    """The evaluator of a data set: FDc and FDp for the digits, torch-fidelity's metrics for any other images, and beside them
-    what EXTRA makes.
+    """Return the evaluator of a data set: FDc and FDp for the digits, torch-fidelity's metrics for any other images.
 
-    Missing weights or a missing torch-fidelity are no error: the columns that need them say so (`Evaluator.notes`).
+    Beside them stand the columns that EXTRA makes. Missing weights or a missing torch-fidelity are no error: the
+    columns that need them say so (`Evaluator.notes`).
 
     Args: dataset: None only with options.reference. run_dir: for torch-fidelity's cache. options: the default takes
     eval_cfg.weights and whatever is in torch's cache, and downloads nothing. device: of torch-fidelity's extractors;
-    'auto' is CUDA where there is one.
-    Raises UserError for a named file that is not what it should be, or for too few samples.
+    'auto' is CUDA where there is one. Raises UserError for a named file that is not what it should be, or for too few
+    samples.
     """
     options = options or FidelityOptions(weights=eval_cfg.weights)
     if device == "auto":

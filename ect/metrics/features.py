@@ -36,7 +36,7 @@ Images = Tensor | NDArray[np.uint8]
 
 
 def build_network() -> nn.Sequential:
-    """The classifier, [N, 1, 8, 8] in [-1, 1] -> 10 logits; all but its last layer give the 64 features."""
+    """Return the classifier, [N, 1, 8, 8] in [-1, 1] -> 10 logits; all but its last layer give the 64 features."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.SiLU(),
         nn.Conv2d(16, 32, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
@@ -47,7 +47,7 @@ def build_network() -> nn.Sequential:
 
 
 def pixel_features(images: Images) -> Array:
-    """The 64 pixels on the data's own 17 levels, as float64 [N, 64] in [-1, 1]; images are uint8 [N, 8, 8, 1].
+    """Return the 64 pixels on the data's own 17 levels, as float64 [N, 64] in [-1, 1]; images are uint8 [N, 8, 8, 1].
 
     Rounding to the levels keeps the metrics from telling generated from real images by their grey values alone.
     """
@@ -59,13 +59,13 @@ def pixel_features(images: Images) -> Array:
 
 
 def digit_features(images: Images) -> Array:
-    """The network's 64 penultimate features, float64 [N, 64]; images are uint8 [N, 8, 8, 1]."""
+    """Return the network's 64 penultimate features, float64 [N, 64]; images are uint8 [N, 8, 8, 1]."""
     return _features(pixel_features(images))
 
 
 @dataclass(frozen=True)
 class DigitsStatistics:
-    """What the figures need of a set of digits; two of them merge exactly, so that a set may come in chunks."""
+    """Statistics of a set of digits from which the figures follow; two of them merge exactly, so a set may come in chunks."""
 
     features: Statistics
     pixels: Statistics
@@ -116,7 +116,7 @@ class DigitsEvaluator(Evaluator):
         }
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        """The three figures of at least 2 images."""
+        """Return the three figures of at least 2 images."""
         samples = functools.reduce(DigitsStatistics.merge, map(DigitsStatistics.of, images))
         fdc, fdp = samples.distance(self._reference)
         return {"FDc": fdc, "FDp": fdp, "imbalance": samples.imbalance}
@@ -158,7 +158,7 @@ def train(images: Images, labels: NDArray[np.integer], seed: int, epochs: int = 
 
 @functools.cache
 def _network() -> nn.Sequential:
-    """The shipped classifier in float64, so that features agree between machines to far below any figure printed."""
+    """Return the shipped classifier in float64, so that features agree between machines to far below any figure printed."""
     net = build_network()
     with np.load(WEIGHTS) as file:
         net.load_state_dict({name: torch.from_numpy(file[name].astype(np.float32)) for name in net.state_dict()})

@@ -50,7 +50,7 @@ _HIGHER = {"IS", "precision", "recall"}
 
 @dataclass(frozen=True)
 class FidelityOptions:
-    """Where the extractors' weights and the reference come from; None: torch's cache (DINOv2: no such column)."""
+    """Places of the extractors' weights and of the reference; None: torch's cache (DINOv2: no such column)."""
 
     weights: Path | None = None
     vgg: Path | None = None
@@ -108,7 +108,7 @@ class FidelityEvaluator(Evaluator):
     def _add(
         self, file: WeightFile, extractor: str, given: Path | None, names: tuple[str, ...], download: bool
     ) -> tuple[Column, ...]:
-        """The columns of one extractor; where they can be computed, it joins the networks that `evaluate` runs."""
+        """Add the columns of one extractor; where they can be computed, it joins the networks that `evaluate` runs."""
         missing = {}
         if self._statistics is not None:
             reason = "--reference holds Inception statistics only; leave it out and give the images, --data PATH"
@@ -127,7 +127,7 @@ class FidelityEvaluator(Evaluator):
         return tuple(Column(name, "higher" if name in _HIGHER else "lower", missing.get(name)) for name in names)
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        """The available figures of at least 4 images; without any, the images are not even asked for."""
+        """Return the available figures of at least 4 images; without any, the images are not even asked for."""
         if not self._networks:
             return {}
         samples = torch.cat(list(images))

@@ -63,7 +63,7 @@ def _root(cov: Array) -> Array:
 
 
 def gaussian_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
-    """The (squared) Frechet distance of N(mean1, cov1) and N(mean2, cov2); means [D], covariances [D, D]."""
+    """Return the (squared) Frechet distance of N(mean1, cov1) and N(mean2, cov2); means [D], covariances [D, D]."""
     if mean1.shape != mean2.shape or cov1.shape != cov2.shape or cov1.shape != (*mean1.shape, *mean1.shape):
         shapes = f"{mean1.shape}, {cov1.shape} and {mean2.shape}, {cov2.shape}"
         raise ValueError(f"expected means [D] and covariances [D, D] of one D, found {shapes}")
@@ -73,5 +73,5 @@ def gaussian_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> f
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The (squared) Frechet distance between two sets, each taken as a Gaussian (n - 1 in the covariance)."""
+    """Return the (squared) Frechet distance between two sets, each taken as a Gaussian (n - 1 in the covariance)."""
     return gaussian_distance(a.mean, a.cov, b.mean, b.cov)

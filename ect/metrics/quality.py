@@ -34,7 +34,7 @@ class Sampler:
 
 
 def consistency_samplers(mid_t: Sequence[float]) -> list[Sampler]:
-    """The consistency sampler at 1, 2, ... len(mid_t) + 1 evaluations: sigma 80 first, then mid_t in order."""
+    """Return the consistency sampler at 1, 2, ... len(mid_t) + 1 evaluations: sigma 80 first, then mid_t in order."""
     sigmas = (SIGMA_MAX, *mid_t)
     return [
         Sampler(f"consistency, {nfe} step{'s' if nfe > 1 else ''}", nfe, sigmas=sigmas[:nfe])
@@ -77,7 +77,7 @@ class QualityRow:
 
 
 class RatedElsewhere(Evaluator):
-    """What ranks other than 0 hold in place of an evaluator: no weights, no statistics."""
+    """The place of an evaluator on ranks other than 0: no weights, no statistics."""
 
     columns = ()
 
@@ -98,13 +98,14 @@ def quality_rows(
     on_images: Callable[[int], None] = lambda count: None,
     world: World = World(),
 ) -> list[QualityRow]:
-    """Rate `net` with each sampler; in each repeat all of them start from the same latents. All ranks of `world` make images,
-    rank 0 computes their features and figures while the others wait, and every rank returns the rows.
+    """Rate `net` with each sampler; in each repeat all of them start from the same latents.
 
-    Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have `RatedElsewhere`.
-    samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward pass. on_images: called
-    with the number of images just made.
-    No rows where the evaluator has no column to fill: the images would be made for nothing.
+    All ranks of `world` make images, rank 0 computes their features and figures while the others wait, and every rank
+    returns the rows. There are none where the evaluator has no column to fill: the images would be made for nothing.
+
+    Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have
+    `RatedElsewhere`. samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward
+    pass. on_images: called with the number of images just made.
     """
     if not world.first(lambda: bool(evaluator.available)):
         return []

@@ -19,7 +19,7 @@ _TIMEOUT = 30  # seconds without an answer before a download counts as failed
 
 
 class Unavailable(Exception):
-    """What a metric needs is not there; the text says what and names the remedy."""
+    """Something that a metric needs is not there; the text says what and names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def fetch(url: str, path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weight file, on the CPU; nothing in the file is executed.
+    """Return the tensors of a weight file, on the CPU; nothing in the file is executed.
 
     Raises UserError unless it is a plain state dict, name -> floating-point tensor (integer counters may be among
     them), with finite values only.

@@ -1,4 +1,4 @@
-"""How an entry point begins and ends, alone or as one of several processes that torchrun started: each message comes once."""
+"""The begin and the end of an entry point, alone or as one of several processes of torchrun: each message comes once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inter
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number among those of torchrun, and how many they are; (0, 1) without torchrun."""
+    """Return this process's number among those of torchrun, and how many they are; (0, 1) without torchrun."""
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
 

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar or plain lines, stats.jsonl, TensorBoard events and image grids."""
+"""The log of a run: a progress bar or plain lines, stats.jsonl, TensorBoard events and image grids."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class RunLog:
         self.console.print(Text(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table on the console; floats in four significant digits, None as a dash."""
+        """Print a table on the console; floats in four significant digits, None as a dash."""
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(columns):
             table.add_column(Text(column), justify="left" if i == 0 else "right")

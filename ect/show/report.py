@@ -41,7 +41,7 @@ def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[s
 
 
 def markdown(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, first column left, the others right."""
+    """Return a table in Markdown, first column left, the others right."""
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -51,7 +51,7 @@ def wall_clock(seconds: dict[str, float]) -> str:
 
 
 def show(console: Console, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float]) -> None:
-    """The table and the wall clock of each phase, on the console."""
+    """Print the table and the wall clock of each phase on the console."""
     if rows:
         headers, cells = table(rows, columns)
         view = Table(title=f"Quality of {rows[0].samples} samples each", title_justify="left")

@@ -219,7 +219,10 @@ APEX_CHANNELS = frozenset(
 
 
 def apex_limits(*args: Any) -> str | None:
-    """What NVIDIA apex's channels-last GroupNorm does not offer; it is no drop-in, but a baseline where it can run."""
+    """Return why NVIDIA apex's channels-last GroupNorm cannot run, or None.
+
+    It offers less than this op. It is no drop-in, but a baseline where it can run.
+    """
     i: Inputs = args[-1]
     if i.v is not None or i.scale is not None or i.seed is not None:
         return "v, scale, shift or dropout"

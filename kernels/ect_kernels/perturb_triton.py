@@ -42,10 +42,10 @@ def _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, 
 
 @triton.jit
 def _normal(key, block, blocks, m: tl.constexpr, C: tl.constexpr):
-    """The m-th of the noise values in memory order: of pixel m // C and channel m % C, whose counters start at C's `blocks`.
+    """Draw the m-th noise value in memory order: of pixel m // C and channel m % C, whose counters start at C's `blocks`.
 
-    The four pixels of a channel share a Philox call. It is written once for each (Triton before 3.3 has no tuples to keep its
-    values in) and compiled once.
+    The four pixels of a channel share a Philox call. It is written once for each (Triton before 3.3 has no tuples to
+    keep its values in) and compiled once.
     """
     w0, w1, w2, w3 = tl.philox(key, (block + m % C * blocks).to(tl.uint32), _STREAM, 0, 0)
     if m // C < 2:

@@ -35,7 +35,7 @@ _DOWNLOAD = f"Download {URL} (170 MB, md5 {MD5})"
 
 
 def claims(path: Path) -> bool:
-    """Whether `path` names CIFAR-10, there or not: a tarball, or a folder with its batch files or its usual name."""
+    """Return whether `path` names CIFAR-10, there or not: a tarball, or a folder with its batch files or its usual name."""
     if path.name.lower().endswith(_TAR_SUFFIXES):
         return not path.is_dir()
     folder = _batch_folder(path)
@@ -43,10 +43,10 @@ def claims(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The 50,000 training images.
+    """Return the 50,000 training images.
 
-    Returns images uint8 [50000, 32, 32, 3] in the order of the batches, labels float32 one-hot [50000, 10].
-    The checksum is not enforced (the archive may have been packed anew), the structure is. Raises UserError.
+    Images are uint8 [50000, 32, 32, 3] in the order of the batches, labels float32 one-hot [50000, 10]. The checksum is
+    not enforced (the archive may have been packed anew), the structure is. Raises UserError.
     """
     if not path.exists():
         raise UserError(
@@ -98,7 +98,7 @@ def _check_size(size: int, where: Path) -> None:
 
 
 def _parse_batch(pickled: bytes, where: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Data uint8 [10000, 3072] (1024 red, 1024 green, 1024 blue values a row) and class indices int64 [10000]."""
+    """Return data uint8 [10000, 3072] (1024 red, 1024 green, 1024 blue values a row) and class indices int64 [10000]."""
     batch = _unpickle(pickled, where)
     if not isinstance(batch, dict):
         raise UserError(
@@ -125,7 +125,7 @@ class _Array:
         self.state = state
 
     def values(self) -> np.ndarray | None:
-        """The array, if the state describes one of uint8."""
+        """Return the array, if the state describes one of uint8."""
         match self.state:
             case (
                 int(),

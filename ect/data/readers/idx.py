@@ -22,7 +22,7 @@ _NAME = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?", re.IGNORECASE)
 
 
 def claims(path: Path) -> bool:
-    """Whether `path` is named as an IDX image file, or is a folder that holds one."""
+    """Return whether `path` is named as an IDX image file, or is a folder that holds one."""
     return bool(_images_in(path)) if path.is_dir() else _named(path)
 
 

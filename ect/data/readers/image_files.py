@@ -23,7 +23,7 @@ LABELS = "dataset.json"
 
 
 class Read(NamedTuple):
-    """What a reader found: uint8 [N, H, W, C], float32 [N, L] or None, and lines for the log."""
+    """The result of a reader: uint8 [N, H, W, C], float32 [N, L] or None, and lines for the log."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -108,7 +108,7 @@ def _hidden(name: str) -> bool:
 
 
 def _pictures(source: Source) -> Source:
-    """The files with an extension that PIL can open, but none that is hidden."""
+    """Return the files with an extension that PIL can open, but none that is hidden."""
     known = extensions()
     names = [name for name in source.names if PurePosixPath(name).suffix.lower() in known and not _hidden(name)]
     if not names:

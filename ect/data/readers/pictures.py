@@ -1,4 +1,4 @@
-"""From image files to one uint8 array: decoding by PIL, conversion, and what is said where the images are not of one kind."""
+"""Image files as one uint8 array: decoding by PIL, conversion, and what is said where the images are not of one kind."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Source:
 
 
 def extensions() -> set[str]:
-    """The extensions, with their dot and in lower case, of the files that PIL can open by itself."""
+    """Return the extensions, with their dot and in lower case, of the files that PIL can open by itself."""
     Image.init()
     formats = Image.OPEN.keys() - _NOT_PICTURES
     return {extension for extension, name in Image.registered_extensions().items() if name in formats}
 
 
 def is_resolution(size: int) -> bool:
-    """Whether a network can take images of this width: a multiple of 4, which it can halve twice."""
+    """Return whether a network can take images of this width: a multiple of 4, which it can halve twice."""
     return size >= 4 and size % 4 == 0
 
 
@@ -122,8 +122,11 @@ def _decode(
 
 
 def converted(image: Image.Image, to: Convert) -> Image.Image:
-    """The image in 8-bit RGB or grey. Transparent pixels lie on white; 16-bit values are divided by 257. Raises ValueError for
-    a mode whose range is unknown."""
+    """Return the image in 8-bit RGB or grey.
+
+    Transparent pixels lie on white; 16-bit values are divided by 257. Raises ValueError for a mode whose range is
+    unknown.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -152,8 +155,10 @@ def _resolution_remedy(y: np.ndarray) -> str:
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:
-    """The image's central square, resized by PIL's Lanczos filter (antialiased when it shrinks); grey 28x28 becomes 32x32 by a
-    black border."""
+    """Return the image's central square, resized by PIL's Lanczos filter (antialiased when it shrinks).
+
+    Grey 28x28 becomes 32x32 by a black border.
+    """
     side = min(image.size)
     if (image.mode, *image.size, resolution) == ("L", 28, 28, 32):
         return ImageOps.expand(image, 2)
