@@ -108,7 +108,7 @@ class BuildCuda(build_ext):
         print(f"ect: built the CUDA kernels for {names}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """After an editable or in-place build: the extension, or the reason, replaces what an earlier build left there."""
+        """Put the extension, or the reason, in the place of what an earlier editable or in-place build left there."""
         package = Path(self.get_finalized_command("build_py").get_package_dir("ect_kernels"))
         for ext in self.extensions:
             built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
@@ -209,7 +209,7 @@ def _run_ninja(folder: Path) -> None:
 
 
 def _say(*lines: str) -> None:
-    """Loudly, among the many lines of an install."""
+    """Print lines loudly, among the many of an install."""
     print("", *(f"*** ect: {line} ***" for line in lines), "", sep="\n", file=sys.stderr)
 
 

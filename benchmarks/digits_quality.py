@@ -110,12 +110,12 @@ def claims(result: Result) -> dict[str, bool]:
 
 
 def short(value: float, digits: int) -> str:
-    """`digits` significant digits, never an exponent."""
+    """Return `digits` significant digits, never an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
 def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: mean +- standard deviation over seeds of each model and sampler."""
+    """Return headers and cells: mean +- standard deviation over seeds of each model and sampler."""
     cells = []
     for name in lines[0]["result"]:
         row = [name]

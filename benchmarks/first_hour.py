@@ -1,4 +1,4 @@
-"""The first hour on a GPU: python benchmarks/first_hour.py, or make gpu. For a machine with torch and nvcc and no network.
+r"""The first hour on a GPU: python benchmarks/first_hour.py, or make gpu. For a machine with torch and nvcc and no network.
 
 Two parts of at most --budget seconds each, what tells most first; each stage is a process of its own with a limit of its own,
 and goes on where others failed. --out gets a log a stage, all figures, and report.md, written anew after each stage; its folder
@@ -9,8 +9,8 @@ and goes on where others failed. --out gets a log a stage, all figures, and repo
 
 Python packages that the machine lacks are taken from --wheels, a folder filled where there is a network:
 
-    python -m pip download --only-binary=:all: --no-deps -d wheels \\
-        tyro typeguard docstring-parser typing-extensions safetensors pybind11 ninja \\
+    python -m pip download --only-binary=:all: --no-deps -d wheels \
+        tyro typeguard docstring-parser typing-extensions safetensors pybind11 ninja \
         rich pygments markdown-it-py mdurl pytest-xdist execnet pytest-timeout
 
 with --python-version 3.12 --platform manylinux2014_x86_64 or the like where that machine differs. A stage whose packages are
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def stages(device: str, out: Path) -> list[Stage]:
-    """All of them, in order; on a CPU at small sizes."""
+    """Return all stages, in order; on a CPU at small sizes."""
     gpu, work, py = device != "cpu", out / "work", sys.executable
     where = ["--device", device.partition(":")[0]]  # the environment shows the stages one GPU alone
     cifar, run, check, demo = work / "cifar-10-python.tar", work / "run", work / "check", work / "digits"
@@ -139,7 +139,7 @@ def gpu_tests(folder: str) -> list[str]:
 
 
 def plugins(environment: dict[str, str]) -> list[str]:
-    """Options of pytest for the plugins that are there: several tests at a time, and a limit for each."""
+    """Return the options of pytest for the plugins that are there: several tests at a time, and a limit for each."""
     absent = missing("xdist pytest_timeout", environment)
     return [*([] if "xdist" in absent else ["-n", "8"]), *([] if "pytest_timeout" in absent else ["--timeout", "120"])]
 

@@ -108,7 +108,7 @@ class Row:
         return named
 
     def is_tensor(self, name: str) -> bool:
-        """No vector by channel, sample or group, nor workspace of that size, nor a pointer that is null here."""
+        """Return whether it is a tensor: no vector by channel, sample or group, no workspace, no pointer that is null here."""
         return name not in self.small and not name[0].isdigit()
 
     def drawn(self) -> list[tuple[int, float]]:
@@ -128,7 +128,7 @@ class Row:
 
 
 def bars(row: Row) -> dict[str, str]:
-    """{bar: what was found} of each bar that the kernel misses."""
+    """Return {bar: what was found} of each bar that the kernel misses."""
     access = [(key, key.partition(" ")[2], bits) for key, bits in row.access().items()]
     narrow = {key: sorted(bits) for key, name, bits in access if row.is_tensor(name) and bits != {128}}
     lost = [key for key, name, _ in access if name == "?"]  # such as a global access to shared memory, which faults
@@ -172,7 +172,7 @@ def judge(rows: list[Row], console: Console) -> bool:
 
 
 def triton_cases(op: str, every: bool) -> list[int]:
-    """Numbers of op's Triton cases, without `every` those of DDPM++ and NCSN++ alone; none where triton is missing."""
+    """Return the numbers of op's Triton cases, without `every` those of DDPM++ and NCSN++ alone; none without triton."""
     if importlib.util.find_spec("triton") is None:
         return []
     from lib import triton_cases
@@ -231,7 +231,7 @@ def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
 
 
 def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str, launches.Launch]) -> list[Row]:
-    """Rows of every kernel instantiation of csrc/<op>.cu; those that a DDPM++/NCSN++ shape launches are held to the bars."""
+    """Return a row for every kernel instantiation of csrc/<op>.cu; those that a DDPM++/NCSN++ shape launches have bars."""
     plain, rows = launches.demangle(list(usages)), []
     if lost := {kernel for kernel in used if kernel.startswith(op)} - set(plain.values()):
         raise RuntimeError(f"launched, but not compiled for sm_{arch}: {', '.join(sorted(lost))}")

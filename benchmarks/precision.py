@@ -57,7 +57,7 @@ class Options:
 
 
 def all_in_fp16(net: EDMPrecond, labels: torch.Tensor | None = None) -> Denoiser:
-    """Both ends in fp16 as well: every convolution, and the network's input and output."""
+    """Put both ends in fp16 as well: every convolution, and the network's input and output."""
     twin = copy.deepcopy(net)
     convolutions = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, Conv2d)}
     round_weights(twin, convolutions, torch.float16)
@@ -66,7 +66,7 @@ def all_in_fp16(net: EDMPrecond, labels: torch.Tensor | None = None) -> Denoiser
 
 
 def measure(net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Row]:
-    """{arithmetic: {t: error}} of uint8 images [N, H, W, C]. An arithmetic that fails is left out and says so."""
+    """Return {arithmetic: {t: error}} of uint8 images [N, H, W, C]. An arithmetic that fails is left out and says so."""
     rows: dict[str, tuple[str, Callable[[], Denoiser]]] = {
         "TF32 everywhere": ("tf32", lambda: in_precision(net, "tf32", labels)),
         "fp16 everywhere": ("fp16", lambda: all_in_fp16(net, labels)),

@@ -81,7 +81,7 @@ def teacher(cfg: Config, path: Path) -> Path:
 
 
 def tune(seed: int, precision: Name, options: Options) -> Line:
-    """One tuning from the seed's teacher, judged."""
+    """Run one tuning from the seed's teacher, and judge it."""
     cfg = replace(PRESETS["digits"], seed=seed, total_kimg=options.kimg, precision="fp32")
     cfg = replace(cfg, pretrain=replace(cfg.pretrain, total_kimg=options.kimg))
     start = teacher(cfg, options.folder / f"teacher-{options.kimg:g}-kimg-seed{seed}.safetensors")
@@ -104,7 +104,7 @@ def values(lines: dict[tuple[int, str], Line], precision: str, nfe: int, metric:
 
 
 def paired(lines: dict[tuple[int, str], Line], precision: str, nfe: int) -> list[float]:
-    """FDc less that of the same seed in fp32, for every seed that has both."""
+    """Return the FDc less that of the same seed in fp32, for every seed that has both."""
     return [
         line["result"][f"{nfe} NFE"]["FDc"] - lines[seed, "fp32"]["result"][f"{nfe} NFE"]["FDc"]
         for (seed, p), line in sorted(lines.items())
@@ -113,14 +113,14 @@ def paired(lines: dict[tuple[int, str], Line], precision: str, nfe: int) -> list
 
 
 def equal(a: list[float], b: list[float]) -> tuple[bool, float, float]:
-    """(whether two precisions agree, the difference of their means, the difference allowed), over at least two seeds."""
+    """Return (whether two precisions agree, the difference of their means, the difference allowed), over at least two seeds."""
     difference = abs(statistics.fmean(a) - statistics.fmean(b))
     allowed = math.sqrt(2) * max(statistics.stdev(a), statistics.stdev(b))
     return difference <= allowed, difference, allowed
 
 
 def table(lines: dict[tuple[int, str], Line], precisions: tuple[Name, ...]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: mean +- standard deviation over seeds, each seed's value, and its FDc less that in fp32."""
+    """Return headers and cells: mean +- standard deviation over seeds, each seed's value, and its FDc less that in fp32."""
     cells = []
     for precision in precisions:
         for nfe in NFES:

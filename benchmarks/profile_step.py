@@ -93,7 +93,7 @@ def profiled(way: Way, case: waterfall.Case, device: torch.device, rounds: int) 
 
 
 def kernels(runner: waterfall.Runner, device: torch.device) -> list[tuple[str, int, float]]:
-    """(name, calls, ms) of a step's kernels, on a CPU of its operations, the longest first."""
+    """Return (name, calls, ms) of a step's kernels, on a CPU of its operations, the longest first."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as trace:
         runner()
@@ -127,7 +127,7 @@ def _memory(way: Way, case: waterfall.Case, device: torch.device) -> dict[str, A
 
 
 def run(case: waterfall.Case, device: torch.device, rounds: int, out: Path | None) -> dict[str, Any]:
-    """All ways, and what they are measured against."""
+    """Return all ways, and what they are measured against."""
     result: dict[str, Any] = {
         **measure.machine(device), "net": case.name, "batch": case.cfg.batch, "floor": None, "sheet": None, "ways": [],
     }  # fmt: skip

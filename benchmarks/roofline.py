@@ -130,7 +130,7 @@ def note() -> str:
 
 
 def floor(gpu: Gpu, precision: str = "fp16", batch: int = BATCH) -> dict[str, float]:
-    """Predicted milliseconds of a step by kind, and their sum as 'step'."""
+    """Return the predicted milliseconds of a step by kind, and their sum as 'step'."""
     times = dict.fromkeys(KINDS, 0.0)
     for item in work.ddpmpp_step(batch, PRECISIONS[precision]):
         times[item.kind] += milliseconds(item, gpu, precision)
@@ -147,7 +147,7 @@ def grouped(items: Iterable[work.Work]) -> dict[tuple[str, str], list[work.Work]
 
 
 def table(precision: str) -> Table:
-    """Floors per level and kind of operation."""
+    """Return the floors per level and kind of operation."""
     items = work.ddpmpp_step(BATCH, PRECISIONS[precision])
     out = Table(title=f"{precision}, batch {BATCH}: predicted floor of a step, ms")
     for column in ("level", "op", "TFLOP", "GB", *(gpu.name for gpu in GPUS)):
@@ -209,7 +209,7 @@ def assumptions() -> Table:
 
 
 def compared(lines: Iterable[dict[str, Any]]) -> Table:
-    """Measured rows of step_time's lines over their floors."""
+    """Return the measured rows of step_time's lines over their floors."""
     out = Table()
     for name in ("device", "net", "row", "measured ms", "floor ms", "measured / floor", "floor is"):
         out.add_column(name, justify="right" if name[-2:] == "ms" or "/" in name else "left")

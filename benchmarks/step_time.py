@@ -88,7 +88,7 @@ def tables(line: dict[str, Any]) -> list[Table]:
 
 
 def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace, console: Console) -> bool:
-    """Measure, print, compare and record a case; False where it got slower or nothing ran."""
+    """Measure, print, compare and record a case; return False where it got slower or nothing ran."""
     line: dict[str, Any] = {
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(),

@@ -47,7 +47,7 @@ def present() -> list[str]:
 
 
 def wanted(text: str) -> tuple[list[Target], list[str]]:
-    """ECT_CUDA_ARCHS as (targets in order, sentences about what cannot be read).
+    """Return ECT_CUDA_ARCHS as (targets in order, sentences about what cannot be read).
 
     text: such as "80;90", "8.9+PTX", "90a" or "native"; empty is native: the GPUs present, else DEFAULT. +PTX adds the PTX of
     that target; where nobody says it the newest target has it, so that newer GPUs can compile it for themselves.
@@ -90,6 +90,6 @@ def buildable(targets: Iterable[Target], known: Sequence[int]) -> tuple[list[Tar
 
 
 def _read(words: Iterable[str]) -> list[tuple[int, bool]]:
-    """(compute capability, whether PTX is asked for) of each word that is one."""
+    """Return (compute capability, whether PTX is asked for) of each word that is one."""
     found = [_CAPABILITY.fullmatch(word) for word in words]
     return [(10 * int(match[1]) + int(match[2]), match[3] is not None) for match in found if match]

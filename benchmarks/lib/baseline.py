@@ -47,7 +47,7 @@ class Updates:
                 average.copy_(p.detach().lerp(average, self.ema_beta))
 
     def tensors(self) -> list[Tensor]:
-        """Everything that lives from step to step."""
+        """Return everything that lives from step to step."""
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         grads = [p.grad for p in self.parameters if p.grad is not None]
         return [*self.parameters, *self.ema, *moments, *grads]

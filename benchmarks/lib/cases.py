@@ -32,7 +32,7 @@ class Bench:
 
 
 def benches(op: str, n: int, dtype: torch.dtype, quick: bool = False) -> Iterator[Bench]:
-    """Cases of an op for n images; quick: the first two shapes only."""
+    """Yield the cases of an op for n images; quick: the first two shapes only."""
     function = getattr(importlib.import_module(f"ect_kernels.{op}"), op)
     makers = {
         "group_norm_silu": _group_norm_silu,

@@ -72,7 +72,7 @@ def take(step: Callable[[], Any], device: torch.device, calls: int = 1) -> Profi
 
 
 def _once(step: Callable[[], Any], device: torch.device) -> tuple[float, Profile]:
-    """Microseconds of one call, and its profile."""
+    """Return the microseconds of one call, and its profile."""
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
     whole = torch.profiler.record_function("whole step")
@@ -137,7 +137,7 @@ def _launches(events: Iterable[Any], gpu: bool) -> int:
 
 
 def _transient(trace: profile) -> int:
-    """Peak of the running sum of allocations and releases."""
+    """Return the peak of the running sum of allocations and releases."""
     results: Any = trace.profiler.kineto_results  # type: ignore[union-attr]
     steps = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     live = peak = 0

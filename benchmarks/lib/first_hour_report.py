@@ -151,7 +151,7 @@ def _launches(way: Json) -> tuple[str, str, str, str]:
 
 
 def _rows(out: Path) -> Iterator[str]:
-    """step_time's line, or what a killed run left of it."""
+    """Yield step_time's line, or what a killed run left of it."""
     paths = sorted((out / "results").glob("*.jsonl")) + sorted((out / "results").glob("*.partial"))
     for line in [lines[-1] for path in paths if (lines := _lines(path))]:
         unfinished = f" (not finished: {line['partial']})" if "partial" in line else ""

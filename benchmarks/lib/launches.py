@@ -48,7 +48,7 @@ def image(channels: int, height: int, dtype: torch.dtype, grad: bool = True) -> 
 
 
 def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(shape, arguments) of an op's public function as the networks call it; memory is not initialised."""
+    """Yield (shape, arguments) of an op's public function as the networks call it; memory is not initialised."""
     seed = torch.zeros((), dtype=torch.int64)
     sigma = torch.ones(N)
     if op == "group_norm_silu":
@@ -104,7 +104,7 @@ def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def run(function: Any, arguments: dict[str, Any]) -> None:
-    """Forward, and backward where an argument has a gradient."""
+    """Run forward, and backward where an argument has a gradient."""
     outputs = function(**arguments, backend="emulated")
     outputs = [
         out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out is not None and out.requires_grad
@@ -177,7 +177,7 @@ def pointers(values: list[str], args: dict[str, native.Argument]) -> dict[str, t
 
 
 def arguments_of(launcher: str) -> list[str]:
-    """Names of a launcher's arguments, without the stream, as csrc/*.cu declares them."""
+    """Return the names of a launcher's arguments, without the stream, as csrc/*.cu declares them."""
     for source in emulator.sources():
         found = re.search(rf"\bint {launcher}\((.*?)\)\s*\{{", source.read_text(encoding="utf-8"), re.S)
         if found:
@@ -186,7 +186,7 @@ def arguments_of(launcher: str) -> list[str]:
 
 
 def symbols(library: Path) -> dict[int, str]:
-    """{offset: demangled name} of a library's functions."""
+    """Return {offset: demangled name} of a library's functions."""
     lines = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
     parts = [line.split() for line in lines if len(line.split()) == 3]
     names = demangle([name for _, _, name in parts])
@@ -194,7 +194,7 @@ def symbols(library: Path) -> dict[int, str]:
 
 
 def demangle(mangled: list[str]) -> dict[str, str]:
-    """{symbol: "kernel<template arguments>"}, the same for nvcc's and g++'s symbols."""
+    """Return {symbol: "kernel<template arguments>"}, the same for nvcc's and g++'s symbols."""
     lines = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     names = {}
     for symbol, line in zip(mangled, lines.splitlines(), strict=True):
@@ -204,7 +204,7 @@ def demangle(mangled: list[str]) -> dict[str, str]:
 
 
 def demangled(listing: dict[str, str]) -> dict[str, str]:
-    """Texts by symbol, by the names of `demangle` instead."""
+    """Return the texts by symbol, by the names of `demangle` instead."""
     names = demangle(list(listing))
     return {names[symbol]: text for symbol, text in listing.items()}
 

@@ -24,7 +24,7 @@ FLUSH = 512 << 20  # bytes written before every run: several times any L2
 
 
 def device_option(name: str) -> torch.device:
-    """--device of a benchmark, as the trainer reads it."""
+    """Read --device of a benchmark, as the trainer reads it."""
     try:
         return resolve(name)
     except UserError as error:
@@ -41,7 +41,7 @@ def header(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, driver, the clocks at this moment, torch, CUDA and commit: what a timing depends on."""
+    """Return what a timing depends on: device, driver, the clocks at this moment, torch, CUDA and commit."""
     git = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty"]
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "commit": _output(git) or "unknown"}
     if device.type != "cuda":
@@ -83,7 +83,7 @@ def _megahertz() -> str:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, least: float = 0.2
 ) -> dict[str, list[float]]:
-    """Seconds of a call, a value for each round."""
+    """Return the seconds of a call, a value for each round."""
 
     def failed(name: str, error: Exception) -> None:
         raise error
@@ -132,7 +132,7 @@ def turns(
 
 
 def once(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     return _clock(function, device, 1)
 
 
@@ -152,7 +152,7 @@ def lost(device: torch.device) -> str | None:
 
 
 def _clock(function: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Seconds of one of `calls` calls in a row, of the host and the device together, by `clock`."""
+    """Return the seconds of one of `calls` calls in a row, of the host and the device together, by `clock`."""
     now = clock(device)[1]
     _synchronize(device)
     start = now()
@@ -180,7 +180,10 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 
 
 def seconds(function: Callable[[], Any], device: torch.device, runs: int = 0) -> float:
-    """Median time of one call. runs: 0 means 20 on a GPU and, on the CPU, 3, or 1 that takes over a second (interpreters)."""
+    """Return the median time of one call.
+
+    runs: 0 means 20 on a GPU and, on the CPU, 3, or 1 that takes over a second (interpreters).
+    """
     if device.type != "cuda":
         times: list[float] = []
         while len(times) < (runs or (1 if sum(times) > 1 else 3)):
@@ -204,7 +207,7 @@ def seconds(function: Callable[[], Any], device: torch.device, runs: int = 0) ->
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy on the device."""
+    """Return the bytes per second, read and written, of a large copy on the device."""
     source = torch.empty(FLUSH, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * FLUSH / seconds(lambda: target.copy_(source), device)

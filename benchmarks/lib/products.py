@@ -33,7 +33,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _operand(self, value: Any) -> Any:
-        """Random numbers in place of a tensor, the same ones for the same shape."""
+        """Return random numbers in place of a tensor, the same ones for the same shape."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         key = (value.shape, value.dtype, () if value.dim() == 4 else value.stride())

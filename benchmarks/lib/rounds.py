@@ -188,7 +188,7 @@ def prepared(
 
 
 def figures(seconds: list[float], case: waterfall.Case) -> Result:
-    """Median and quartiles of a step in ms, throughput, and the minutes the recipe would take at it (predicted)."""
+    """Return the median and quartiles of a step in ms, throughput, and the minutes the recipe would take at it (predicted)."""
     step = statistics.median(seconds)
     sec_per_kimg = step / case.cfg.batch * 1000
     return {
@@ -198,7 +198,7 @@ def figures(seconds: list[float], case: waterfall.Case) -> Result:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """First and third."""
+    """Return the first and the third quartile."""
     if len(values) < 2:
         return [values[0], values[0]]
     q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")

@@ -99,7 +99,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def innermost(graph: list[Block]) -> list[tuple[int, frozenset[int]]]:
-    """(header, blocks) of each loop that holds no other."""
+    """Return (header, blocks) of each loop that holds no other."""
     before: list[list[int]] = [[] for _ in graph]
     for k, block in enumerate(graph):
         for target in block.after:
@@ -113,7 +113,10 @@ def innermost(graph: list[Block]) -> list[tuple[int, frozenset[int]]]:
 
 
 def _loop(before: list[list[int]], header: int, end: int) -> frozenset[int]:
-    """Blocks from which `end` is reached without passing `header`; none where the entry is among them: no loop, then."""
+    """Return the blocks from which `end` is reached without passing `header`.
+
+    There are none where the entry is among them: no loop, then.
+    """
     found, todo = {header}, [end]
     while todo:
         block = todo.pop()
@@ -221,7 +224,7 @@ def of_kernels(functions: dict[str, str], arch: int, element_bits: int = 16) -> 
 
 
 def per_row(loops: Iterable[RowLoop]) -> dict[str, float]:
-    """Instructions of the body by kind of loop, of each kind the most among the loops; and of the forward's two together."""
+    """Return the instructions of the body by kind of loop, of each kind the most; and of the forward's two together."""
     most: dict[str, float] = {}
     for loop in loops:
         most[loop.kind] = max(most.get(loop.kind, 0.0), loop.body)

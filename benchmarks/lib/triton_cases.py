@@ -23,7 +23,7 @@ NORMS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256,
 
 
 def _aligned(signature: dict[str, str], *whole: str) -> dict[tuple[int], Any]:
-    """Attributes: pointers, and the numbers named in `whole`, are multiples of 16."""
+    """Return attributes: pointers, and the numbers named in `whole`, are multiples of 16."""
     found = [k for k, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in whole]
     return {(k,): [["tt.divisibility", 16]] for k in found}
 
@@ -63,7 +63,7 @@ def group_norm_silu() -> list[Case]:
 
 
 def residual_group_norm_silu() -> list[Case]:
-    """Forward and backward of each (C, C2) at each size, with and without dropout."""
+    """Return forward and backward of each (C, C2) at each size, with and without dropout."""
     channels = [(128, 0), (256, 0), (256, 128), (128, 256), (256, 256)]
     cases = []
     for hw, (c, c2), drop, backward in itertools.product((1024, 256, 64), channels, (False, True), (False, True)):
@@ -87,7 +87,7 @@ def levels() -> list[Case]:
 
 
 def skip_product() -> list[Case]:
-    """Widths of DDPM++ and NCSN++ (256, a source of 128 or 256), and of others."""
+    """Return the cases of DDPM++'s and NCSN++'s widths (256, a source of 128 or 256), and of others."""
     cases: list[Case] = []
     for name, o, c, c2 in (("256+256", 256, 256, 256), ("256+128", 256, 256, 128), ("generic 24+40", 32, 24, 40)):
         columns = sp.columns(o)

@@ -54,7 +54,7 @@ class Case:
 
 
 def case(net: str, device: torch.device, batch: int | None = None) -> Case:
-    """'digits' (batch 64), or 'ddpmpp': the network of cifar10-1h on random images (batch 128 on a GPU, 4 on a CPU)."""
+    """Return the case 'digits' (batch 64), or 'ddpmpp', the network of cifar10-1h on random images (128; on a CPU 4)."""
     if net == "digits":
         cfg = PRESETS["digits"]
         dataset = load(DataConfig())
@@ -93,7 +93,7 @@ class Runner:
         return self.step(next(self.calls) * self.batch, STAGE)
 
     def resident(self) -> int:
-        """Bytes of the state between steps."""
+        """Return the bytes of the state between steps."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.step.tensors()}
         return sum(storages.values())
 

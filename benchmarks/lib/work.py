@@ -68,7 +68,7 @@ def _rows(kernel: str, tensors: list[Tensor]) -> dict[str, Any]:
 
 @register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
 def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) -> int:
-    """Two for each pixel and weight."""
+    """Count two operations for each pixel and weight."""
     n, _, h, w = a
     return 2 * n * h * w * weight[0] * weight[1]
 
@@ -117,7 +117,7 @@ class Counter(TorchDispatchMode):
         self.found.append(Work(self.level(tensors), kind, flops, nbytes(tensors), dtype, self.backward, **rows))
 
     def level(self, tensors: list[Tensor]) -> str:
-        """Resolution of the images among the tensors, or of those whose pixels are a matrix's rows: the output's."""
+        """Return the resolution of the images among the tensors, or of those whose pixels are a matrix's rows: the output's."""
         sides = []
         for t in tensors:
             pixels = 0
@@ -130,7 +130,7 @@ class Counter(TorchDispatchMode):
         return f"{sides[-1]}x{sides[-1]}" if sides else "vectors"
 
     def _convolution_backward(self, args: Any, outputs: list[Tensor], flops: float) -> None:
-        """Two kernels, each of which reads the gradient: that of the input, and that of the weight."""
+        """Count two kernels, each of which reads the gradient: that of the input, and that of the weight."""
         grad, x, weight = args[:3]
         mask = args[-1]
         each = flops / max(sum(mask[:2]), 1)

@@ -97,7 +97,7 @@ class Footprint:
     by_site: dict[str, Line] = field(default_factory=dict)
 
     def add(self, category: str, op: str, site: str, *counts: int) -> None:
-        """One more operation; counts: launches, kernels and bytes."""
+        """Add one more operation; counts: launches, kernels and bytes."""
         self.by_category[category].add(*counts)
         self.by_op.setdefault(f"{category}: {op}", Line()).add(*counts)
         self.by_site.setdefault(f"{op} {site}", Line()).add(*counts)
@@ -221,7 +221,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _frames() -> Iterator[tuple[str, int, str]]:
-    """(file, line, function) of the callers in this package and the kernels', innermost first."""
+    """Yield (file, line, function) of the callers in this package and the kernels', innermost first."""
     frame = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -260,7 +260,7 @@ def bytes_moved(func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]
 
 
 def _extent(t: Tensor) -> int:
-    """Bytes of a tensor's distinct elements: an expanded dimension is one."""
+    """Return the bytes of a tensor's distinct elements: an expanded dimension is one."""
     sizes = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n == 0]
     return t.element_size() * torch.Size(sizes).numel()
 
@@ -272,7 +272,10 @@ def launches(name: str, args: Any) -> int:
 
 
 def _kernels(name: str, args: Any) -> int:
-    """Kernels that a CUDA device would launch for a call, copies to the layout of a convolution included (estimate)."""
+    """Return how many kernels a CUDA device would launch for a call (an estimate).
+
+    Copies to the layout of a convolution are among them.
+    """
     if name == "convolution":
         return 1 + (args[2] is not None) + _relayouts(args[:2])
     if name == "convolution_backward":

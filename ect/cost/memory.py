@@ -153,7 +153,7 @@ def _resident(dataset: Dataset, device: torch.device) -> bool:
 
 
 def available(device: torch.device) -> int:
-    """Free bytes of a device; for a CPU what the machine has left, or the container where that is less."""
+    """Return the free bytes of a device; for a CPU what the machine has left, or the container where that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = []

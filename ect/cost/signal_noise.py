@@ -32,15 +32,7 @@ def signal_noise(
     net: EDMPrecond, precision: str, images: Tensor, labels: Tensor | None = None, *,
     levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0, against: torch.dtype = torch.float64,
 ) -> dict[float, float]:  # fmt: skip
-    """{t: median over images of ||Delta - Delta_64|| / ||Delta_64||}, Delta = D(x_t, t) - D(x_r, r) in a precision.
-
-    Args: net: as trained; left as it is, a copy runs in train mode. precision: 'fp32', 'tf32', 'fp16' or 'bf16'. images: uint8
-    [N, H, W, C] on net's device, with labels [N, L] where the network takes them. levels: the t. mapping, stage: give r.
-    against: dtype of what is compared with. For the halves float32 will do, whose own noise is below a hundredth of theirs,
-    and which a GPU for games computes tens of times faster.
-
-    On a CPU the halves and TF32 are emulated. On a GPU TF32 follows torch's switches: call precision.apply first.
-    """
+    """Return {t: median over images of ||Delta - Delta_64|| / ||Delta_64||}, where Delta = D(x_t, t) - D(x_r, r)."""
     exact = differences(plain(net, labels, against), images, levels, mapping, stage)
     return relative_errors(differences(in_precision(net, precision, labels), images, levels, mapping, stage), exact)
 
@@ -49,7 +41,7 @@ def signal_noise(
 def differences(
     net: Denoiser, images: Tensor, levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0
 ) -> dict[float, Tensor]:
-    """{t: Delta [N, C, H, W] in fp64} of uint8 images [N, H, W, C]: the noise is the same at every level and call."""
+    """Return {t: Delta [N, C, H, W] in fp64} of uint8 images [N, H, W, C]: the noise is the same at every level and call."""
     y = to_float(images)
     eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(_SEED)).to(y.device)
     found = {}
@@ -64,7 +56,7 @@ def differences(
 
 
 def relative_errors(found: dict[float, Tensor], exact: dict[float, Tensor]) -> dict[float, float]:
-    """{t: median over samples of ||found - exact|| / ||exact||}."""
+    """Return {t: median over samples of ||found - exact|| / ||exact||}."""
 
     def norm(x: Tensor) -> Tensor:
         return x.flatten(1).norm(dim=1)
@@ -92,7 +84,7 @@ def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
 def denoiser(
     net: EDMPrecond, labels: Tensor | None, arithmetic: Callable[[], Any] = contextlib.nullcontext
 ) -> Denoiser:
-    """D(x, sigma) of net, which goes into train mode, with one dropout mask for all calls. arithmetic: opens a context."""
+    """Return D(x, sigma) of net, with one dropout mask for all calls; net goes into train mode. arithmetic: opens a context."""
     net.train()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -163,5 +155,5 @@ def emulated_tf32() -> Iterator[None]:
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """fp32 rounded to 10 mantissa bits, to nearest, ties away from zero (PTX cvt.rna.tf32)."""
+    """Round fp32 to 10 mantissa bits, to nearest, ties away from zero (PTX cvt.rna.tf32)."""
     return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32).view(x.shape)

@@ -105,7 +105,7 @@ def read_model(path: Path) -> Snapshot:
 def load_model(
     path: Path, precond: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[EDMPrecond, dict[str, Any]]:
-    """(network in eval mode on `device`, its info) from whatever `read_model` reads.
+    """Return (network in eval mode on `device`, its info) from whatever `read_model` reads.
 
     `precond` replaces the preconditioning that the file names: "ECMPrecond" makes an EDM teacher the start of a
     consistency model. Raises UserError as `read_model`, and when weights and description do not fit.
@@ -223,7 +223,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file. Raises UserError where it is missing, truncated or no such file."""
+    """Return (tensors, metadata) of a safetensors file. Raises UserError where it is missing, truncated or no such file."""
     try:
         with safe_open(path, "pt") as file:
             # Clones: a mapped file could not be replaced or pruned on Windows while its tensors live.
@@ -273,7 +273,7 @@ class Checkpoints:
 
     @staticmethod
     def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
-        """(tensors, meta, path of the model file) of a checkpoint, its checksums verified.
+        """Return (tensors, meta, path of the model file) of a checkpoint, its checksums verified.
 
         `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is
         passed over, with a warning, for the one before; a checkpoint that was named raises UserError.
@@ -306,12 +306,12 @@ class Checkpoints:
 
 
 def _stems(run_dir: Path, kind: str) -> list[str]:
-    """Sorted names, without ending, of the checkpoints that have this kind of file."""
+    """Return the sorted names, without ending, of the checkpoints that have this kind of file."""
     return sorted(path.name.removesuffix(kind) for path in run_dir.glob(f"checkpoint-??????.???{kind}"))
 
 
 def _stem(path: Path) -> str | None:
-    """Name of the checkpoint that a file belongs to; None for any other file."""
+    """Return the name of the checkpoint that a file belongs to; None for any other file."""
     for kind in (_STATE, _MODEL, _MANIFEST):
         if path.name.startswith("checkpoint-") and path.name.endswith(kind):
             return path.name.removesuffix(kind)

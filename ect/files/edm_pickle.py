@@ -228,7 +228,7 @@ def _spec(net: _Persistent) -> dict[str, Any]:
 
 
 def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
-    """All keyword arguments of the U-Net. Ours has EDM's signature and defaults, so it serves as the schema."""
+    """Return all keyword arguments of the U-Net. Ours has EDM's signature and defaults, so it serves as the schema."""
     constructor = getattr(models, unet.class_name).__init__
     kinds = {name: kind for name, kind in typing.get_type_hints(constructor).items() if name != "return"}
     given = _arguments(unet, list(kinds))
@@ -244,7 +244,7 @@ def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(module: _Persistent, names: list[str]) -> dict[str, Any]:
-    """Arguments that a persistent object was made with, by name."""
+    """Return the arguments that a persistent object was made with, by name."""
     args, kwargs = sequence(module.state.get("_init_args", ())), module.state.get("_init_kwargs", {})
     if len(args) > len(names):
         raise UnsafePickle(f"{show(module.class_name)} was made with {len(args)} arguments instead of {len(names)}")

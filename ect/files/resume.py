@@ -40,7 +40,7 @@ def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
+    """Flatten {"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -55,7 +55,7 @@ def _show(config: dict[str, Any], name: str) -> str:
 
 
 def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
-    """SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
+    """Return the SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
     digest = hashlib.sha256()
     for tensor in (images, labels):
         if tensor is not None:

@@ -215,7 +215,7 @@ def _key(key: Any) -> Any:
 
 
 def sequence(value: object) -> Sequence[Any]:
-    """`value`, if it is a list or a tuple; else raises UnsafePickle."""
+    """Return `value`, if it is a list or a tuple; else raise UnsafePickle."""
     if not isinstance(value, list | tuple):
         raise UnsafePickle(f"has {describe(value)} where a list is expected")
     return value
@@ -231,6 +231,6 @@ def describe(value: object) -> str:
 
 
 def show(text: str) -> str:
-    """Text from the file, for a message: short, printable, on one line."""
+    """Return text from the file, for a message: short, printable, on one line."""
     text = text[:160]
     return text if text.isascii() and text.isprintable() else ascii(text)

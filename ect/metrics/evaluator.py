@@ -29,7 +29,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        """One figure for each column that is not missing; images come in batches of uint8 [n, H, W, C] on the CPU."""
+        """Return one figure for each column that is not missing; images come in batches of uint8 [n, H, W, C] on the CPU."""
 
     @property
     def available(self) -> list[Column]:

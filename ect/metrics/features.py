@@ -74,7 +74,7 @@ class DigitsStatistics:
 
     @classmethod
     def of(cls, images: Images) -> DigitsStatistics:
-        """Statistics of uint8 [N, 8, 8, 1], N >= 1."""
+        """Return the statistics of uint8 [N, 8, 8, 1], N >= 1."""
         pixels = pixel_features(images)
         features = _features(pixels)
         with torch.no_grad():
@@ -82,12 +82,12 @@ class DigitsStatistics:
         return cls(Statistics.of(features), Statistics.of(pixels), np.bincount(predicted, minlength=10))
 
     def merge(self, other: DigitsStatistics) -> DigitsStatistics:
-        """Statistics of the union of both sets."""
+        """Return the statistics of the union of both sets."""
         features, pixels = self.features.merge(other.features), self.pixels.merge(other.pixels)
         return DigitsStatistics(features, pixels, self.classes + other.classes)
 
     def distance(self, other: DigitsStatistics) -> tuple[float, float]:
-        """(FDc, FDp)."""
+        """Return (FDc, FDp)."""
         return frechet_distance(self.features, other.features), frechet_distance(self.pixels, other.pixels)
 
     @property
@@ -97,7 +97,7 @@ class DigitsStatistics:
 
 
 def digits_distance(samples: Images, reference: Images | DigitsStatistics) -> tuple[float, float]:
-    """(FDc, FDp) of uint8 [N, 8, 8, 1] against the reference, usually all 1797 digits; N >= 2."""
+    """Return (FDc, FDp) of uint8 [N, 8, 8, 1] against the reference, usually all 1797 digits; N >= 2."""
     if not isinstance(reference, DigitsStatistics):
         reference = DigitsStatistics.of(reference)
     return DigitsStatistics.of(samples).distance(reference)
@@ -123,7 +123,7 @@ class DigitsEvaluator(Evaluator):
 
 
 def train(images: Images, labels: NDArray[np.integer], seed: int, epochs: int = 80) -> tuple[nn.Sequential, float]:
-    """(trained classifier, its accuracy on the 360 held-out images); one thread, deterministic by seed.
+    """Return (trained classifier, its accuracy on the 360 held-out images); one thread, deterministic by seed.
 
     Images are uint8 [N, 8, 8, 1], labels [N] in 0..9. Shifts by up to a pixel are the only augmentation.
     """

@@ -177,7 +177,7 @@ class _Images(torch.utils.data.Dataset[Tensor]):
 
 
 def read_statistics(path: Path) -> dict[str, np.ndarray]:
-    """EDM's statistics of a data set, {'mu': float32 [2048], 'sigma': float64 [2048, 2048]}.
+    """Return EDM's statistics of a data set, {'mu': float32 [2048], 'sigma': float64 [2048, 2048]}.
 
     Raises UserError for any other file.
     """
@@ -245,7 +245,7 @@ def _check_fit(library: ModuleType, extractor: str, path: Path, file: WeightFile
 
 @contextlib.contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Inside, every torch.load has weights_only=True; numpy arrays are let through, for the cached statistics."""
+    """Give every torch.load inside weights_only=True; numpy arrays are let through, for the cached statistics."""
     load = torch.load
 
     def safe_load(*args: Any, **kwargs: Any) -> Any:

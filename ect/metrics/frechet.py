@@ -30,7 +30,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Statistics:
-        """Statistics of `features` [N, D], N >= 1. Raises ValueError for another shape or values not finite."""
+        """Return the statistics of `features` [N, D], N >= 1. Raises ValueError for another shape or values not finite."""
         if features.ndim != 2 or len(features) == 0:
             raise ValueError(f"features must be [N, D] with N >= 1, found shape {features.shape}")
         x = features.astype(np.float64)
@@ -41,7 +41,7 @@ class Statistics:
         return cls(len(x), mean, x.T @ x)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Statistics of the union of both sets (Chan et al., 1979: no cancellation)."""
+        """Return the statistics of the union of both sets (Chan et al., 1979: no cancellation)."""
         count = self.count + other.count
         gap = other.mean - self.mean
         scatter = self.scatter + other.scatter + np.outer(gap, gap) * (self.count * other.count / count)
@@ -56,7 +56,7 @@ class Statistics:
 
 
 def _root(cov: Array) -> Array:
-    """R with R R^T = cov; eigenvalues below 0 are rounding and count as 0."""
+    """Return R with R R^T = cov; eigenvalues below 0 are rounding and count as 0."""
     values, vectors = np.linalg.eigh(cov)
     root: Array = vectors * np.sqrt(values.clip(min=0))
     return root

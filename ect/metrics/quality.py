@@ -29,7 +29,7 @@ class Sampler:
     heun_steps: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ect.sampler.generate."""
+        """Return the arguments of ect.sampler.generate."""
         return {"heun_steps": self.heun_steps} if self.sigmas is None else {"sigmas": self.sigmas}
 
 
@@ -43,7 +43,7 @@ def consistency_samplers(mid_t: Sequence[float]) -> list[Sampler]:
 
 
 def heun_samplers(steps: Sequence[int]) -> list[Sampler]:
-    """EDM's Heun sampler: n steps take 2 n - 1 evaluations."""
+    """Return EDM's Heun samplers; n steps take 2 n - 1 evaluations."""
     return [Sampler(f"diffusion, {n} Heun steps", 2 * n - 1, heun_steps=n) for n in steps]
 
 
@@ -62,15 +62,15 @@ class QualityRow:
     """Wall-clock of the sampling, all repeats together."""
 
     def mean(self, column: str) -> float:
-        """Mean over the repeats."""
+        """Return the mean over the repeats."""
         return fmean(value[column] for value in self.values)
 
     def minimum(self, column: str) -> float:
-        """Minimum over the repeats (EDM's published FIDs are minima of three)."""
+        """Return the minimum over the repeats (EDM's published FIDs are minima of three)."""
         return min(value[column] for value in self.values)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-able: all of the above, with mean and minimum of each column."""
+        """Return a JSON-able dictionary: all of the above, with mean and minimum of each column."""
         names = self.values[0]
         summary = {"mean": {n: self.mean(n) for n in names}, "minimum": {n: self.minimum(n) for n in names}}
         return asdict(self) | summary
@@ -126,7 +126,7 @@ def quality_rows(
 
 
 def quality_table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
-    """(headers, cells) as text. A cell is 'mean (minimum)' of several repeats, or one figure, or '-' where missing."""
+    """Return (headers, cells) as text. A cell is 'mean (minimum)' of several repeats, or one figure, or '-' where missing."""
     headers = ["sampler", "NFE", *(column.name for column in columns)]
     cells = [[row.sampler.name, str(row.sampler.nfe), *(_cell(row, column) for column in columns)] for row in rows]
     return headers, cells

@@ -35,7 +35,7 @@ class WeightFile:
     """The option's name when training, as a remark."""
 
     def find(self, given: Path | None, download: bool) -> Path:
-        """`given`, else the file in torch's cache, else a download into that cache if `download`.
+        """Return `given`, else the file in torch's cache, else a download into that cache if `download`.
 
         Raises UserError where `given` does not exist, Unavailable where no source has the file.
         """
@@ -111,7 +111,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

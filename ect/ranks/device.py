@@ -69,7 +69,7 @@ def _own_gpu(name: str, world: World) -> str:
 
 
 def cpu_count() -> int:
-    """CPUs this process may use: its affinity, and a container's quota where one is set."""
+    """Return how many CPUs this process may use: its affinity, and a container's quota where one is set."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if CPU_QUOTA.is_file():
         limit, period = CPU_QUOTA.read_text().split()

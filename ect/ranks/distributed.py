@@ -52,7 +52,7 @@ class World:
             dist.all_reduce(tensor)
 
     def mean(self, value: float) -> float:
-        """Mean over the ranks."""
+        """Return the mean over the ranks."""
         if self.size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64)

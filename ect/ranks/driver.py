@@ -131,6 +131,6 @@ def _why_no_kernels(device: int | None) -> str | None:
 
 
 def _version() -> str:
-    """' 535.104.05' of the driver that is loaded; '' where nothing says so."""
+    """Return the version of the driver that is loaded, such as ' 535.104.05'; '' where nothing says so."""
     match = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", VERSION.read_text()) if VERSION.is_file() else None
     return f" {match[0]}" if match else ""

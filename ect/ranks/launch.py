@@ -18,10 +18,9 @@ T = TypeVar("T")
 
 
 def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], interrupted: str = "interrupted") -> int:
-    """Exit status of an entry point: what `work` returns; 2 after a UserError, 130 after Ctrl-C, both with one message.
+    """Return the exit status of an entry point: what `work` returns; 2 after a UserError, 130 after Ctrl-C.
 
-    parse: reads the command line, quickly; None: there is nothing to do. interrupted: what to say after Ctrl-C. Under torchrun
-    standard output is rank 0's alone, an error is told by the rank that met it first, and no rank waits for a lost one.
+    Both come with one message.
     """
     rank, size = rank_and_size()
     first = rank == 0

@@ -90,7 +90,7 @@ def _ops(calls: Sequence[Call], device: torch.device, world: World) -> list[str]
 
 
 def _share_refusals(device: torch.device, world: World) -> bool:
-    """Refuse what any rank has refused; whether that is more than this one had."""
+    """Refuse what any rank has refused, and return whether that is more than this one had."""
     pairs = [(op.name, backend) for op in dispatch.OPS.values() for backend in op.backends]
     mine = dispatch.refused(device)
     told = world.gather(torch.tensor([int(pair in mine) for pair in pairs]))
@@ -110,7 +110,7 @@ class Trace:
     params: Tensor
 
     def same(self, other: Trace) -> bool:
-        """Bit for bit; NaN is NaN."""
+        """Compare bit for bit; NaN is NaN."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
 
@@ -178,7 +178,7 @@ class _Steps:
         return [f"self-check: {line}" for line in lines]
 
     def _compiled(self, want: Trace) -> tuple[Trace, str]:
-        """Keep the compiled network if every rank's is right; the trace that a replayed step is to equal, and what to say."""
+        """Keep the compiled network if every rank's is right; return the trace that a replay is to equal, and what to say."""
         step, reason = self.step, None
         step.use(True, False)
         try:
@@ -192,7 +192,7 @@ class _Steps:
         return got, f"the compiled step agrees with the plain one: losses within {self.bar.loss:.0%}"
 
     def _replayed(self, want: Trace) -> str:
-        """Keep the captured update if every rank's is right; what to say."""
+        """Keep the captured update if every rank's is right; return what to say."""
         step, told = self.step, "equals the launched one bit for bit"
         try:  # before there is a graph, which keeps the memory of an update: another one beside it may not fit
             repeats = self._trace("the launched step", "--kernels '*=reference'").same(want)

@@ -122,7 +122,7 @@ class RunLog:
         return path
 
     def note(self, text: str) -> None:
-        """One line on the console, above the bar."""
+        """Print one line on the console, above the bar."""
         self.console.print(Text(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -182,7 +182,7 @@ class RunLog:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int | None:
-    """Most bytes held so far: of the GPU by tensors, else of main memory by this process. None where unknown."""
+    """Return the most bytes held so far: of the GPU by tensors, else of main memory by this process. None where unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

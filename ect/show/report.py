@@ -20,7 +20,7 @@ _TITLE_HEIGHT = 24  # pixels
 
 
 def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
-    """Rows of images uint8 [n, H, W, C], each under its title, as one picture uint8 [height, width, 3]."""
+    """Lay out rows of images uint8 [n, H, W, C], each under its title, as one picture uint8 [height, width, 3]."""
     font = ImageFont.load_default(size=15)
     parts = []
     for title, images in rows.items():
@@ -34,7 +34,7 @@ def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
 
 
 def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: sampler, NFE, metrics, images a second."""
+    """Return headers and cells: sampler, NFE, metrics, images a second."""
     headers, cells = quality_table(rows, columns)
     rates = [f"{row.samples * len(row.values) / row.seconds:.0f}" for row in rows]
     return [*headers, "images/s"], [[*cell, rate] for cell, rate in zip(cells, rates, strict=True)]
@@ -67,7 +67,7 @@ def write(
     run_dir: Path, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float],
     checked: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """results.json, and results.md with the table in Markdown, atomically. checked: what the self-check found."""
+    """Write results.json, and results.md with the table in Markdown, atomically. checked: what the self-check found."""
     result = {"rows": [row.as_json() for row in rows], "seconds": seconds, "checked": list(checked)}
     with atomic(run_dir / "results.json") as temp:
         temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -84,7 +84,7 @@ class Call:
         return getattr(torch.ops.ect, self.function).default
 
     def results(self) -> list[str]:
-        """Names of what `run` returns: of the arguments that are written in place, or of the results."""
+        """Return the names of what `run` returns: of the arguments that are written in place, or of the results."""
         schema = self.overload._schema
         if schema.is_mutable:
             return [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -93,7 +93,7 @@ class Call:
         return list(get_type_hints(direction.room)["return"]._fields)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Arguments for `run`, without the backend."""
+        """Return the arguments for `run`, without the backend."""
         pool = _normals().to(device)
 
         def make(name: str, value: Any, turn: int) -> Any:
@@ -196,7 +196,7 @@ def _normals() -> Tensor:
 
 
 def _draw(name: str, shape: Shape, pool: Tensor) -> Tensor:
-    """Values for an argument, made of normal numbers."""
+    """Return the values for an argument, made of normal numbers."""
     count = torch.Size(shape.size).numel()
     normal = pool.repeat(count // len(pool) + 1)[:count].view(shape.size)
     if shape.dtype == torch.int64:

@@ -225,7 +225,7 @@ def bounded(what: str, remedy: str, seconds: float | None = None) -> Iterator[No
 
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """Inside the block, new memory holds NaN (whole numbers their largest), not what was right a moment ago."""
+    """Fill new memory with NaN inside the block (whole numbers with their largest), not with what was right a moment ago."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # with it torch.empty fills what it returns
     try:

@@ -55,7 +55,7 @@ class Output(NamedTuple):
 
 
 def _output(i: Inputs) -> Output:
-    """Room for the results."""
+    """Return room for the results."""
     dF = torch.empty_like(i.F_t, memory_format=torch.channels_last)
     return Output(i.F_t.new_empty(i.F_t.shape[0], dtype=i.wide), dF)
 

@@ -119,7 +119,7 @@ def refuse(op: str, backend: str, device: torch.device, reason: str) -> None:
 
 
 def refused(device: torch.device) -> dict[tuple[str, str], str]:
-    """{(op, backend): why} of what was refused on devices of this type."""
+    """Return {(op, backend): why} of what was refused on devices of this type."""
     return {(op, backend): why for (op, backend, where), why in _refused.items() if where == device.type}
 
 
@@ -129,7 +129,7 @@ def clear_refused() -> None:
 
 
 def parse_choice(text: str) -> dict[str, str]:
-    """{"op or *": "backend"} of "op=backend,*=backend"; a lone backend name stands for all ops. Raises BackendError."""
+    """Return {"op or *": "backend"} of "op=backend,*=backend"; a lone backend name stands for all ops. Raises BackendError."""
     choice = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         op, _, name = part.rpartition("=")
@@ -158,7 +158,7 @@ def requested(op: str) -> str | None:
 
 
 def table(device: torch.device) -> list[tuple[str, str, str]]:
-    """(op, backend, why) for each op on `device`, as `auto` or the request decides before any shape is known."""
+    """Return (op, backend, why) for each op on `device`, as `auto` or the request decides before any shape is known."""
     rows = []
     for op in OPS.values():
         name = requested(op.name)

@@ -89,10 +89,7 @@ def keep_tile(
     key: tl.tensor, layer: tl.tensor, threshold: tl.tensor, position: tl.tensor, row: tl.tensor, first: tl.tensor,
     CT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Dropout: which elements (position + row[r]) * CT + first + lane of the flat NHWC batch stay, bool [ROWS, WIDTH].
-
-    position: spatial positions before this sample, int64. first: the slab's first channel, a multiple of 8 where CT is.
-    """
+    """Return which elements (position + row[r]) * CT + first + lane of the flat NHWC batch stay, bool [ROWS, WIDTH]."""
     if CT % 8 == 0 and WIDTH % 8 == 0:
         block = position * (CT // 8) + first // 8
         blocks = block.to(tl.uint32) + (row[:, None] * (CT // 8) + tl.arange(0, WIDTH // 8)[None, :]).to(tl.uint32)
@@ -119,7 +116,7 @@ def load_source(
     x: tl.tensor, other: tl.tensor, row: tl.tensor, c: tl.tensor, inside: tl.tensor, in_x: tl.tensor,
     in_other: tl.tensor, C: tl.constexpr, C2: tl.constexpr, POLICY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """fp32 tile of cat(x, other)."""
+    """Load the fp32 tile of cat(x, other)."""
     at = row[:, None] * C + c[None, :]
     value = tl.load(x + at, mask=in_x[None, :] & inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
     return join_other(value, other, row, c, in_other[None, :] & inside, C, C2, POLICY)
@@ -129,7 +126,7 @@ def load_source(
 def modulation(
     gamma: tl.tensor, beta: tl.tensor, scale: tl.tensor, shift: tl.tensor, nc: tl.tensor, c: tl.tensor, ok: tl.tensor
 ) -> tl.tensor:
-    """(w, b, gamma, beta, 1 + scale) [WIDTH]: affine and modulation are x_hat * w + b."""
+    """Return (w, b, gamma, beta, 1 + scale) [WIDTH]: affine and modulation are x_hat * w + b."""
     gamma_c = tl.load(gamma + c, mask=ok, other=0.0)
     beta_c = tl.load(beta + c, mask=ok, other=0.0)
     one = tl.full(gamma_c.shape, 1.0, tl.float32)
@@ -244,7 +241,7 @@ def normal_and_gradient(
     HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ACT: tl.constexpr,
     POLICY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """(x_hat, gradient before the activation), fp32 [ROWS, WIDTH], rebuilt from the source and the mask."""
+    """Return (x_hat, gradient before the activation), fp32 [ROWS, WIDTH], rebuilt from the source and the mask."""
     inside = inside_of(row, HW, ROWS)
     xh = load_source(x, other, row, c, inside, in_x, in_other, C, C2, POLICY)
     at = row[:, None] * (C + C2) + c[None, :]

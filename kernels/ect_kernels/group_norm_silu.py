@@ -142,7 +142,7 @@ def _shifted(i: Inputs) -> Tensor:
 
 
 def _wide(vector: Tensor, i: Inputs) -> Tensor:
-    """[N or 1, 1, G, C / G] of a vector by (sample and) channel."""
+    """Return a vector by (sample and) channel as wide [N or 1, 1, G, C / G]."""
     return vector.to(i.wide).view(-1, 1, i.groups, i.x.shape[1] // i.groups)
 
 
@@ -234,7 +234,7 @@ def apex_limits(*args: Any) -> str | None:
 
 
 def _apex_options(i: Inputs) -> tuple[float, str, int]:
-    """eps, activation, and 1 or 2 passes over the data (its one-pass kernel ends at 32x32)."""
+    """Return eps, activation, and 1 or 2 passes over the data (its one-pass kernel ends at 32x32)."""
     return i.eps, "silu" if i.act else "", 1 if i.x.shape[2] * i.x.shape[3] <= 1024 else 2
 
 
@@ -317,13 +317,7 @@ def group_norm_silu(
     n0: Tensor | int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """dropout(silu(GroupNorm(x + v) * (1 + scale) + shift)), channels-last, in x's dtype; see the module's formulas.
-
-    Args: x: [N, C, H, W] (made channels-last if it is not). gamma, beta: [C], or rows of rows.by_sample. v, scale, shift:
-    [N, C], the last two together. act: SiLU. p: probability of dropping, with seed (0-d int64 tensor on x's device), layer and
-    n0 (global number of x[0], also as such a tensor) as what the mask is a function of. Gradients: x, gamma, beta, v, scale,
-    shift. Raises ValueError, dispatch.BackendError.
-    """
+    """Return dropout(silu(GroupNorm(x + v) * (1 + scale) + shift)), channels-last, in x's dtype; see the formulas above."""
     _check(x, gamma, beta, groups, v, scale, shift, p, seed)
     seed = seed if philox.dropout_threshold(p) > 0 else None
     first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)

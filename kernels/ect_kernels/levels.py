@@ -78,7 +78,7 @@ def levels(
     seed: Tensor, stage: Tensor, n0: Tensor | int, batch: int, P_mean: float, P_std: float, q: float, k: float, b: float,
     backend: str | None = None,
 ) -> Output:  # fmt: skip
-    """(t, r, label_t, label_r, flip), formulas above, of the global samples n0 ... n0 + batch. Nothing here has a gradient.
+    """Return (t, r, label_t, label_r, flip) by the formulas above, of the global samples n0 ... n0 + batch, without gradient.
 
     Args: seed, stage, n0 (also an int): 0-d int64 tensors on one device, stage >= 0. q > 1. Raises ValueError, BackendError.
     """

@@ -29,11 +29,7 @@ STREAM_LABEL_DROPOUT = _LOW - 5
 def philox4x32(
     seed: Tensor | int, c0: Tensor, c1: int, c2: int = 0, c3: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 for each counter (c0[i], c1, c2, c3).
-
-    Args: seed: 64-bit key, an int or 0-d int64 tensor. c0: int64 tensor of any shape, values in [0, 2^32). c1..c3: ints.
-    Returns: four int64 tensors of c0's shape with values in [0, 2^32).
-    """
+    """Run ten rounds of Philox4x32 for each counter (c0[i], c1, c2, c3)."""
     seed = torch.as_tensor(seed, dtype=torch.int64, device=c0.device)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     x0, x1, x2, x3 = c0, torch.full_like(c0, c1), torch.full_like(c0, c2), torch.full_like(c0, c3)
@@ -49,7 +45,7 @@ def philox4x32(
 def uniform(
     seed: Tensor | int, stream: int, n0: Tensor | int | None, batch: int, per_sample: int, device: torch.device
 ) -> Tensor:
-    """float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch.
+    """Return float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch.
 
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
     """
@@ -62,7 +58,7 @@ def uniform(
 def normal(
     seed: Tensor | int, stream: int, n0: Tensor | int | None, batch: int, per_sample: int, device: torch.device
 ) -> Tensor:
-    """float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
+    """Return float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
     even = per_sample + per_sample % 2
     u = uniform(seed, stream, n0, batch, even, device).view(batch, -1, 2)
     radius, angle = (-2.0 * u[..., 0].log()).sqrt(), (2.0 * math.pi) * u[..., 1]
@@ -70,7 +66,7 @@ def normal(
 
 
 def dropout_threshold(p: float) -> int:
-    """Elements whose 16 bits are below it are dropped."""
+    """Return the number below which an element's 16 bits mean that it is dropped."""
     return round(65536 * p)
 
 
@@ -100,7 +96,7 @@ def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | int | None = 0) -> Tensor:
-    """Inverted dropout of x [N, C, H, W] (logical NCHW, any strides) with a mask that is a function of the global index.
+    """Return inverted dropout of x [N, C, H, W] (logical NCHW, any strides) with a mask that is a function of the global index.
 
     With i the flat NHWC index of the element in the global batch (x[0] is global sample n0): the counter is
     (i // 8 mod 2^32, layer, 0, 0); element k = i mod 8 uses the low (k even) or high (k odd) half of word k // 2 and is kept

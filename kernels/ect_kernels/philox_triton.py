@@ -48,17 +48,13 @@ def keep1(seed: tl.tensor, index: tl.tensor, layer: tl.tensor, threshold: tl.ten
 
 @triton.jit
 def unit(word: tl.tensor) -> tl.tensor:
-    """Uniform in (0, 1] of a Philox word, as ect_kernels.philox.uniform forms it."""
+    """Turn a Philox word into a uniform number in (0, 1], as ect_kernels.philox.uniform forms it."""
     return ((word >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
 
 
 @triton.jit
 def box_muller(first: tl.tensor, second: tl.tensor) -> tuple[tl.tensor, ...]:
-    """Two standard normals from two Philox words, as ect_kernels.philox.normal forms them.
-
-    Sine and cosine of 2 pi u by quadrant and Taylor series (error below 2^-25): the library's, made for any argument, keep an
-    array in local memory.
-    """
+    """Make two standard normals of two Philox words, as ect_kernels.philox.normal forms them."""
     u, v = unit(first), unit(second)
     radius = tl.sqrt_rn(-2.0 * tl.log(u))
     quadrant = tl.floor(4.0 * v + 0.5)

@@ -244,7 +244,7 @@ def residual_group_norm_silu(
     seed: Maybe = None, layer: int = 0, n0: Tensor | int = 0, dtype: torch.dtype | None = None, joined: bool = False,
     summed: bool = False, dx: bool = True, djoined: bool = True, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(x, y) of this module's formula, channels-last, in `dtype` (None: a's).
+    """Return (x, y) of this module's formula, channels-last, in `dtype` (None: a's).
 
     joined: also return cat(x, other), for a gradient of its own that costs no addition: without other it is x once more, else
     a stand-in without data.

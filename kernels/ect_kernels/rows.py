@@ -32,7 +32,7 @@ def _(rows: Sequence[Tensor]) -> Tensor:
 
 @torch.library.custom_op("ect::join_columns", mutates_args=())
 def join_columns(columns: Sequence[Tensor]) -> Tensor:
-    """All [N, C_i] side by side: [N, sum of C_i]. An op of its own, as sum_rows is."""
+    """Join all [N, C_i] side by side, to [N, sum of C_i]; an op of its own, as sum_rows is."""
     return torch.cat(list(columns), dim=1)
 
 
@@ -79,13 +79,13 @@ class _BySample(torch.autograd.Function):
 
 
 def by_sample(vectors: Sequence[Tensor], n: int) -> tuple[Tensor, ...]:
-    """Each vector [C] as rows [n, C], without a copy."""
+    """Return each vector [C] as rows [n, C], without a copy."""
     rows: tuple[Tensor, ...] = _BySample.apply(n, *vectors)
     return rows
 
 
 def vector(t: Some) -> Some:
-    """[C] of a vector, or of rows that are all alike."""
+    """Return the [C] of a vector, or of rows that are all alike."""
     if t is None or t.dim() == 1:
         return t
     return t[0] if len(t) else t.new_zeros(t.shape[1])

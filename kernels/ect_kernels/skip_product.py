@@ -41,7 +41,7 @@ class Output(NamedTuple):
 
 
 def pixels(image: Tensor) -> Tensor:
-    """[N H W, C] of an image, without a copy where it is channels-last."""
+    """Return [N H W, C] of an image, without a copy where it is channels-last."""
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 

@@ -44,7 +44,7 @@ def skip_product_fwd_kernel(
     a, weight, x, other, bias, skip_bias, out, M, scale, CO: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """M pixels; the tiles of the same pixels follow one another, so that they share the sources in L2."""
+    """Compute M pixels; the tiles of the same pixels follow one another, so that they share the sources in L2."""
     TILES: tl.constexpr = (CO + BN - 1) // BN
     pid = tl.program_id(0)
     row = (pid // TILES).to(tl.int64) * BM + tl.arange(0, BM)

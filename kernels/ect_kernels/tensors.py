@@ -21,7 +21,10 @@ def fp32(v: Tensor | None) -> Tensor | None:
 
 
 def fp32_rows(v: Tensor | None) -> Tensor | None:
-    """Rows [N, C] as the kernels read them: float32 with neighbouring channels, of a larger tensor or all the same."""
+    """Return rows [N, C] as the kernels read them: float32 with neighbouring channels.
+
+    They may be those of a larger tensor.
+    """
     v = None if v is None else v.to(torch.float32)
     return v if v is None or v.stride(1) == 1 else v.contiguous()
 
@@ -32,7 +35,10 @@ def nhwc(x: Some) -> Some:
 
 
 def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Channels-last [N, channels, H, W], its strides the same for fakes also where H = W = 1 would make them ambiguous."""
+    """Return an uninitialised channels-last [N, channels, H, W].
+
+    Its strides are the same for fakes also where H = W = 1 would make them ambiguous.
+    """
     n, _, h, w = like.shape
     return like.new_empty((n, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
 

@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _batch_folder(path: Path) -> Path:
-    """`path`, or the folder that the tarball unpacks to inside it."""
+    """Return `path`, or the folder that the tarball unpacks to inside it."""
     return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
@@ -76,7 +76,7 @@ def _folder_members(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Batch files of the archive, in one pass and in memory."""
+    """Yield the batch files of the archive, in one pass and in memory."""
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
@@ -154,7 +154,7 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Python 3 writes bytes into an old-protocol pickle as latin1 text."""
+    """Return a value as bytes: Python 3 writes bytes into an old-protocol pickle as latin1 text."""
     if not (isinstance(text, str) and encoding in ("latin1", "latin-1")):
         raise pickle.UnpicklingError("bytes in an unknown encoding")
     return text.encode("latin1")

@@ -48,7 +48,7 @@ def is_resolution(size: int) -> bool:
 
 
 def decode_all(source: Source, resolution: int | None, convert: Convert | None) -> tuple[np.ndarray, list[str]]:
-    """(uint8 [N, H, W, C], notes for the log) of the pictures source.names; C = 1 if all are grey, 3 if all are RGB.
+    """Return (uint8 [N, H, W, C], notes for the log) of the pictures source.names; C = 1 if all are grey, 3 if all are RGB.
 
     With `resolution` each image is cropped to its central square and resized; without, all must be squares of one size,
     a multiple of 4. With `convert` each becomes 'rgb' or 'grey'. Raises UserError that names the first image which does
@@ -83,7 +83,7 @@ def _difference(y: np.ndarray, first: np.ndarray, name: str) -> str:
 
 
 def _survey(source: Source) -> str:
-    """' (found: 480 RGB 32x32, ...)': the kinds of all images, from their headers."""
+    """Return the kinds of all images, from their headers: ' (found: 480 RGB 32x32, ...)'."""
     kinds: Counter[str] = Counter()
     for name in source.names:
         try:
@@ -99,7 +99,10 @@ def _survey(source: Source) -> str:
 def _decode(
     source: Source, name: str, resolution: int | None, convert: Convert | None
 ) -> tuple[np.ndarray, bool, bool]:
-    """(one image as uint8 [H, W, C], turned as its EXIF tag says; whether it was enlarged; whether transparency was lost)."""
+    """Return one image as uint8 [H, W, C], whether it was enlarged, and whether it lost transparency.
+
+    It is turned as its EXIF tag says.
+    """
     where = source.path / name
     try:
         with Image.open(io.BytesIO(source.read(name))) as image:
@@ -168,7 +171,7 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def fit_all(images: np.ndarray, resolution: int) -> np.ndarray:
-    """uint8 [N, H, W, C] as `fit` makes each of them: [N, resolution, resolution, C]."""
+    """Fit all images: uint8 [N, H, W, C] -> [N, resolution, resolution, C]."""
     if images.shape[1:3] == (resolution, resolution):
         return images
     grey = images.shape[3] == 1

@@ -26,7 +26,10 @@ FLAGS = {
 
 
 def cuda_include() -> Path:
-    """CUDA's headers: the toolkit's, or those of the wheels nvidia-cuda-runtime, -crt and -cccl. Raises FileNotFoundError."""
+    """Return the folder of CUDA's headers: the toolkit's, or that of the wheels nvidia-cuda-runtime, -crt and -cccl.
+
+    Raises FileNotFoundError.
+    """
     wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/include")
     for folder in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include", *wheels):
         if (folder / "cuda_bf16.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
