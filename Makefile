@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo test test-gpu gpu gpu-paths sanitize check format readme kernel-report bench clean
+.PHONY: demo quick test mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
 
+quick: .venv/.test-installed  # the tests that take at most two seconds each; what takes longer and hides it fails
+	$(BIN)/python -m pytest -q --quick -n auto --dist worksteal
+
 test: .venv/.test-installed
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 	$(BIN)/python tests/gpu_paths/report.py
 
 # The tests that need a CUDA device, by what is installed, with no network: $(PYTHON) where there is no .venv.
@@ -24,6 +27,9 @@ gpu-paths: .venv/.test-installed  # the code of a GPU without one: every combina
 
 sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py
+
+mutants: .venv/.test-installed  # forty seeded mistakes in the code that decides what is learnt: the tests find all but two
+	$(BIN)/python tests/mutants.py
 
 check: .venv/.test-installed
 	$(BIN)/ruff check .

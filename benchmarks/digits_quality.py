@@ -24,10 +24,11 @@ from lib.measure import reason
 from rich.console import Console
 from rich.table import Table
 
-from ect.config import PRESETS, Config, EvalConfig, LogConfig, PretrainConfig
+from ect.config import Config, EvalConfig, LogConfig
 from ect.files.checkpoint import load_model
-from ect.job import Job
+from ect.job import Job, pretrain_config
 from ect.metrics import Sampler, consistency_samplers, heun_samplers, quality_rows
+from ect.presets import PRESETS
 from ect.show.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
@@ -77,17 +78,17 @@ def rate(model: Path, name: str, samplers: list[Sampler], job: Job) -> Result:
 
 def one_seed(seed: int, folder: Path) -> Result:
     cfg = replace(PRESETS["digits"], seed=seed)
-    scratch = replace(cfg, pretrain=PretrainConfig())
+    scratch = replace(cfg, pretrain=None)
     judge = Job(replace(cfg, run_dir=folder / "judge"), Console(quiet=True))
-    ect = train(cfg, folder / "ect")
-    teacher = folder / "ect" / "pretrain" / f"checkpoint-{cfg.pretrain.total_kimg:010.3f}.safetensors"
+    ect, first_kimg = train(cfg, folder / "ect"), pretrain_config(cfg).total_kimg
+    teacher = folder / "ect" / "pretrain" / f"checkpoint-{first_kimg:010.3f}.safetensors"
     mid_t = cfg.eval.mid_t
     result = rate(teacher, "diffusion, Heun", heun_samplers((18, 5, 4, 3, 2)), judge)
     result |= rate(teacher, "diffusion, consistency sampler", consistency_samplers(mid_t), judge)
     result |= rate(ect, "ECT", consistency_samplers(mid_t), judge)
     model = train(scratch, folder / "scratch")
     result |= rate(model, "scratch, tuning's steps", consistency_samplers(mid_t), judge)
-    factor = (cfg.pretrain.total_kimg + cfg.total_kimg) / cfg.total_kimg
+    factor = (first_kimg + cfg.total_kimg) / cfg.total_kimg
     model = train(stretch(scratch, factor), folder / "scratch-all")
     return result | rate(model, "scratch, all steps", consistency_samplers(mid_t), judge)
 

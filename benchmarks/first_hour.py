@@ -87,7 +87,7 @@ def stages(device: str, out: Path) -> list[Stage]:
     else:
         size = ["--threads", "1", "--batch", "8", "--net.model-channels", "8", "--net.channel-mult", "1", "1", "1"]
         size += ["--net.num-blocks", "1", "--net.attn-resolutions"]
-        short = ["--total-kimg", "0.128", "--pretrain.total-kimg", "0.128", "--eval.samples", "0"]
+        short = ["--total-kimg", "0.128", "--pretrain-kimg", "0.128", "--eval.samples", "0"]
         kimg, often = 0.008, (1, 4, 8, 10)
         profile = ["--net", "digits", "--batch", "4", "--rounds", "1"]
         times, ops = [*profile, "--rows", "+flat optimizer"], ["--op", "skip_product"]

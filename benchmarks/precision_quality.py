@@ -30,10 +30,11 @@ from lib.measure import reason
 from rich.console import Console
 from rich.table import Table
 
-from ect.config import PRESETS, Config, PretrainConfig
+from ect.config import Config
 from ect.files.checkpoint import Checkpoints
 from ect.job import Job, pretrain_config
 from ect.metrics import consistency_samplers
+from ect.presets import PRESETS
 from ect.show.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "precision_quality.jsonl"
@@ -82,17 +83,17 @@ def teacher(cfg: Config, path: Path) -> Path:
 
 def tune(seed: int, precision: Name, options: Options) -> Line:
     """Run one tuning from the seed's teacher, and judge it."""
-    cfg = replace(PRESETS["digits"], seed=seed, total_kimg=options.kimg, precision="fp32")
-    cfg = replace(cfg, pretrain=replace(cfg.pretrain, total_kimg=options.kimg))
-    start = teacher(cfg, options.folder / f"teacher-{options.kimg:g}-kimg-seed{seed}.safetensors")
+    kimg = options.kimg
+    cfg = replace(PRESETS["digits"], seed=seed, total_kimg=kimg, pretrain_kimg=kimg, precision="fp32")
+    start = teacher(cfg, options.folder / f"teacher-{kimg:g}-kimg-seed{seed}.safetensors")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        model = train(replace(cfg, precision=precision, init_from=start, pretrain=PretrainConfig()), run)
+        model = train(replace(cfg, precision=precision, init_from=start, pretrain=None), run)
         state = Checkpoints.load(run)[0]
         judge = Job(replace(cfg, run_dir=Path(folder) / "judge"), Console(quiet=True))
         result = rate(model, precision, consistency_samplers(cfg.eval.mid_t), judge)
     line: Line = {
-        "seed": seed, "precision": precision, "kimg": options.kimg, "device": "cpu", "torch": torch.__version__,
+        "seed": seed, "precision": precision, "kimg": kimg, "device": "cpu", "torch": torch.__version__,
         "result": {f"{row['nfe']:.0f} NFE": row for row in result.values()},
     }  # fmt: skip
     return line | {name: float(state[name]) for name in ("nonfinite", "skipped", "loss_scale") if name in state}

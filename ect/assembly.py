@@ -10,6 +10,7 @@ import torch
 from ect import precision
 from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
+from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, half_precision_weights
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
@@ -73,7 +74,7 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
     arithmetic = precision.resolve(cfg.precision, device)
     state = FlatState(
         net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
-        ema_betas=[cfg.optim.ema_beta], clip=cfg.optim.clip,
+        ema_betas=[beta_of(entry) for entry in cfg.optim.emas], clip=cfg.optim.clip,
         loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
         channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, and PRESETS, one recipe a name.
+"""The configuration of a run: frozen dataclasses, with the range of each field beside it. Recipes are in ect/presets.
 
 Every field is an option of `python -m ect.train`: `--objective.q 4`, `--optim.lr 3e-4`. This module imports no torch, so
 that `--help` and `--dry-run` answer at once. Images are counted in kimg (thousands of training images seen).
@@ -6,9 +6,13 @@ that `--help` and `--dry-run` answer at once. Images are counted in kimg (thousa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+
+from ect import emas
 
 try:
     import tyro
@@ -19,6 +23,34 @@ except ImportError:  # where the kernels and their benchmarks run, and nobody pa
 
 Switch = Annotated[bool | None, _TAKES_NO_VALUE]
 """`--name` or `--no-name`; None where neither is given: as the device and the run suggest."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a field's value must be, unless it is None: `ect.options.check` holds each value against the limits beside it.
+
+    Args: expected: says it, in an error. holds: whether a value is so.
+    """
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+ABOVE_0 = Limit("greater than 0", lambda value: value > 0)
+FROM_0 = Limit("0 or greater", lambda value: value >= 0)
+FROM_1 = Limit("at least 1", lambda value: value >= 1)
+BELOW_1 = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
+FACTORS = Limit("one factor of at least 1 for each resolution", lambda mult: min(mult, default=0) >= 1)
+FALLING = Limit(
+    "noise levels that fall from 80 towards 0",
+    lambda mid_t: all(a > b > 0 for a, b in itertools.pairwise((80, *mid_t))),
+)
+EACH_BELOW_1 = Limit("from 0 to below 1", lambda values: all(0 <= value < 1 for value in values))
+FEW_EMAS = Limit(f"1 to {emas.MAX_EMAS} weight averages, each once", emas.are_few)
+NO_POWER_EMAS = Limit(
+    "constant decays such as .9999; averages by a power profile (rel:) are not there yet", emas.have_no_power
+)
+EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are_decays)
 
 
 @dataclass(frozen=True)
@@ -34,7 +66,7 @@ class DataConfig:
     """Train class-conditionally on the data set's labels."""
     xflip: bool = False
     """Flip each image horizontally with probability 1/2."""
-    augment: float = 0.0
+    augment: Annotated[float, Limit("a probability", lambda p: 0 <= p <= 1)] = 0.0
     """Probability of each of EDM's geometric augmentations (EDM pretraining: 0.12). 0 switches the pipe off."""
 
 
@@ -42,16 +74,16 @@ class DataConfig:
 class NetConfig:
     arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
     """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
-    model_channels: int = 128
+    model_channels: Annotated[int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0)] = 128
     """Channels at the first resolution, times channel_mult at the others."""
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    num_blocks: int = 4
+    channel_mult: Annotated[tuple[int, ...], FACTORS] = (2, 2, 2)
+    num_blocks: Annotated[int, FROM_1] = 4
     """Residual blocks a resolution."""
     attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.2
-    label_dropout: float = 0.0
+    dropout: Annotated[float, BELOW_1] = 0.2
+    label_dropout: Annotated[float, BELOW_1] = 0.0
     """Probability of dropping a class label (for classifier-free guidance)."""
-    sigma_data: float = 0.5
+    sigma_data: Annotated[float, ABOVE_0] = 0.5
     """Standard deviation of the data in [-1, 1], as the preconditioning assumes it."""
 
 
@@ -61,73 +93,65 @@ class ObjectiveConfig:
     """'consistency' tunes with ECT; 'diffusion' trains a denoiser with EDM's loss."""
     P_mean: float = -1.1
     """Mean of ln(t)."""
-    P_std: float = 2.0
+    P_std: Annotated[float, ABOVE_0] = 2.0
     """Standard deviation of ln(t)."""
     mapping: Literal["sigmoid", "const"] = "sigmoid"
     """How r follows from t and the stage (consistency only)."""
-    q: float = 2.0
+    q: Annotated[float, Limit("greater than 1", lambda q: q > 1)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
-    k: float = 8.0
+    k: Annotated[float, FROM_0] = 8.0
     """Extra gap at small t: n(t) = 1 + k sigmoid(-b t)."""
-    b: float = 1.0
-    c: float = 0.0
+    b: Annotated[float, FROM_0] = 1.0
+    c: Annotated[float, FROM_0] = 0.0
     """Pseudo-Huber constant, >= 0; 0 is the plain L2 norm."""
     weighting: Literal["inverse_gap", "inverse_c_out_sq", "inverse_t", "inverse_t_sq", "uniform"] = "inverse_gap"
     """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1."""
-    n_stages: int = 8
+    n_stages: Annotated[int, FROM_1] = 8
     """Number of stages of the mapping."""
-    stage_kimg: float = 3200.0
+    stage_kimg: Annotated[float, ABOVE_0] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["radam", "adam"] = "radam"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float | None = None
+    lr: Annotated[float, ABOVE_0] = 1e-4
+    betas: Annotated[tuple[float, float], EACH_BELOW_1] = (0.9, 0.999)
+    eps: Annotated[float, FROM_0] = 1e-8
+    clip: Annotated[float | None, ABOVE_0] = None
     """Clip the gradient's global L2 norm to this value. None: no clipping."""
-    warmup_kimg: float = 0.0
+    warmup_kimg: Annotated[float, FROM_0] = 0.0
     """Linear warm-up of the learning rate from 0."""
     decay: Literal["constant", "linear", "rsqrt"] = "constant"
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
-    decay_kimg: float = 0.0
-    ema_beta: float = 0.9999
-    """Decay of the weight average per step."""
-    ema_rampup: float | None = None
-    """Early in a run, let the average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """A diffusion phase before the tuning. It runs when total_kimg > 0 and no --init-from is given."""
-
-    total_kimg: float = 0.0
-    objective: ObjectiveConfig = ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2)
-    optim: OptimConfig = OptimConfig(optimizer="adam", lr=1e-3)
+    decay_kimg: Annotated[float, FROM_0] = 0.0
+    emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
+    """Weight averages, 1 to 3, each by its decay per step: '.9999' or '.9999 .999'. The model is the first; --ema 1 of
+    ect.sample and ect.evaluate takes the second."""
+    ema_rampup: Annotated[float | None, ABOVE_0] = None
+    """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    stats_kimg: float = 6.4
+    stats_kimg: Annotated[float, FROM_0] = 6.4
     """Interval of the rows in stats.jsonl and TensorBoard."""
-    sample_kimg: float = 256.0
+    sample_kimg: Annotated[float, FROM_0] = 256.0
     """Interval of sample grids (0: only at the start and the end)."""
-    eval_kimg: float = 0.0
+    eval_kimg: Annotated[float, FROM_0] = 0.0
     """Interval of evaluation (0: only at the end)."""
-    checkpoint_kimg: float = 256.0
+    checkpoint_kimg: Annotated[float, FROM_0] = 256.0
     """Interval of checkpoints (0: only at the end)."""
-    keep: int = 3
+    keep: Annotated[int, FROM_1] = 3
     """Keep this many latest checkpoints."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    samples: int = 50_000
+    samples: Annotated[int, Limit("0 (off) or at least 2", lambda count: count == 0 or count >= 2)] = 50_000
     """Generated images a row of the table. 0 switches evaluation off."""
-    batch: int = 256
-    mid_t: tuple[float, ...] = (0.821,)
+    batch: Annotated[int, FROM_1] = 256
+    mid_t: Annotated[tuple[float, ...], FALLING] = (0.821,)
     """Intermediate noise levels: one a network evaluation after the first."""
     weights: Path | None = None
     """Inception weights for image data sets (see python -m ect.evaluate --help)."""
@@ -137,23 +161,28 @@ class EvalConfig:
 class Config:
     preset: str = "digits"
     """Name of the recipe the other fields default to."""
-    total_kimg: float = 1024.0
+    total_kimg: Annotated[float, ABOVE_0] = 1024.0
     """Length of the run in thousands of images."""
-    batch: int = 128
+    batch: Annotated[int, FROM_1] = 128
     """Images an optimizer step."""
     batch_per_device: int | Literal["auto"] | None = None
     """Images a forward pass: a divisor of each device's share of batch; gradients accumulate. None: the whole share at
     once; 'auto': as many as the predicted memory allows."""
-    seed: int = 0
+    seed: Annotated[int, Limit("from 0 to 2^31 - 1", lambda seed: 0 <= seed < 2**31)] = 0
     init_from: Path | None = None
     """Pretrained network: a public EDM/ECT .pkl or one of our .safetensors."""
+    pretrain: str | None = None
+    """A diffusion phase before the tuning, where no --init-from gives its network: total_kimg, objective and optim of this
+    preset, and all else as in the run. None: no such phase."""
+    pretrain_kimg: Annotated[float | None, ABOVE_0] = None
+    """Length of that phase. None: as in its preset."""
     resume: Path | None = None
     """A run folder or a checkpoint of it: continue there."""
     run_dir: Path | None = None
     """Folder of the run. None: runs/<number>-<preset>."""
     device: str = "auto"
     """'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1'."""
-    threads: int | None = None
+    threads: Annotated[int | None, FROM_1] = None
     """CPU threads. None: as many as CPUs that this process may use."""
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
     """Arithmetic of training. fp16 and bf16: half precision inside the residual blocks, fp32 at both ends, fp32 weights. fp16
@@ -176,66 +205,5 @@ class Config:
     net: NetConfig = NetConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
-    pretrain: PretrainConfig = PretrainConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
-
-
-_DIGITS_OPTIM = OptimConfig(
-    betas=(0.9, 0.99), warmup_kimg=6.4, decay="linear", decay_kimg=38.4, ema_beta=0.995, ema_rampup=0.05
-)
-_CIFAR10_DATA = DataConfig(source="datasets/cifar-10-python.tar.gz")
-# DDPM++ of EDM's edm-cifar10-32x32-uncond-vp.pkl; --init-from that file is what these recipes expect.
-_CIFAR10 = Config(
-    data=_CIFAR10_DATA,
-    batch=128,
-    objective=ObjectiveConfig(q=2.0, n_stages=8, stage_kimg=3200.0),
-    optim=OptimConfig(optimizer="radam", lr=1e-4, ema_beta=0.9999),
-    log=LogConfig(stats_kimg=12.8, sample_kimg=640.0, checkpoint_kimg=1280.0),
-)
-
-
-def _stages_of_8(total_kimg: float) -> Config:
-    return replace(_CIFAR10, total_kimg=total_kimg, objective=replace(_CIFAR10.objective, stage_kimg=total_kimg / 8))
-
-
-_RECIPES = {
-    # 8x8 digits: 1200 steps of diffusion, then 1200 of ECT; minutes on two CPU cores.
-    "digits": Config(
-        total_kimg=76.8,
-        batch=64,
-        threads=1,  # a second thread gains a tenth, and loses tenfold where other work wants the core
-        net=NetConfig(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0),
-        objective=ObjectiveConfig(q=2.0, n_stages=6, stage_kimg=12.8),
-        optim=replace(_DIGITS_OPTIM, optimizer="radam", lr=1e-3),
-        pretrain=PretrainConfig(total_kimg=76.8, optim=replace(_DIGITS_OPTIM, optimizer="adam", lr=4e-3)),
-        log=LogConfig(stats_kimg=1.6, sample_kimg=19.2, checkpoint_kimg=19.2),
-        eval=EvalConfig(samples=3000, batch=250),
-    ),
-    # ECT's "1 hour" recipe: 8,000 steps of 128 at a fixed r/t = 1 - n(t)/256, and it stops.
-    "cifar10-1h": replace(
-        _CIFAR10,
-        total_kimg=1024.0,
-        objective=replace(_CIFAR10.objective, q=256.0, n_stages=1, stage_kimg=1024.0),
-        optim=replace(_CIFAR10.optim, ema_beta=0.9993),
-        log=replace(_CIFAR10.log, sample_kimg=128.0, checkpoint_kimg=256.0),
-    ),
-    "cifar10-100k": _stages_of_8(12_800.0),
-    "cifar10-200k": _stages_of_8(25_600.0),
-    "cifar10-400k": _stages_of_8(51_200.0),
-    # EDM's own pretraining of the teacher (Karras et al., 2022, table 7).
-    "edm-cifar10": replace(
-        _CIFAR10,
-        total_kimg=200_000.0,
-        batch=512,
-        data=replace(_CIFAR10_DATA, augment=0.12),
-        net=NetConfig(dropout=0.13),
-        objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),
-        optim=OptimConfig(
-            optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, ema_beta=0.5 ** (512 / 500e3), ema_rampup=0.05
-        ),
-        log=LogConfig(stats_kimg=51.2, sample_kimg=2560.0, checkpoint_kimg=2560.0),
-    ),
-}
-
-PRESETS: dict[str, Config] = {name: replace(recipe, preset=name) for name, recipe in _RECIPES.items()}

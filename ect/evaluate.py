@@ -56,6 +56,8 @@ class Options:
 
     model: tyro.conf.Positional[Path]
     """A model (.safetensors of ours, .pkl of EDM or ECT) or a run folder (its latest checkpoint)."""
+    ema: int | None = None
+    """Which weight average of a run: --ema 1 is the second entry of its --optim.emas. Default: the first."""
     data: str | None = None
     """Reference images: 'digits', or a path as for ect.train. Default: the digits for a model of the digits."""
     resolution: int | None = None
@@ -110,7 +112,7 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     writes. Raises UserError on what the user can mend."""
     _check_numbers(options)
     device = resolve(options.device, world)
-    net, info = load_model(options.model, device=device)
+    net, info = load_model(options.model, device=device, ema=options.ema)
     assert isinstance(net, EDMPrecond)  # ECMPrecond is one too
     for line in self_check.of_sampling(net, device, world):
         console.print(Text(line))
@@ -126,7 +128,7 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
         evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
     with sampling(PRECISIONS[options.precision]):
         arithmetic = products(device)
-        rows = _rate(options, samples, net, evaluator, samplers, device, console, world)
+        rows = _rate(options, samples, net, info, evaluator, samplers, device, console, world)
     if world.rank > 0:
         return rows
     unrated = [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers]
@@ -184,7 +186,8 @@ def _run_dir(options: Options) -> Path:
     run_dir = options.run_dir
     if run_dir is None:
         model = options.model.resolve()
-        run_dir = Path("runs") / f"evaluation-{model.name if model.is_dir() else f'{model.parent.name}-{model.stem}'}"
+        name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
+        run_dir = Path("runs") / f"evaluation-{name}{f'-ema{options.ema}' if options.ema else ''}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -196,6 +199,7 @@ def _rate(
     options: Options,
     samples: int,
     net: EDMPrecond,
+    info: dict[str, Any],
     evaluator: Evaluator,
     samplers: list[Sampler],
     device: torch.device,
@@ -214,6 +218,7 @@ def _rate(
             batch=options.batch,
             device=device,
             on_images=lambda count: progress.advance(task, count),
+            ema=None if options.ema is None else info.get("ema"),
             world=world,
         )
 

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ect import precision
 from ect.assembly import idle_options
-from ect.config import Config, PretrainConfig
+from ect.config import Config
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
 from ect.files.resume import refuse_changed_maths
+from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
+from ect.files.run_folder import load as load_config
 from ect.metrics import (
     Evaluator,
     QualityRow,
@@ -30,68 +32,54 @@ from ect.metrics import (
     consistency_samplers,
     heun_samplers,
     make_evaluator,
+    named,
     quality_rows,
 )
 from ect.models import fused
-from ect.options import RESOLVED, resolved, run_folder, to_dict
-from ect.options import load as load_config
+from ect.options import preset
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
-from ect.ranks.distributed import World
+from ect.ranks.distributed import World, check_share
+from ect.ranks.stop import StopSignal
 from ect.sampler import generate
 from ect.show import report
 from ect.show.grid import save_png
 from ect.show.log import RunLog
-from ect.trainer import StopSignal, Trainer
+from ect.trainer import Trainer
 
 HEUN_STEPS = (18, 5, 2)
 STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
 
 
-def new_run_dir(cfg: Config) -> Path:
-    """--run-dir if it is new or empty, else the next free runs/<number>-<preset>; the folder is created."""
-    if cfg.run_dir is not None:
-        path = cfg.run_dir.expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(
-                f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    root = Path("runs")
-    root.mkdir(exist_ok=True)
-    number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
-    while True:
-        path = root / f"{number:05d}-{cfg.preset}"
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:  # another job took the number
-            number += 1
+def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
+    """The diffusion phase as a configuration of its own: --pretrain's preset gives length, objective and optimizer, `cfg` the
+    rest. run_dir: the folder of the phase; once it has begun there, it goes on as it began, whatever became of the preset."""
+    assert cfg.pretrain is not None
+    if run_dir is not None and (run_dir / CONFIG).is_file():
+        phase = load_config(run_dir)
+    else:
+        phase = preset(cfg.pretrain, "--pretrain")
+        phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
+    parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
+    return replace(cfg, pretrain=None, pretrain_kimg=None, **parts)
 
 
-def pretrain_config(cfg: Config) -> Config:
-    """The diffusion phase as a configuration of its own."""
-    phase = cfg.pretrain
-    return replace(
-        cfg, total_kimg=phase.total_kimg, objective=phase.objective, optim=phase.optim, pretrain=PretrainConfig()
-    )
+@dataclass(frozen=True)
+class Rated:
+    """A weight average of a phase, and how it is sampled for the report."""
 
+    path: Path
+    ema: int
+    entry: str | None
+    """Its entry of --optim.emas, where there are several."""
+    samplers: Sequence[Sampler]
 
-def check_share(cfg: Config, size: int) -> None:
-    """Raise UserError unless `size` processes can share a batch, in whole forward passes."""
-    share, passes = cfg.batch // size, cfg.batch_per_device
-    if cfg.batch % size:
-        raise UserError(
-            f"--batch {cfg.batch}: {size} processes cannot share it equally; choose a multiple of {size}, or another number "
-            "for torchrun --nproc-per-node"
-        )
-    if isinstance(passes, int) and share % passes:
-        raise UserError(
-            f"--batch-per-device {passes}: each of the {size} processes trains on {share} images of --batch {cfg.batch}; "
-            f"choose a divisor of {share}"
-        )
+    @classmethod
+    def averages(cls, path: Path, cfg: Config, samplers: Sequence[Sampler]) -> list[Rated]:
+        """All weight averages of the phase with this configuration and model file."""
+        emas = cfg.optim.emas
+        return [cls(path, i, entry if len(emas) > 1 else None, samplers) for i, entry in enumerate(emas)]
 
 
 @dataclass
@@ -152,12 +140,15 @@ class Job:
                     self.run_dir.rmdir()  # which only an empty folder allows
 
     def _run(self) -> bool:
-        cfg, models = self.cfg, []
-        if cfg.pretrain.total_kimg > 0 and cfg.init_from is None:
-            teacher = self.train("pretraining", pretrain_config(cfg), self.run_dir / "pretrain")
+        cfg = self.cfg
+        models: list[Rated] = []
+        if cfg.pretrain is not None and cfg.init_from is None:
+            folder = self.run_dir / "pretrain"
+            phase = pretrain_config(cfg, folder)
+            teacher = self.train("pretraining", phase, folder)
             if teacher is None:
                 return False
-            models.append((teacher, heun_samplers(HEUN_STEPS)))
+            models += Rated.averages(teacher, phase, heun_samplers(HEUN_STEPS))
             cfg = replace(cfg, init_from=teacher)
         name = "tuning" if cfg.init_from is not None else "training"
         model = self.train(name, cfg, self.run_dir)
@@ -165,7 +156,7 @@ class Job:
             return False
         consistency = cfg.objective.kind == "consistency"
         samplers = consistency_samplers(cfg.eval.mid_t) if consistency else heun_samplers(HEUN_STEPS)
-        models.append((model, samplers))
+        models += Rated.averages(model, cfg, samplers)
         return self.finish(models)
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
@@ -173,7 +164,7 @@ class Job:
         resume = None
         if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
-            if named.is_file() and named.parent == run_dir and named.name != "config.json":
+            if named.is_file() and named.parent == run_dir and named.name != CONFIG:
                 resume = named
             elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
                 resume = run_dir
@@ -208,24 +199,24 @@ class Job:
     @staticmethod
     def _write_config(cfg: Config, folder: Path, now: dict[str, Any]) -> None:
         values = to_dict(replace(cfg, resume=None)) | {RESOLVED: now}
-        with atomic(folder / "config.json") as temp:
+        with atomic(folder / CONFIG) as temp:
             temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
-    def finish(self, models: Sequence[tuple[Path, Sequence[Sampler]]]) -> bool:
+    def finish(self, models: Sequence[Rated]) -> bool:
         """Samples side by side (samples.png), the table on the console, results.json and results.md; False if stopped."""
         begin, cfg = time.monotonic(), self.cfg.eval
         rows: list[QualityRow] = []
         pictures = {"data": self.dataset.images[: len(STRIP_SEEDS)]}
-        for path, samplers in models:
-            net, _ = load_model(path, device=self.device)
-            for sampler in samplers:
+        for model in models:
+            net, _ = load_model(model.path, device=self.device, ema=model.ema)
+            for sampler in model.samplers:
                 with precision.sampling(precision.resolve(self.cfg.precision, self.device)):
                     images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
-                    pictures[f"{sampler.name} (NFE {sampler.nfe})"] = torch.cat(list(images))
+                    pictures[f"{named(sampler, model.entry)} (NFE {sampler.nfe})"] = torch.cat(list(images))
                     if self.evaluator is not None:
                         rows += quality_rows(
                             net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device,
-                            world=self.world,
+                            ema=model.entry, world=self.world,
                         )  # fmt: skip
                 if self.stop.heard():  # the models are saved; --resume comes back to this report
                     return False

@@ -38,6 +38,8 @@ class Options:
 
     checkpoint: tyro.conf.Positional[Path]
     """A model (.safetensors of ours, .pkl of EDM or ECT) or a run folder (its latest checkpoint)."""
+    ema: int | None = None
+    """Which weight average of a run: --ema 1 is the second entry of its --optim.emas. Default: the first."""
     seeds: str | None = None
     """Seeds as a list of numbers and ranges: 0-63 or 3,7,100-199. Default: --count seeds from --seed on."""
     seed: int = 0
@@ -86,7 +88,7 @@ def sample(options: Options, world: World = World()) -> None:
     device = resolve(options.device, world)
     set_threads(options.threads, world)
     world.first(lambda: _prepare(options.out))
-    net, info = load_model(options.checkpoint, device=device)
+    net, info = load_model(options.checkpoint, device=device, ema=options.ema)
     _check_class(options.class_idx, net.label_dim)
     for line in self_check.of_sampling(net, device, world):
         print(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ect.config import ObjectiveConfig, OptimConfig
+from ect.emas import beta_of
 
 
 def stage_at(nimg: int, cfg: ObjectiveConfig) -> int:
@@ -29,9 +30,13 @@ def lr_at(nimg: int, batch: int, total_img: int, cfg: OptimConfig) -> float:
     return lr
 
 
-def ema_beta_at(nimg: int, batch: int, cfg: OptimConfig) -> float:
-    """Decay of the weight average for this step; during ramp-up its half-life is at most ema_rampup * nimg (EDM)."""
-    if cfg.ema_rampup is None or cfg.ema_beta == 0:
-        return cfg.ema_beta
-    halflife_img = min(batch * math.log(0.5) / math.log(cfg.ema_beta), nimg * cfg.ema_rampup)
+def ema_betas_at(nimg: int, batch: int, cfg: OptimConfig) -> tuple[float, ...]:
+    """Decay of each weight average for this step; during ramp-up its half-life is at most ema_rampup * nimg (EDM)."""
+    return tuple(_ema_beta_at(nimg, batch, beta_of(entry), cfg.ema_rampup) for entry in cfg.emas)
+
+
+def _ema_beta_at(nimg: int, batch: int, beta: float, rampup: float | None) -> float:
+    if rampup is None or beta == 0:
+        return beta
+    halflife_img = min(batch * math.log(0.5) / math.log(beta), nimg * rampup)
     return 0.5 ** (batch / halflife_img) if halflife_img > 0 else 0.0

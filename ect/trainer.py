@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,58 +23,18 @@ from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
+from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
 from ect.models import EDMPrecond, build
-from ect.options import to_dict
 from ect.ranks import self_check
 from ect.ranks.distributed import World
+from ect.ranks.stop import StopSignal
 from ect.sampler import generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
 
 GRID_HEUN_STEPS = (18,)
 NOISE_IMAGES = 16
-ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first one again
-
-
-@dataclass
-class StopSignal:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step. Ranks hear a signal at different steps, or not at all:
-    what one of them heard, all act upon after the same step (`heard`)."""
-
-    requested: bool = False
-    world: World = World()
-
-    def heard(self) -> bool:
-        """Whether any rank was asked to stop; a call by all ranks. It costs a round trip between the hosts (on a GPU while it
-        works on the step just launched), and so ranks never drift apart, and a lost one is noticed in the next step."""
-        return self.world.any(self.requested)
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it
-        must come later, for torchrun answers one Ctrl-C with SIGINT and SIGTERM to each process."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-
-        first = 0.0
-
-        def handler(number: int, frame: FrameType | None) -> None:
-            nonlocal first
-            if not self.requested:
-                self.requested, first = True, time.monotonic()
-                if self.world.rank == 0:
-                    print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
-            elif self.world.size == 1 or time.monotonic() > first + ECHO_SECONDS:
-                raise KeyboardInterrupt
-
-        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in previous.items():
-                signal.signal(number, old)
 
 
 @dataclass
@@ -203,7 +158,7 @@ class Trainer:
             started = time.monotonic()
             stage = self._stage()
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
-            self.state.ema_betas[0] = schedule.ema_beta_at(self.nimg, cfg.batch, cfg.optim)
+            self.state.ema_betas = schedule.ema_betas_at(self.nimg, cfg.batch, cfg.optim)
             self.tally.add(self.step(self.nimg, stage))
             before, self.nimg = self.nimg, self.nimg + cfg.batch
             last, stopping = self.nimg >= self.total_img, self.stop.heard()
@@ -233,7 +188,8 @@ class Trainer:
         """Write the statistics since the last row; the loss is their mean over steps and ranks."""
         row = {
             "loss": self.world.mean(float(self.tally.loss)) / self.tally.steps,
-            "stage": stage, "lr": self.state.lr, "ema_beta": self.state.ema_betas[0],
+            "stage": stage, "lr": self.state.lr,
+            **{f"ema{i or ''}_beta": beta for i, beta in enumerate(self.state.ema_betas)},
             "grad_norm": float(self.state.grad_norm), "nonfinite": int(self.state.nonfinite),
             "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
         }  # fmt: skip
@@ -241,9 +197,9 @@ class Trainer:
         self.tally = Tally(torch.zeros((), device=self.device))
         return row
 
-    def average(self) -> EDMPrecond:
-        """The network with the averaged weights, in eval mode."""
-        self.ema_net.load_state_dict(self.state.ema_state_dict(0))
+    def average(self, i: int = 0) -> EDMPrecond:
+        """The network with the weights of average i, in eval mode; a later call changes it."""
+        self.ema_net.load_state_dict(self.state.ema_state_dict(i))
         return self.ema_net
 
     def samplers(self) -> list[Sampler]:
@@ -251,6 +207,7 @@ class Trainer:
         return consistency_samplers(self.cfg.eval.mid_t) if self.consistency else heun_samplers(GRID_HEUN_STEPS)
 
     def grids(self) -> None:
+        """Sample grids of the first average."""
         net = self.average()
         for sampler in self.samplers():
             images = generate(
@@ -261,15 +218,20 @@ class Trainer:
             self.log.grid(f"nfe{sampler.nfe}", made)
 
     def evaluate(self) -> None:
-        """Judge the averaged weights: one row of statistics, a figure for each sampler and metric."""
+        """Judge each weight average: one row of statistics, a figure for each average, sampler and metric."""
         assert self.evaluator is not None
         cfg = self.cfg.eval
-        with precision.sampling(self.precision):
-            rows = quality_rows(
-                self.average(), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch, device=self.device,
-                world=self.world,
-            )  # fmt: skip
-        figures = {f"nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]}
+        figures: dict[str, float] = {}
+        for i, entry in enumerate(self.cfg.optim.emas):
+            average = f"ema{entry}/" if len(self.cfg.optim.emas) > 1 else ""
+            with precision.sampling(self.precision):
+                rows = quality_rows(
+                    self.average(i), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch,
+                    device=self.device, world=self.world,
+                )  # fmt: skip
+            figures |= {
+                f"{average}nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]
+            }
         if figures:
             self.log.row(self.nimg, figures)
 
@@ -289,23 +251,25 @@ class Trainer:
             "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
             "config": to_dict(self.cfg), "data": self.fingerprint,
         }  # fmt: skip
-        return self.checkpoints.save(self.nimg, self.state.ema_state_dict(0), self.spec, info, tensors, meta)
+        emas = self.cfg.optim.emas
+        (model, about), *more = [(self.state.ema_state_dict(i), {**info, "ema": emas[i]}) for i in range(len(emas))]
+        return self.checkpoints.save(self.nimg, model, self.spec, about, tensors, meta, more)
 
     def _agree(self) -> None:
         """Raise UserError unless all ranks start from the same point."""
         state = self.state
-        arenas = [state.params, state.exp_avg, state.exp_avg_sq, *state.emas]
-        sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas] if self.world.size > 1 else []
+        arenas = state.saved_arenas().values() if self.world.size > 1 else ()
+        sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas]
         options, weights = json.dumps(to_dict(self.cfg)), str(sums)
         self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
     def _resume(self, source: Path) -> None:
         tensors, meta, self.path = checkpoint.Checkpoints.load(source)
-        checkpoint.refuse_changed_maths(meta["config"], to_dict(self.cfg))
+        checkpoint.refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
         checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
         try:
             self.state.load_state_tensors(tensors)
-            self.state.grad_norm = tensors["grad_norm"].to(self.device)
+            self.state.grad_norm.copy_(tensors["grad_norm"])
             self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
         except KeyError as error:
             raise UserError(

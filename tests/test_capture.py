@@ -28,7 +28,7 @@ def make(objective: Objective | None = None, on_ops: bool = True, precision: str
     spec = network_spec(net_cfg, "ECMPrecond", DATA, 9 if options.get("augment") else 0)
     net = build(spec).train()
     net.model.fused = on_ops  # type: ignore[assignment]
-    cfg = Config(precision=precision, optim=OptimConfig(lr=1e-3, ema_beta=0.9, clip=1.0))  # type: ignore[arg-type]
+    cfg = Config(precision=precision, optim=OptimConfig(lr=1e-3, emas=(".9",), clip=1.0))  # type: ignore[arg-type]
     step = {"seed": 1, "batch": BATCH, **options}
     return TrainStep(
         objective or ConsistencyObjective(), flat_state(cfg, net), ImageStream(DATA, 1, batch=BATCH), **step
@@ -67,7 +67,7 @@ def _rebind_loss(step: TrainStep) -> None:
 
 
 def _rebind_arena(step: TrainStep) -> None:
-    step.state.exp_avg = step.state.exp_avg.clone()
+    step.state.moments["exp_avg"] = step.state.moments["exp_avg"].clone()
 
 
 def _count_on_the_host(step: TrainStep) -> None:

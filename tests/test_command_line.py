@@ -20,9 +20,11 @@ import tyro
 
 from ect import convert, evaluate, sample
 from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_last
-from ect.config import PRESETS, Config
+from ect.config import Config
 from ect.errors import UserError
-from ect.options import check, describe, parse, to_dict
+from ect.files.run_folder import to_dict
+from ect.options import check, describe, parse
+from ect.presets import PRESETS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -66,7 +68,11 @@ def others(kind: Any, value: Any) -> Iterator[Any]:
         start = value if isinstance(value, float) else 0.0
         yield from (start / 2 - 1 / 3, start / 2 + 1e-9, start + 0.1)
     elif kind is str:
-        yield from ("two words, a 'quote' and \"another\", $HOME/*\\n # a=b", "-starts like an option")
+        yield from (
+            "two words, a 'quote' and \"another\", $HOME/*\\n # a=b",
+            "-starts like an option",
+            "digits-diffusion",
+        )
     elif kind is Path:
         yield from (Path("~/with a space/and 'quote'"), Path("-dash"))
     elif typing.get_origin(kind) is tuple:

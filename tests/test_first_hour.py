@@ -21,7 +21,8 @@ from first_hour import Stage
 from lib import first_hour_report, measure
 
 from ect import options
-from ect.config import PRESETS
+from ect.files.run_folder import to_dict
+from ect.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,7 +216,7 @@ def test_every_command_is_understood(device: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "device_option", torch.device)  # looks for the device
     run = tmp_path / "work" / "run"
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(options.to_dict(PRESETS["cifar10-1h"])))
+    (run / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
     seen = set()
     for stage in first_hour.stages(device, tmp_path):
         words = stage.command[1:]

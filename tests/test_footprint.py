@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ect.assembly import flat_state, network_spec, train_step
-from ect.config import PRESETS, Config, DataConfig
+from ect.config import Config, DataConfig
 from ect.cost.footprint import BLOCK, Footprint, foreach_kernels, record, trace
 from ect.data import Dataset, ImageStream, load
 from ect.models import build
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from tests.tiny import NET
 

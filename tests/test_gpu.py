@@ -28,7 +28,7 @@ def train(device: str, objective: Objective, precision: str = "fp32", **options:
     apply(PRECISIONS[precision])
     data = load(DataConfig(labels=True))
     net = build(network_spec(replace(NET, label_dropout=0.2), "ECMPrecond", data, 9)).to(device).train()
-    cfg = Config(precision=precision, batch=16, optim=OptimConfig(lr=1e-3, ema_beta=0.9))  # type: ignore[arg-type]
+    cfg = Config(precision=precision, batch=16, optim=OptimConfig(lr=1e-3, emas=(".9",)))  # type: ignore[arg-type]
     state = flat_state(cfg, net)
     stream = ImageStream(data, 1, device, 16)
     step = TrainStep(objective, state, stream, **{"seed": 1, "batch": 16, "xflip": True, "augment": 0.3, **options})

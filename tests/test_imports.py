@@ -11,14 +11,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert"}
-LIGHT = {"ect.config", "ect.errors", "ect.options", "ect.schedule", "ect.train"}  # import no torch
+LIGHT = {
+    "ect.config",
+    "ect.emas",
+    "ect.errors",
+    "ect.options",
+    "ect.presets",
+    "ect.schedule",
+    "ect.train",
+}  # import no torch
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
     "cost": {"assembly", "config", "data", "errors", "models", "objective", "optim", "precision", "show", "step"},
     "data": {"config", "errors"},
-    "files": {"errors", "models"},
+    "files": {"config", "emas", "errors", "models", "presets"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"errors"},
-    "ranks": {"errors", "models", "precision", "step"},
+    "optim": set(),
+    "presets": {"config", "emas"},
+    "ranks": {"config", "errors", "models", "precision", "step"},
     "show": {"files", "metrics"},
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network

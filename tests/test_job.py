@@ -17,11 +17,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect.config import PRESETS, Config, DataConfig, EvalConfig, ObjectiveConfig, OptimConfig, PretrainConfig
+from ect.config import Config, DataConfig, EvalConfig, ObjectiveConfig, OptimConfig
 from ect.errors import UserError
 from ect.files.checkpoint import load_model, read_model
-from ect.job import Job, new_run_dir, pretrain_config
+from ect.files.run_folder import new_run_dir
+from ect.job import Job, pretrain_config
 from ect.options import parse
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from ect.train import main
 from tests.tiny import BATCH, STEPS, config, run
@@ -97,8 +99,7 @@ def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) ->
 
 
 def test_resume_through_both_phases(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    pretrain = PretrainConfig(total_kimg=0.08, optim=OptimConfig(optimizer="adam", lr=1e-3))
-    cfg = config(pretrain=pretrain)
+    cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08)
     whole = tmp_path / "whole"
     run(cfg, whole)
     for stop_at in (4, 14):  # in the first phase, in the second
@@ -123,9 +124,11 @@ def test_resume_refuses_other_maths_by_name(uninterrupted: Path) -> None:
 
 
 def test_resume_refuses_another_pretraining_by_its_own_name(tmp_path: Path) -> None:
-    run(config(pretrain=PretrainConfig(total_kimg=0.016)), tmp_path / "run")
-    cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain.optim.lr", "0.5"])
-    with pytest.raises(UserError, match=r"--pretrain\.optim\.lr: checkpoint has 0\.001, command line says 0\.5"):
+    run(config(pretrain="digits-diffusion", pretrain_kimg=0.016), tmp_path / "run")
+    cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain", "edm-cifar10"])
+    with pytest.raises(
+        UserError, match='--pretrain: checkpoint has "digits-diffusion", command line says "edm-cifar10"'
+    ):
         Job(cfg, Console(quiet=True))
 
 
@@ -161,7 +164,7 @@ def test_an_impatient_user_gets_out(tmp_path: Path, monkeypatch, capsys) -> None
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("ect.step.TrainStep.__call__", step)
-    assert main(["--run-dir", str(tmp_path / "run"), "--pretrain.total-kimg", "0"]) == 130
+    assert main(["--run-dir", str(tmp_path / "run"), "--pretrain", "None"]) == 130
     assert "last checkpoint" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -291,11 +294,11 @@ def test_bad_device_is_named(tmp_path: Path) -> None:
 
 def test_pretraining_is_the_same_trainer_with_another_objective() -> None:
     cfg = pretrain_config(PRESETS["digits"])
-    assert cfg.objective.kind == "diffusion" and cfg.optim.lr == 4e-3 and cfg.pretrain.total_kimg == 0
+    assert cfg.objective.kind == "diffusion" and cfg.optim.lr == 4e-3 and cfg.pretrain is None
 
 
 @pytest.mark.slow
-def test_a_short_digits_job_shows_the_gain(tmp_path: Path) -> None:
+def test_a_short_digits_job_shows_the_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the recipe: two evaluations of ECT beat nine of the diffusion model it came from, by far in pixels."""
     cfg = PRESETS["digits"]
 
@@ -307,9 +310,11 @@ def test_a_short_digits_job_shows_the_gain(tmp_path: Path) -> None:
         total_kimg=25.6,
         objective=replace(cfg.objective, stage_kimg=cfg.objective.stage_kimg / 3),
         optim=shorten(cfg.optim),
-        pretrain=replace(cfg.pretrain, total_kimg=25.6, optim=shorten(cfg.pretrain.optim)),
+        pretrain_kimg=25.6,
         eval=replace(cfg.eval, samples=1000),
     )
+    first = PRESETS["digits-diffusion"]
+    monkeypatch.setitem(PRESETS, "digits-diffusion", replace(first, optim=shorten(first.optim)))
     run(cfg, tmp_path / "run")
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     figures = {row["sampler"]["nfe"]: row["values"][0] for row in result["rows"]}

@@ -13,11 +13,12 @@ import torch
 from ect_kernels import dispatch
 
 from ect.assembly import network_spec
-from ect.config import PRESETS, Config, DataConfig
+from ect.config import Config, DataConfig
 from ect.cost import memory
 from ect.cost.memory import GB, Prediction, available, fit, predict
 from ect.data import Dataset, load
 from ect.errors import UserError
+from ect.presets import PRESETS
 from tests.tiny import NET
 
 CIFAR10 = Dataset("cifar10", torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device="meta"), None)
@@ -86,7 +87,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from ect.cost import memory
-from ect.config import PRESETS
+from ect.presets import PRESETS
 from ect.data import load
 from ect.show.log import RunLog
 from ect.trainer import Trainer

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from ect_kernels.radam_ema import F64
 
 from ect.models import ECMPrecond, SongUNet
 from ect.objective import ConsistencyObjective, Mapping
@@ -143,7 +144,7 @@ def test_clip_bounds_the_global_norm() -> None:
     state.step()
     assert float(state.grad_norm) == pytest.approx(float(unclipped.norm())) and state.grad_norm > 0.5
     torch.testing.assert_close(state.grads, unclipped * 0.5 / unclipped.norm(), rtol=1e-4, atol=1e-7)
-    state.clip = 1e9
+    state.rule.clip = 1e9
     backward(state, 0)
     before = state.grads.clone()
     state.step()
@@ -188,12 +189,11 @@ def test_settings_reach_the_device_scalars_when_assigned() -> None:
     nets = [mlp(), mlp()]
     a = FlatState(nets[0], "adam", lr=1e-2, eps=1e-3, ema_betas=[0.9, 0.5], clip=2.0)
     b = FlatState(nets[1], "adam", lr=1.0, ema_betas=[0.1, 0.2])
-    b.lr, b.eps, b.clip, b.ema_betas[0] = 1e-2, 1e-3, 2.0, 0.9
-    b.ema_betas[1:] = [0.5]
-    assert torch.equal(a.state_f64, b.state_f64)
-    assert (b.lr, b.eps, b.clip, b.ema_betas) == (1e-2, 1e-3, 2.0, [0.9, 0.5])
-    b.clip, b.ema_betas = None, [0.0, 1.0]
-    assert b.clip is None
+    b.lr, b.rule.eps, b.rule.clip, b.ema_betas = 1e-2, 1e-3, 2.0, [0.9, 0.5]
+    assert torch.equal(a.rule.state_f64, b.rule.state_f64)
+    assert (b.lr, b.rule.eps, b.rule.clip, b.ema_betas) == (1e-2, 1e-3, 2.0, (0.9, 0.5))
+    b.rule.clip, b.ema_betas = None, [0.0, 1.0]
+    assert b.rule.clip is None and math.isinf(b.rule.state_f64[F64.CLIP])
     start = b.params.clone()
     backward(b, 0)
     b.step()

@@ -11,10 +11,11 @@ import precision
 import precision_quality
 import pytest
 
-from ect.config import PRESETS, DataConfig
+from ect.config import DataConfig
 from ect.cost.signal_noise import LEVELS
 from ect.data import load
 from ect.files.checkpoint import load_model
+from ect.presets import PRESETS
 
 IMAGES = load(DataConfig()).images[:64]
 

@@ -1,4 +1,4 @@
-"""Which arithmetic a GPU has; on a mocked one."""
+"""What torch is told of arithmetic, and which arithmetic a GPU has, on a mocked one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,29 @@ from ect import precision
 from ect.errors import UserError
 
 GPU = torch.device("cuda")
+CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("name", precision.PRECISIONS)
+def test_every_switch_is_set_whatever_it_was(name: str, before: bool) -> None:
+    """Sums of half-precision products stay fp32 in every precision: consistency tuning learns from a small difference."""
+    halves = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    for where, switch in ((CUDNN, "allow_tf32"), (CUDNN, "benchmark"), *((MATMUL, s) for s in ("allow_tf32", *halves))):
+        setattr(where, switch, before)  # a fixture of conftest.py puts it back
+    precision.apply(precision.PRECISIONS[name])
+    assert (CUDNN.allow_tf32, MATMUL.allow_tf32) == (name == "tf32",) * 2
+    assert [getattr(MATMUL, switch) for switch in halves] == [False, False]
+    assert CUDNN.benchmark is True
+
+
+def test_a_precision_is_what_its_name_says() -> None:
+    assert {p.name: (p.half, p.tf32, p.loss_scale) for p in precision.PRECISIONS.values()} == {
+        "fp32": (None, False, None),
+        "tf32": (None, True, None),
+        "fp16": (torch.float16, False, 65536.0),
+        "bf16": (torch.bfloat16, False, None),
+    }
 
 
 @pytest.fixture

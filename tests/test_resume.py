@@ -37,17 +37,17 @@ def test_every_change_of_the_maths_is_refused_by_its_option() -> None:
     new = dataclasses.replace(
         old,
         batch=64,
-        optim=dataclasses.replace(old.optim, lr=0.001, ema_beta=0.5),
-        pretrain=dataclasses.replace(old.pretrain, objective=dataclasses.replace(old.pretrain.objective, c=1.0)),
+        optim=dataclasses.replace(old.optim, lr=0.001, emas=(".5",)),
+        pretrain="digits-diffusion",
     )
     with pytest.raises(UserError) as error:
         refuse_changed_maths(as_saved(old), dataclasses.asdict(new))
     lines = str(error.value).splitlines()
     assert [line.strip() for line in lines[1:-1]] == [
         "--batch: checkpoint has 128, command line says 64",
-        "--optim.ema-beta: checkpoint has 0.9999, command line says 0.5",
+        '--optim.emas: checkpoint has [".9999"], command line says [".5"]',
         "--optim.lr: checkpoint has 0.0001, command line says 0.001",
-        "--pretrain.objective.c: checkpoint has 0.0, command line says 1.0",
+        '--pretrain: checkpoint has null, command line says "digits-diffusion"',
     ]
     assert "--init-from" in lines[-1]
 

@@ -15,8 +15,9 @@ import step_time
 import torch
 from lib import categories, history, measure, payback, rounds, waterfall
 
-from ect.config import PRESETS, Config, DataConfig
+from ect.config import Config, DataConfig
 from ect.data import load
+from ect.presets import PRESETS
 from tests.tiny import NET
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

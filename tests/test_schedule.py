@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ect.config import ObjectiveConfig, OptimConfig
-from ect.schedule import ema_beta_at, lr_at, stage_at
+from ect.schedule import ema_betas_at, lr_at, stage_at
 
 
 def test_stage_boundaries() -> None:
@@ -29,11 +29,11 @@ def test_rsqrt_decay() -> None:
 
 
 def test_ema_ramp() -> None:
-    assert ema_beta_at(0, 128, OptimConfig(ema_beta=0.9993)) == 0.9993
-    cfg = OptimConfig(ema_beta=0.995, ema_rampup=0.05)
-    assert ema_beta_at(0, 64, cfg) == 0.0
-    assert ema_beta_at(6_400, 64, cfg) == pytest.approx(0.5 ** (64 / 320))
-    assert ema_beta_at(10**9, 64, cfg) == pytest.approx(0.995)
+    assert ema_betas_at(0, 128, OptimConfig(emas=(".9993",))) == (0.9993,)
+    cfg = OptimConfig(emas=(".995", ".9", "0"), ema_rampup=0.05)
+    assert ema_betas_at(0, 64, cfg) == (0.0, 0.0, 0.0)
+    assert ema_betas_at(6_400, 64, cfg) == pytest.approx((0.5 ** (64 / 320), 0.5 ** (64 / 320), 0.0))
+    assert ema_betas_at(10**9, 64, cfg) == pytest.approx((0.995, 0.9, 0.0))
 
 
 def test_half_lives_of_the_recipes() -> None:

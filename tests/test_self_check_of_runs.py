@@ -20,8 +20,9 @@ from ect import evaluate, sample
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
+from ect.files.run_folder import resolved
 from ect.job import Job
-from ect.options import parse, resolved
+from ect.options import parse
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.trainer import Trainer

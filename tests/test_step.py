@@ -257,7 +257,7 @@ def test_warm_up_leaves_no_trace() -> None:
     for i in range(2):
         assert torch.equal(step(12 * i, 2), fresh(12 * i, 2))
     assert torch.equal(step.state.params, fresh.state.params)
-    assert torch.equal(step.state.state_f64, fresh.state.state_f64)
+    assert torch.equal(step.state.rule.state_f64, fresh.state.rule.state_f64)
 
 
 @pytest.mark.parametrize(

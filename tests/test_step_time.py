@@ -21,11 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ect import precision
 from ect.assembly import train_step
-from ect.config import PRESETS, DataConfig
+from ect.config import DataConfig
 from ect.data import load
+from ect.emas import beta_of
 from ect.models import EDMPrecond, half_precision_weights
 from ect.objective import ConsistencyObjective
 from ect.optim import FlatState
+from ect.presets import PRESETS
 from tests.tiny import NET
 
 CPU = torch.device("cpu")
@@ -65,11 +67,17 @@ def test_the_per_parameter_state_trains_as_the_flat_one(name: str) -> None:
     optim = cfg.optim
     scale = baseline.LOSS_SCALE if half else None
     state = FlatState(
-        nets[0], lr=optim.lr, betas=optim.betas, ema_betas=[optim.ema_beta], loss_scale=scale, half=half, core=core
+        nets[0],
+        lr=optim.lr,
+        betas=optim.betas,
+        ema_betas=[beta_of(optim.emas[0])],
+        loss_scale=scale,
+        half=half,
+        core=core,
     )
     state.compute.model.fused = True
     own: Any = baseline.ParameterState(
-        nets[1], lr=optim.lr, betas=optim.betas, ema_beta=optim.ema_beta, half=half, core=core
+        nets[1], lr=optim.lr, betas=optim.betas, ema_beta=beta_of(optim.emas[0]), half=half, core=core
     )
     steps = [train_step(cfg, s, waterfall._stream(case, CPU)) for s in (state, own)]
     for nimg in (0, 4, 8):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ect import precision, schedule
-from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig, PretrainConfig
+from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.files.checkpoint import Checkpoints, read_model
@@ -35,7 +35,7 @@ EVERYTHING = config(
     net=NetConfig("adm", 16, (1, 2), 2, (4,), 0.3, 0.15, 0.6),
     data=DataConfig(labels=True, xflip=True, augment=0.25),
     objective=ObjectiveConfig("consistency", -0.9, 1.7, "const", 3.0, 5.0, 2.0, 0.05, "inverse_t", 3, 0.024),
-    optim=OptimConfig("adam", 3e-4, (0.8, 0.95), 1e-6, 0.7, 0.016, "linear", 0.04, 0.97, 0.05),
+    optim=OptimConfig("adam", 3e-4, (0.8, 0.95), 1e-6, 0.7, 0.016, "linear", 0.04, (".97", ".9"), 0.05),
 )
 
 
@@ -49,7 +49,12 @@ def test_every_field_reaches_its_object(tmp_path: Path) -> None:
     assert step.objective == ConsistencyObjective(Mapping("const", 3.0, 5.0, 2.0), 0.05, "inverse_t", 0.6, -0.9, 1.7)
     assert (step.seed, step.batch, step.micro_batch, step.xflip, step.augment.p) == (5, 8, 4, True, 0.25)
     assert step.stream.order.seed == 5 and step.stream.labels is not None
-    assert (state.optimizer, state.betas, float(state.eps), state.clip) == ("adam", (0.8, 0.95), 1e-6, 0.7)
+    assert (state.rule.op_name, state.rule.betas, float(state.rule.eps), state.rule.clip) == (
+        "adam",
+        (0.8, 0.95),
+        1e-6,
+        0.7,
+    )
     assert isinstance(net.model, DhariwalUNet) and net.sigma_data == 0.6
     kwargs = trainer.spec["kwargs"]
     assert (kwargs["dropout"], kwargs["label_dropout"], kwargs["num_blocks"]) == (0.3, 0.15, 2)
@@ -71,7 +76,7 @@ def test_schedules_reach_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     original = TrainStep.__call__
 
     def call(self: TrainStep, nimg: int, stage: int) -> torch.Tensor:
-        seen.append((nimg, stage, float(self.state.lr), float(self.state.ema_betas[0])))
+        seen.append((nimg, stage, float(self.state.lr), self.state.ema_betas))
         return original(self, nimg, stage)
 
     monkeypatch.setattr(TrainStep, "__call__", call)
@@ -79,10 +84,10 @@ def test_schedules_reach_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with RunLog(tmp_path, trainer.total_img, quiet=True) as log:
         trainer.run(log)
     cfg = EVERYTHING
-    for nimg, stage, lr, beta in seen:
+    for nimg, stage, lr, betas in seen:
         assert stage == schedule.stage_at(nimg, cfg.objective)
         assert lr == pytest.approx(schedule.lr_at(nimg, 8, trainer.total_img, cfg.optim))
-        assert beta == pytest.approx(schedule.ema_beta_at(nimg, 8, cfg.optim))
+        assert betas == pytest.approx(schedule.ema_betas_at(nimg, 8, cfg.optim))
     assert len({row[1] for row in seen}) == 3 and len({row[2] for row in seen}) > 5 and len(seen) == 10
 
 
@@ -97,7 +102,7 @@ def test_the_model_file_holds_the_average(tmp_path: Path) -> None:
 
 
 def test_tuning_starts_at_the_pretrained_average(tmp_path: Path) -> None:
-    cfg = config(pretrain=PretrainConfig(total_kimg=0.08), log=replace(config().log, keep=99))
+    cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08, log=replace(config().log, keep=99))
     run(cfg, tmp_path / "run")
     teacher = read_model(tmp_path / "run" / "pretrain").state
     start = read_model(tmp_path / "run" / "checkpoint-000000.000.safetensors").state
@@ -301,7 +306,7 @@ def test_strips_of_unequal_length() -> None:
     ],
 )
 def test_impossible_networks_are_named_and_leave_nothing_behind(net: NetConfig, said: str, tmp_path: Path) -> None:
-    cfg = config(net=net, run_dir=tmp_path / "run", pretrain=PretrainConfig(total_kimg=0.08))
+    cfg = config(net=net, run_dir=tmp_path / "run", pretrain="digits-diffusion", pretrain_kimg=0.08)
     with pytest.raises(UserError, match=said):
         Job(cfg, Console(quiet=True)).run()
     assert not list((tmp_path / "run").iterdir())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ect.config import PRESETS, Config, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, PretrainConfig
+from ect.config import Config, EvalConfig, LogConfig, NetConfig, ObjectiveConfig
+from ect.presets import PRESETS
 
 if TYPE_CHECKING:
     from ect.job import Job
@@ -25,7 +26,7 @@ def config(**changes: Any) -> Config:
         total_kimg=STEPS * BATCH / 1000,
         net=NET,
         objective=ObjectiveConfig(n_stages=4, stage_kimg=0.024),
-        pretrain=PretrainConfig(),
+        pretrain=None,
         log=LogConfig(stats_kimg=0.016, sample_kimg=0.032, checkpoint_kimg=0.032),
         eval=EvalConfig(samples=0),
     )

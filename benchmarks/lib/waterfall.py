@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ect import precision
 from ect.assembly import build_objective, flat_state, network_spec, train_step
-from ect.config import PRESETS, Config, DataConfig
+from ect.config import Config, DataConfig
 from ect.data import Dataset, ImageStream, load
+from ect.emas import beta_of
 from ect.models import EDMPrecond, build, half_precision_weights
 from ect.objective import ConsistencyObjective
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from lib.baseline import ParameterState, PlainStep
 
@@ -103,7 +105,7 @@ def _plain(**options: bool) -> Callable[[Case, torch.device], Step]:
         optim = case.cfg.optim
         return PlainStep(
             case.network(device), case.objective(), case.dataset.images, batch=case.cfg.batch, lr=optim.lr,
-            betas=optim.betas, ema_beta=optim.ema_beta, **options,
+            betas=optim.betas, ema_beta=beta_of(optim.emas[0]), **options,
         )  # fmt: skip
 
     return make
@@ -117,7 +119,7 @@ def _fused(case: Case, device: torch.device) -> TrainStep:
     net, optim = case.network(device).to(memory_format=torch.channels_last), case.cfg.optim
     half, core = precision.PRECISIONS["fp16"].half, half_precision_weights(net)
     state: Any = ParameterState(
-        net, lr=optim.lr, betas=optim.betas, ema_beta=optim.ema_beta, half=half, core=core
+        net, lr=optim.lr, betas=optim.betas, ema_beta=beta_of(optim.emas[0]), half=half, core=core
     )  # the part of FlatState that TrainStep uses
     return train_step(replace(case.cfg, compile=False, graph=False), state, _stream(case, device))
 

@@ -251,8 +251,8 @@ def ddpmpp_step(batch: int, half: torch.dtype | None) -> tuple[Work, ...]:
 def ddpmpp_spec() -> dict[str, Any]:
     """Return the description of the network of cifar10-1h: DDPM++ for 32x32 colour images without labels."""
     from ect.assembly import network_spec
-    from ect.config import PRESETS
     from ect.data import Dataset
+    from ect.presets import PRESETS
 
     dataset = Dataset("meta", torch.empty(1, 32, 32, 3, dtype=torch.uint8, device="meta"), None)
     return network_spec(PRESETS["cifar10-1h"].net, "ECMPrecond", dataset, 0)

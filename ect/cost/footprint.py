@@ -48,7 +48,7 @@ _BY_NAME = {
 }  # fmt: skip
 _BY_FILE = {
     "fused.py": "network", "layers.py": "network", "song_unet.py": "network", "adm_unet.py": "network",
-    "optim.py": "optimizer", "step.py": "data/loss", "objective.py": "data/loss", "precond.py": "data/loss",
+    "arenas.py": "optimizer", "step.py": "data/loss", "objective.py": "data/loss", "precond.py": "data/loss",
     "resident.py": "data/loss", "streamed.py": "data/loss", "augment.py": "data/loss",
 }  # fmt: skip
 _SUMS = ("add", "mul", "div", "sub")

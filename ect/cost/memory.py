@@ -102,11 +102,11 @@ def predict(
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
         sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
     weights = state.params.untyped_storage().nbytes()
-    checkpoint = (4 + len(state.emas)) * weights  # copies of parameters, moments and averages, one more of the average
+    copies = len(state.saved_arenas()) + len(state.emas)  # that a checkpoint makes: of its state and its model files
     transient = update.peak_bytes - update.state_bytes
     process = PROCESS + (COMPILER if compiles(cfg, device) else 0)
     allowance = CUDA_CONTEXT + WORKSPACES + round(FRAGMENTATION * transient) if gpu else process
-    between = max(sampling.peak_bytes - sampling.state_bytes, checkpoint)
+    between = max(sampling.peak_bytes - sampling.state_bytes, copies * weights)
     return Prediction(
         batch_per_device,
         update.state_bytes + weights,

@@ -3,17 +3,19 @@
 A model file holds `net.state_dict()` under EDM's parameter names; its metadata says how to build the network. A
 checkpoint of a run is three files, written in this order: `checkpoint-<kimg>.state.safetensors` (what a resume needs),
 `checkpoint-<kimg>.safetensors` (a model file with the averaged weights) and `checkpoint-<kimg>.json` (size and SHA-256
-of the two). A checkpoint without that last file is incomplete and never loaded. `latest` names the newest one.
+of the others). Further weight averages have model files too, `checkpoint-<kimg>.ema1.safetensors` and so on, written before
+that last file. A checkpoint without it is incomplete and never loaded. `latest` names the newest one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ect.emas import MAX_EMAS
 from ect.errors import UserError
 from ect.files import edm_pickle
 from ect.files.edm_pickle import Snapshot
@@ -36,6 +39,8 @@ __all__ = [
 
 FORMAT = 1
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
+_MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
+"""Of each weight average."""
 
 
 @contextlib.contextmanager
@@ -81,36 +86,52 @@ def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info:
     _write_tensors(Path(path), state, {"ect": json.dumps({"format": FORMAT, "spec": spec, "info": info})})
 
 
-def read_model(path: Path) -> Snapshot:
+def read_model(path: Path, ema: int | None = None) -> Snapshot:
     """Return description and weights of a network, on the CPU.
 
     `path` is a model file of ours, an EDM or ECT pickle (.pkl), a run folder (its latest checkpoint) or any file of a
-    checkpoint. Raises UserError on a missing, foreign, damaged or newer file.
+    checkpoint. ema: which weight average of a run, counted from 0; None: the one that `path` names, else the first. Raises
+    UserError on a missing, foreign, damaged or newer file, and where there is no such average.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_model_file(path / f"{_newest(path, (_MODEL,))}{_MODEL}")
+        stem = _newest(path, (_MODEL,))
+        kind = _average(path, stem, ema or 0)
+        return _read_model_file(path / f"{stem if kind == _MODEL else _newest(path, (kind,))}{kind}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a model (.safetensors or .pkl) or the folder of a run")
-    if path.suffix == ".pkl":
-        return edm_pickle.read(path)
-    stem = _stem(path)
-    if stem is None:
-        return _read_model_file(path)
-    if (path.parent / f"{stem}{_MANIFEST}").is_file():
-        _verify(path.parent, stem, (_MODEL,))
-    return _read_model_file(path.parent / f"{stem}{_MODEL}")
+    named = _parts(path)
+    whole = named is not None and (path.parent / f"{named[0]}{_MANIFEST}").is_file()
+    if ema and not whole:
+        raise UserError(f"--ema {ema}: {path} holds one network; give the folder of a run, or a checkpoint in it")
+    if named is None:
+        return edm_pickle.read(path) if path.suffix == ".pkl" else _read_model_file(path)
+    stem, kind = named[0], named[1] if named[1] in _MODELS else _MODEL
+    if whole:
+        kind = kind if ema is None else _average(path.parent, stem, ema)
+        _verify(path.parent, stem, (kind,))
+    return _read_model_file(path.parent / f"{stem}{kind}")
+
+
+def _average(folder: Path, stem: str, ema: int) -> str:
+    """The kind of file that holds a weight average of a checkpoint. Raises UserError where there is none."""
+    listed = _listed(folder, stem)
+    kept = [kind for kind in _MODELS if f"{stem}{kind}" in listed]
+    if not 0 <= ema < len(kept):
+        known = "one weight average, 0" if len(kept) == 1 else f"weight averages 0 to {len(kept) - 1}"
+        raise UserError(f"--ema {ema}: {folder / stem} has {known}")
+    return kept[ema]
 
 
 def load_model(
-    path: Path, precond: str | None = None, device: torch.device | str = "cpu"
+    path: Path, precond: str | None = None, device: torch.device | str = "cpu", ema: int | None = None
 ) -> tuple[EDMPrecond, dict[str, Any]]:
-    """Return (network in eval mode on `device`, its info) from whatever `read_model` reads.
+    """Return (network in eval mode on `device`, its info) from whatever `read_model` reads, of weight average `ema`.
 
     `precond` replaces the preconditioning that the file names: "ECMPrecond" makes an EDM teacher the start of a
     consistency model. Raises UserError as `read_model`, and when weights and description do not fit.
     """
-    snapshot = read_model(path)
+    snapshot = read_model(path, ema)
     if precond is not None:
         snapshot = replace(snapshot, spec={**snapshot.spec, "precond": precond})
     check_fits(snapshot, str(path))
@@ -250,11 +271,13 @@ class Checkpoints:
         info: dict[str, Any],
         tensors: dict[str, Tensor],
         meta: dict[str, Any],
+        averages: Iterable[tuple[dict[str, Tensor], dict[str, Any]]] = (),
     ) -> Path:
         """Write the checkpoint of `nimg` images seen, prune older ones, and return the path of its model file.
 
         Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume
-        needs; meta is JSON-able. Killed at any point, the run folder still loads the checkpoint before.
+        needs; meta is JSON-able. averages: (model_state, info) of further weight averages. Killed at any point, the run
+        folder still loads the checkpoint before.
         """
         for pattern in (".*.tmp", ".tmp*"):  # what a kill while writing left: of `atomic`, of safetensors
             for leftover in self.run_dir.glob(pattern):
@@ -262,8 +285,11 @@ class Checkpoints:
         stem = f"checkpoint-{nimg / 1000:010.3f}"
         state_meta = {"ect_state": json.dumps({"format": FORMAT, "meta": meta})}
         _write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)
-        save_model(self.run_dir / f"{stem}{_MODEL}", model_state, spec, info)
-        files = {f"{stem}{kind}": _fingerprint(self.run_dir / f"{stem}{kind}") for kind in (_MODEL, _STATE)}
+        names = []
+        for kind, (weights, about) in zip(_MODELS, itertools.chain([(model_state, info)], averages), strict=False):
+            names.append(f"{stem}{kind}")
+            save_model(self.run_dir / names[-1], weights, spec, about)
+        files = {name: _fingerprint(self.run_dir / name) for name in [*names, f"{stem}{_STATE}"]}
         with atomic(self.run_dir / f"{stem}{_MANIFEST}") as temp:
             temp.write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": files}, indent=1) + "\n")
         with atomic(self.run_dir / "latest") as temp:
@@ -282,10 +308,10 @@ class Checkpoints:
         if path.is_dir():
             folder, stem = path, _newest(path, (_MODEL, _STATE))
         else:
-            folder, named = path.parent, _stem(path)
+            folder, named = path.parent, _parts(path)
             if named is None or not path.is_file():
                 raise UserError(f"{path}: no such checkpoint; expected a run folder or its checkpoint-<kimg>{_MODEL}")
-            stem = named
+            stem = named[0]
             _verify(folder, stem, (_MODEL, _STATE))
         state_file = folder / f"{stem}{_STATE}"
         tensors, metadata = _read_tensors(state_file)
@@ -301,7 +327,7 @@ class Checkpoints:
         complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if stem <= newest]
         incomplete = set(_stems(self.run_dir, _STATE)) - set(_stems(self.run_dir, _MANIFEST))
         for stem in {*complete[: -max(self.keep, 1)], *incomplete}:
-            for kind in (_MANIFEST, _MODEL, _STATE):
+            for kind in (_MANIFEST, *_MODELS, _STATE):
                 (self.run_dir / f"{stem}{kind}").unlink(missing_ok=True)
 
 
@@ -310,11 +336,11 @@ def _stems(run_dir: Path, kind: str) -> list[str]:
     return sorted(path.name.removesuffix(kind) for path in run_dir.glob(f"checkpoint-??????.???{kind}"))
 
 
-def _stem(path: Path) -> str | None:
-    """Return the name of the checkpoint that a file belongs to; None for any other file."""
-    for kind in (_STATE, _MODEL, _MANIFEST):
+def _parts(path: Path) -> tuple[str, str] | None:
+    """Return (name of the checkpoint that a file belongs to, the file's ending); None for any other file."""
+    for kind in (_STATE, *reversed(_MODELS), _MANIFEST):
         if path.name.startswith("checkpoint-") and path.name.endswith(kind):
-            return path.name.removesuffix(kind)
+            return path.name.removesuffix(kind), kind
     return None
 
 
@@ -337,6 +363,18 @@ def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
 
 def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
     """Compare size and SHA-256 of a checkpoint's files with its manifest; raises UserError naming what differs."""
+    listed = _listed(folder, stem)
+    for name in (f"{stem}{kind}" for kind in kinds):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: incomplete checkpoint: the file is missing")
+        found = _fingerprint(path)
+        if found != listed.get(name):
+            raise UserError(f"{path}: damaged: size and SHA-256 are {found}, {stem}{_MANIFEST} says {listed.get(name)}")
+
+
+def _listed(folder: Path, stem: str) -> dict[str, Any]:
+    """Size and SHA-256 of a checkpoint's files, by name, as its manifest has them. Raises UserError where it is damaged."""
     manifest = folder / f"{stem}{_MANIFEST}"
     if not manifest.is_file():
         raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")
@@ -344,14 +382,8 @@ def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
         text = manifest.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest}: cannot be read ({error})") from error
-    files = _parse_header(manifest, text, ("files",))["files"]
-    for name in (f"{stem}{kind}" for kind in kinds):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: incomplete checkpoint: the file is missing")
-        found = _fingerprint(path)
-        if found != files.get(name):
-            raise UserError(f"{path}: damaged: size and SHA-256 are {found}, {manifest.name} says {files.get(name)}")
+    files: dict[str, Any] = _parse_header(manifest, text, ("files",))["files"]
+    return files
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ect.emas import spelled
 from ect.errors import UserError
 
 _FREE = {"run_dir", "resume", "dry_run", "device", "threads", "batch_per_device", "init_from", "kernels"}
@@ -45,6 +46,8 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
+        elif name == "emas":
+            flat[f"{prefix}{name}"] = [spelled(entry) for entry in value]
         else:
             flat[f"{prefix}{name}"] = json.loads(json.dumps(value, default=str))
     return flat

@@ -12,6 +12,7 @@ from ect.metrics.quality import (
     Sampler,
     consistency_samplers,
     heun_samplers,
+    named,
     quality_rows,
     quality_table,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "digits_distance",
     "heun_samplers",
     "make_evaluator",
+    "named",
     "quality_rows",
     "quality_table",
 ]

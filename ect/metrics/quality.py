@@ -47,6 +47,11 @@ def heun_samplers(steps: Sequence[int]) -> list[Sampler]:
     return [Sampler(f"diffusion, {n} Heun steps", 2 * n - 1, heun_steps=n) for n in steps]
 
 
+def named(sampler: Sampler, ema: str | None) -> str:
+    """How a table names a sampler; ema: the weight average that it samples, where there are several."""
+    return sampler.name if ema is None else f"{sampler.name}, EMA {ema}"
+
+
 @dataclass(frozen=True)
 class QualityRow:
     """The figures of one sampler."""
@@ -60,6 +65,8 @@ class QualityRow:
     """One evaluation a repeat, by column name."""
     seconds: float
     """Wall-clock of the sampling, all repeats together."""
+    ema: str | None = None
+    """The weight average, an entry of --optim.emas, where there are several."""
 
     def mean(self, column: str) -> float:
         """Return the mean over the repeats."""
@@ -96,6 +103,7 @@ def quality_rows(
     batch: int = 256,
     device: torch.device | str = "cpu",
     on_images: Callable[[int], None] = lambda count: None,
+    ema: str | None = None,
     world: World = World(),
 ) -> list[QualityRow]:
     """Rate `net` with each sampler; in each repeat all of them start from the same latents.
@@ -105,7 +113,7 @@ def quality_rows(
 
     Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have
     `RatedElsewhere`. samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward
-    pass. on_images: called with the number of images just made.
+    pass. on_images: called with the number of images just made. ema: names the weight average in the rows.
     """
     if not world.first(lambda: bool(evaluator.available)):
         return []
@@ -121,14 +129,16 @@ def quality_rows(
                 on_images(len(some))
             seconds += time.perf_counter() - start
             values.append(world.first(partial(evaluator.evaluate, images)))
-        rows.append(QualityRow(sampler, samples, first_seeds, tuple(values), seconds))
+        rows.append(QualityRow(sampler, samples, first_seeds, tuple(values), seconds, ema))
     return rows
 
 
 def quality_table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
     """Return (headers, cells) as text. A cell is 'mean (minimum)' of several repeats, or one figure, or '-' where missing."""
     headers = ["sampler", "NFE", *(column.name for column in columns)]
-    cells = [[row.sampler.name, str(row.sampler.nfe), *(_cell(row, column) for column in columns)] for row in rows]
+    cells = [
+        [named(row.sampler, row.ema), str(row.sampler.nfe), *(_cell(row, column) for column in columns)] for row in rows
+    ]
     return headers, cells
 
 

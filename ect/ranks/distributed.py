@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ect.config import Config
 from ect.errors import UserError
 from ect.ranks import driver
 
@@ -139,3 +140,18 @@ def start(rank: int, size: int) -> World:
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
     return World(rank, size, local_rank, max(local_size, 1), control, store)
+
+
+def check_share(cfg: Config, size: int) -> None:
+    """Raise UserError unless `size` processes can share a batch, in whole forward passes."""
+    share, passes = cfg.batch // size, cfg.batch_per_device
+    if cfg.batch % size:
+        raise UserError(
+            f"--batch {cfg.batch}: {size} processes cannot share it equally; choose a multiple of {size}, or another number "
+            "for torchrun --nproc-per-node"
+        )
+    if isinstance(passes, int) and share % passes:
+        raise UserError(
+            f"--batch-per-device {passes}: each of the {size} processes trains on {share} images of --batch {cfg.batch}; "
+            f"choose a divisor of {share}"
+        )

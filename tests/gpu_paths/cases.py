@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ect.assembly import flat_state, network_spec, train_step
-from ect.config import PRESETS, Config
+from ect.config import Config
 from ect.data import Dataset, ImageStream
 from ect.models import EDMPrecond, build
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from tests.gpu_paths.pairwise import Case, product
 

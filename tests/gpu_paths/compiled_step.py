@@ -23,10 +23,10 @@ from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_iter, tree_map
 
 from ect.assembly import flat_state, network_spec, train_step
-from ect.config import PRESETS
 from ect.cost import footprint
 from ect.data import Dataset, ImageStream
 from ect.models import MaskKey, build
+from ect.presets import PRESETS
 from ect.step import TrainStep
 from tests.gpu_paths import cases, inductor
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu, told

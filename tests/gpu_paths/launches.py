@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ect.config import PRESETS
+from ect.presets import PRESETS
 from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu, Gpu, address
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ect.config import OptimConfig
 from ect.cost.signal_noise import signal_noise
 from ect.data import load
+from ect.files.run_folder import resolved
 from ect.metrics import Evaluator, consistency_samplers, heun_samplers, quality_rows
 from ect.metrics.evaluator import Column
-from ect.options import resolved
 from ect.sampler import generate
 from ect.trainer import Trainer
 from tests.gpu_paths import cases

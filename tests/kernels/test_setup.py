@@ -248,14 +248,14 @@ def test_a_failed_build_in_place_leaves_no_older_extension(machine: Machine) -> 
 def test_nvidia_smi_that_hangs(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also where it leaves children that hold its output open."""
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\nsleep 3\necho 9.0\n")
+    fake.write_text("#!/bin/sh\nsleep 30\necho 9.0\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr("shutil.which", lambda name: str(fake) if name == "nvidia-smi" else None)
     monkeypatch.setattr(script.targets, "PATIENCE", 0.1)
     begin = time.monotonic()
     assert script.targets.wanted("")[0] == [(80, 0), (90, 90)]
-    assert time.monotonic() - begin < 1.5
+    assert time.monotonic() - begin < 15  # well below the thirty, whatever else the machine does
 
 
 def test_where_the_toolkit_is(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

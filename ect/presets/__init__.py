@@ -1,0 +1,10 @@
+"""Recipes by name: a file a family, whose RECIPES are added here."""
+
+from dataclasses import replace
+
+from ect.config import Config
+from ect.presets import cifar10, digits
+
+PRESETS: dict[str, Config] = {
+    name: replace(recipe, preset=name) for family in (digits, cifar10) for name, recipe in family.RECIPES.items()
+}

@@ -1,0 +1,48 @@
+"""CIFAR-10: the recipes of ECT (arXiv 2406.14548), and EDM's for the teacher that they start from."""
+
+from dataclasses import replace
+
+from ect.config import Config, DataConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
+from ect.emas import emas_of
+
+_DATA = DataConfig(source="datasets/cifar-10-python.tar.gz")
+# DDPM++ of EDM's edm-cifar10-32x32-uncond-vp.pkl; --init-from that file is what these recipes expect.
+_CIFAR10 = Config(
+    data=_DATA,
+    batch=128,
+    objective=ObjectiveConfig(q=2.0, n_stages=8, stage_kimg=3200.0),
+    optim=OptimConfig(optimizer="radam", lr=1e-4, emas=(".9999",)),
+    log=LogConfig(stats_kimg=12.8, sample_kimg=640.0, checkpoint_kimg=1280.0),
+)
+
+
+def _stages_of_8(total_kimg: float) -> Config:
+    return replace(_CIFAR10, total_kimg=total_kimg, objective=replace(_CIFAR10.objective, stage_kimg=total_kimg / 8))
+
+
+RECIPES = {
+    # ECT's "1 hour" recipe: 8,000 steps of 128 at a fixed r/t = 1 - n(t)/256, and it stops.
+    "cifar10-1h": replace(
+        _CIFAR10,
+        total_kimg=1024.0,
+        objective=replace(_CIFAR10.objective, q=256.0, n_stages=1, stage_kimg=1024.0),
+        optim=replace(_CIFAR10.optim, emas=(".9993",)),
+        log=replace(_CIFAR10.log, sample_kimg=128.0, checkpoint_kimg=256.0),
+    ),
+    "cifar10-100k": _stages_of_8(12_800.0),
+    "cifar10-200k": _stages_of_8(25_600.0),
+    "cifar10-400k": _stages_of_8(51_200.0),
+    # EDM's own pretraining of the teacher (Karras et al., 2022, table 7).
+    "edm-cifar10": replace(
+        _CIFAR10,
+        total_kimg=200_000.0,
+        batch=512,
+        data=replace(_DATA, augment=0.12),
+        net=NetConfig(dropout=0.13),
+        objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),
+        optim=OptimConfig(
+            optimizer="adam", lr=1e-3, warmup_kimg=10_000.0, emas=emas_of(0.5 ** (512 / 500e3)), ema_rampup=0.05
+        ),
+        log=LogConfig(stats_kimg=51.2, sample_kimg=2560.0, checkpoint_kimg=2560.0),
+    ),
+}
