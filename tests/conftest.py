@@ -50,8 +50,8 @@ def _exact_products() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _unwritten_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
-    """torch.empty, empty_like and new_empty give NaN: what the code under test forgets to write shows. Not on a GPU, where torch
-    would choose other kernels for it."""
+    """torch.empty, empty_like and new_empty give NaN: what the code under test forgets to write shows. Not on a GPU, where
+    torch would choose other kernels for it."""
     off = torch.cuda.is_available() or request.node.get_closest_marker("unwritten") is not None
     with nullcontext() if off else unwritten_is_nan():
         yield

@@ -17,9 +17,10 @@ else:
 
 ROOT = Path(__file__).parents[1]
 VERBS = {
-    "Add", "Append", "Apply", "Ask", "Bound", "Build", "Call", "Check", "Choose", "Compare", "Compile",
-    "Compute", "Copy", "Count", "Do", "Download", "Downsample", "Draw", "End", "Fill", "Fit", "Flatten", "Give",
-    "Group", "Join", "Keep", "Launch", "Lay", "Let", "Load", "Make", "Measure", "Move", "Multiply", "Name",
+    "Add", "Append", "Apply", "Ask", "Bound", "Bring", "Build", "Call", "Catch", "Change", "Check", "Choose",
+    "Compare", "Compile",
+    "Compute", "Copy", "Count", "Create", "Do", "Download", "Downsample", "Draw", "End", "Fill", "Fit", "Flatten", "Give",
+    "Group", "Invert", "Join", "Keep", "Launch", "Lay", "Let", "Load", "Make", "Measure", "Move", "Multiply", "Name",
     "Note", "Plot", "Predict", "Print", "Profile", "Put", "Raise", "Rate", "Read", "Refuse", "Register",
     "Remove", "Replace", "Report", "Resample", "Return", "Round", "Run", "Say", "Set", "Show", "Split", "Stop",
     "Sum", "Train", "Transform", "Turn", "Update", "Upsample", "Use", "Wait", "Walk", "Write", "Yield",

@@ -114,7 +114,7 @@ def read_model(path: Path, ema: int | None = None) -> Snapshot:
 
 
 def _average(folder: Path, stem: str, ema: int) -> str:
-    """The kind of file that holds a weight average of a checkpoint. Raises UserError where there is none."""
+    """Return the kind of file that holds a weight average of a checkpoint. Raises UserError where there is none."""
     listed = _listed(folder, stem)
     kept = [kind for kind in _MODELS if f"{stem}{kind}" in listed]
     if not 0 <= ema < len(kept):
@@ -374,7 +374,7 @@ def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
 
 
 def _listed(folder: Path, stem: str) -> dict[str, Any]:
-    """Size and SHA-256 of a checkpoint's files, by name, as its manifest has them. Raises UserError where it is damaged."""
+    """Return size and SHA-256 of a checkpoint's files, by name, as its manifest has them. Raises UserError on a damaged one."""
     manifest = folder / f"{stem}{_MANIFEST}"
     if not manifest.is_file():
         raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")

@@ -17,7 +17,7 @@ NO_PRESET = "no-preset"
 
 
 def current(values: dict[str, Any]) -> dict[str, Any]:
-    """Today's options of a configuration as its JSON has it. Raises UserError where a later version wrote it."""
+    """Return today's options of a configuration as its JSON has it. Raises UserError where a later version wrote it."""
     values = dict(values)
     written = values.pop("format", 1)
     if written > FORMAT:
@@ -26,8 +26,11 @@ def current(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_0_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Version 0.1 had the options of the diffusion phase, {total_kimg, objective, optim}, where now a preset has its name; and
-    one weight average."""
+    """Turn the options of version 0.1 into today's.
+
+    It had the options of the diffusion phase, {total_kimg, objective, optim}, where now a preset has its name; and one
+    weight average.
+    """
     phase = values.pop("pretrain", {"total_kimg": 0})
     if "optim" in values:
         values["optim"] = _optim_from_0_1(values["optim"])
@@ -38,13 +41,13 @@ def _from_0_1(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optim_from_0_1(optim: dict[str, Any]) -> dict[str, Any]:
-    """{"ema_beta": 0.9, ...} is {"emas": [".9"], ...} today."""
+    """Turn {"ema_beta": 0.9, ...} into today's {"emas": [".9"], ...}."""
     rest = {name: value for name, value in optim.items() if name != "ema_beta"}
     return {**rest, "emas": list(emas_of(optim["ema_beta"]))} if "ema_beta" in optim else rest
 
 
 def _preset_of(phase: dict[str, Any]) -> str:
-    """The name of the first preset with this objective and optimizer; NO_PRESET if there is none."""
+    """Return the name of the first preset with this objective and optimizer; NO_PRESET if there is none."""
     for name, preset in PRESETS.items():
         ours = json.loads(json.dumps(dataclasses.asdict(preset), default=str))
         if all(phase[part] == ours[part] for part in ("objective", "optim")):

@@ -48,7 +48,7 @@ def heun_samplers(steps: Sequence[int]) -> list[Sampler]:
 
 
 def named(sampler: Sampler, ema: str | None) -> str:
-    """How a table names a sampler; ema: the weight average that it samples, where there are several."""
+    """Return how a table names a sampler; ema: the weight average that it samples, where there are several."""
     return sampler.name if ema is None else f"{sampler.name}, EMA {ema}"
 
 
