@@ -25,8 +25,10 @@ import tyro
 
 from benchmarks.readme import PLACES, insert
 from ect import convert, evaluate, sample
-from ect.config import PRESETS, Config
-from ect.options import parse, to_dict
+from ect.config import Config
+from ect.files.run_folder import to_dict
+from ect.options import parse
+from ect.presets import PRESETS
 from tests.test_command_line import fields
 
 if sys.version_info >= (3, 11):
