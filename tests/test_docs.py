@@ -44,7 +44,8 @@ OPTIONS = {"ect.sample": sample.Options, "ect.evaluate": evaluate.Options, "ect.
 SHORT = [  # what is run in earnest: it needs seconds, and nothing that is not here
     "python -m ect_kernels --check",
     "python -m ect.train --preset cifar10-1h --objective.q 4",
-    "python -m ect.sample ect/models/digits.safetensors",
+    pytest.param("python -m ect.sample ect/models/digits.safetensors", marks=pytest.mark.slow),
+    pytest.param("python benchmarks/footprint.py", marks=pytest.mark.slow),
     "python benchmarks/digits_quality.py --report",
     "python benchmarks/precision_quality.py --report",
     "python benchmarks/first_hour.py --help",

@@ -49,7 +49,7 @@ _BY_NAME = {
 _BY_FILE = {
     "fused.py": "network", "layers.py": "network", "song_unet.py": "network", "adm_unet.py": "network",
     "arenas.py": "optimizer", "step.py": "data/loss", "objective.py": "data/loss", "precond.py": "data/loss",
-    "resident.py": "data/loss", "streamed.py": "data/loss", "augment.py": "data/loss",
+    "stream.py": "data/loss", "augment.py": "data/loss",
 }  # fmt: skip
 _SUMS = ("add", "mul", "div", "sub")
 _GEMMS = ("mm", "addmm", "bmm", "baddbmm")
