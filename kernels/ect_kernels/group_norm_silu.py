@@ -200,15 +200,15 @@ def numbers(i: Inputs) -> tuple[int, ...]:
 
 def _launcher_fwd(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
-    *vectors, v_rows, rows = i.vectors()
-    return i.x, *vectors, i.seed, i.n0, *out, n, h * w, c, *numbers(i), v_rows, rows, i.eps, i.inv_keep
+    *vectors, v_stride, stride = i.vectors()
+    return i.x, *vectors, i.seed, i.n0, *out, n, h * w, c, *numbers(i), v_stride, stride, i.eps, i.inv_keep
 
 
 def _launcher_bwd(s: Saved, i: Inputs, grads: Grads) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
     results = (grads.x, *grads[2:], grads.rows)
-    *vectors, v_rows, rows = i.vectors()
-    numbers_ = (n, h * w, c, *numbers(i), v_rows, rows)
+    *vectors, v_stride, stride = i.vectors()
+    numbers_ = (n, h * w, c, *numbers(i), v_stride, stride)
     return s.dy, i.x, *vectors, i.seed, i.n0, s.mean, s.rstd, *results, *numbers_, i.inv_keep
 
 

@@ -155,8 +155,11 @@ def _prepare_bwd(s: Saved, i: Norm) -> tuple[Saved, Norm]:
 
 
 def _sizes(s: Seam | Saved, i: Norm) -> tuple[int, ...]:
+    """Return the numbers of a launch; x's dtype comes before the groups, a's behind them, in both directions."""
     n, c, h, w = i.x.shape
-    return n, h * w, c, i.gamma.shape[0] - c, native.DTYPES[s.dtype], *norm.numbers(i)
+    (groups, of_i, *rest), of_s = norm.numbers(i), native.DTYPES[s.dtype]
+    x, a = (of_s, of_i) if isinstance(s, Seam) else (of_i, of_s)
+    return n, h * w, c, i.gamma.shape[0] - c, x, groups, a, *rest
 
 
 def _launcher_fwd(s: Seam, i: Norm, out: Output) -> tuple[native.Argument, ...]:
