@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ import torch
 import tyro
 from lib.measure import reason
 from rich.console import Console
-from rich.table import Table
 
 from ect.config import Config, EvalConfig, LogConfig
 from ect.files.checkpoint import load_model
 from ect.job import Job, pretrain_config
-from ect.metrics import Sampler, consistency_samplers, heun_samplers, quality_rows
+from ect.metrics import quality_rows
 from ect.presets import PRESETS
-from ect.show.report import markdown
+from ect.sampler import Heun, Sampler, consistency_samplers
+from ect.show.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
 SAMPLES = 3000
@@ -69,7 +70,7 @@ def train(cfg: Config, folder: Path) -> Path:
     return folder / f"checkpoint-{cfg.total_kimg:010.3f}.safetensors"
 
 
-def rate(model: Path, name: str, samplers: list[Sampler], job: Job) -> Result:
+def rate(model: Path, name: str, samplers: Sequence[Sampler], job: Job) -> Result:
     net, _ = load_model(model)
     assert job.evaluator is not None
     rows = quality_rows(net, job.evaluator, samplers, samples=SAMPLES, batch=250)
@@ -83,7 +84,7 @@ def one_seed(seed: int, folder: Path) -> Result:
     ect, first_kimg = train(cfg, folder / "ect"), pretrain_config(cfg).total_kimg
     teacher = folder / "ect" / "pretrain" / f"checkpoint-{first_kimg:010.3f}.safetensors"
     mid_t = cfg.eval.mid_t
-    result = rate(teacher, "diffusion, Heun", heun_samplers((18, 5, 4, 3, 2)), judge)
+    result = rate(teacher, "diffusion, Heun", [Heun(n) for n in (18, 5, 4, 3, 2)], judge)
     result |= rate(teacher, "diffusion, consistency sampler", consistency_samplers(mid_t), judge)
     result |= rate(ect, "ECT", consistency_samplers(mid_t), judge)
     model = train(scratch, folder / "scratch")
@@ -115,8 +116,8 @@ def short(value: float, digits: int) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
-def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and cells: mean +- standard deviation over seeds of each model and sampler."""
+def table(lines: list[dict[str, Any]]) -> Table:
+    """One row a model and sampler: mean +- standard deviation over seeds."""
     cells = []
     for name in lines[0]["result"]:
         row = [name]
@@ -125,21 +126,16 @@ def table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             spread = f" +- {short(statistics.stdev(values), 2)}" if len(values) > 1 else ""
             row += [f"{short(statistics.fmean(values), 3)}{spread}", ", ".join(short(v, 3) for v in values)]
         cells.append(row)
-    return ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"], cells
+    headers = ["model and sampler", "FDc", "FDc by seed", "FDp", "FDp by seed"]
+    return Table(headers, cells, f"Digits, {len(lines)} seeds, {SAMPLES} samples")
 
 
 def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
     """Print the table and the claims; returns whether all claims hold."""
-    headers, cells = table(lines)
     if as_markdown:
-        print(markdown(headers, cells))
+        print(table(lines).markdown())
     else:
-        view = Table(title=f"Digits, {len(lines)} seeds, {SAMPLES} samples", title_justify="left")
-        for i, header in enumerate(headers):
-            view.add_column(header, justify="left" if i == 0 else "right")
-        for row in cells:
-            view.add_row(*row)
-        Console(width=130).print(view)
+        Console(width=130).print(table(lines))
     held = [claims(line["result"]) for line in lines]
     for claim in held[0]:
         count = sum(h[claim] for h in held)

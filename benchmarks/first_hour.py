@@ -138,10 +138,11 @@ def gpu_tests(folder: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in wanted if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
-def plugins(environment: dict[str, str]) -> list[str]:
-    """Return the options of pytest for the plugins that are there: several tests at a time, and a limit for each."""
-    absent = missing("xdist pytest_timeout", environment)
-    return [*([] if "xdist" in absent else ["-n", "8"]), *([] if "pytest_timeout" in absent else ["--timeout", "120"])]
+def plugins(device: str, environment: dict[str, str]) -> list[str]:
+    """Options of pytest for the plugins that are there: on a GPU several tests at a time, and a limit for each."""
+    absent, workers = missing("xdist pytest_timeout", environment), "0" if device == "cpu" else "8"
+    limit = [] if "pytest_timeout" in absent else ["--timeout", "120"]
+    return [*([] if "xdist" in absent else ["-n", workers]), *limit]
 
 
 def missing(packages: str, environment: dict[str, str]) -> list[str]:
@@ -259,7 +260,7 @@ def work(options: argparse.Namespace) -> Iterator[Outcome]:
         notes.append("on a CPU, at small sizes: a test of the script, no measurement")
     for note in notes:
         print(note, flush=True)
-    known, extra = earlier(out), plugins(env)
+    known, extra = earlier(out), plugins(options.device, env)
     for part in options.part or (1, 2):
         start = time.monotonic()
         for number, stage in enumerate(stages(options.device, out)):

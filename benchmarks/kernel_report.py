@@ -31,7 +31,9 @@ from pathlib import Path
 from ect_kernels.__main__ import OPS
 from lib import launches, row_loops, sass
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+from ect.show.table import Table
 
 ROOT = Path(__file__).parents[1]
 QUICK = (80, 90)  # the architectures for which --quick leaves nothing out
@@ -286,10 +288,9 @@ def compile_row_loops(ops: Sequence[str], archs: list[int]) -> list[row_loops.Ro
 
 
 def show(rows: list[Row], console: Console) -> None:
-    table = Table(title="Compiled kernels (< reads, > writes: bits)")
-    numbers = ("regs", "stack", "spills", "smem", "threads", "CTAs/SM")
-    for column in ("op", "kernel", "sm", *numbers, "global accesses", "atomics", "MUFU", "Philox calls/elements"):
-        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
+    texts, numbers = ("op", "kernel", "sm"), ("regs", "stack", "spills", "smem", "threads", "CTAs/SM")
+    facts = ("global accesses", "atomics", "MUFU", "Philox calls/elements")
+    lines = []
     for row in rows:
         widths = []
         for key, bits in row.access().items():
@@ -297,22 +298,22 @@ def show(rows: list[Row], console: Console) -> None:
             widths.append({"load": "<", "store": ">"}.get(verb, "!") + name + ":" + "/".join(map(str, sorted(bits))))
         u = row.usage
         cells = [u.registers, u.stack, u.spills, row.shared, row.threads, row.ctas, " ".join(widths), u.atomics, u.mufu]
-        style = "red" if row.misses else None if row.held else "dim"
+        style = "red" if row.misses else "" if row.held else "dim"
         kernel = f"{row.form}: {row.kernel}"
         drawn = " ".join(f"{calls}/{elements:g}" for calls, elements in row.drawn())
-        table.add_row(row.op, kernel, str(row.arch), *map(str, cells), drawn, style=style)
-    console.print(table, highlight=False)
+        lines.append([Text(str(cell), style) for cell in (row.op, kernel, row.arch, *cells, drawn)])
+    headers = (*texts, *numbers, *facts)
+    console.print(Table(headers, lines, "Compiled kernels (< reads, > writes: bits)", left=(*texts, *facts)))
 
 
 def show_row_loops(loops: list[row_loops.RowLoop], held: bool, console: Console) -> bool:
     """Print the loops and, where they are held to the bars, what they miss; whether they miss anything."""
-    table = Table(title="SASS instructions a row of eight fp16 elements")
-    for column in ("kernel", "sm", "loop", "rows an iteration", "body", "longest way", "longest that draws nothing"):
-        table.add_column(column, justify="left" if column in ("kernel", "loop") else "right")
+    headers = ("kernel", "sm", "loop", "rows an iteration", "body", "longest way", "longest that draws nothing")
+    lines = []
     for loop in dict.fromkeys(loops):
         counts = (f"{count:g}" for count in (loop.rows, loop.body, loop.longest, loop.undrawn))
-        table.add_row(loop.kernel, str(loop.arch), loop.kind, *counts)
-    console.print(table, highlight=False)
+        lines.append([loop.kernel, loop.arch, loop.kind, *counts])
+    console.print(Table(headers, lines, "SASS instructions a row of eight fp16 elements", left=("kernel", "loop")))
     misses = row_loops.missed(loops) if held else []
     for miss in misses:
         console.print(f"{miss}; [red]MISSED[/]", highlight=False)

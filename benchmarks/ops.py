@@ -24,8 +24,9 @@ from ect_kernels.__main__ import OPS
 from ect_kernels.testing import emulator, truth
 from lib import cases, measure
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from ect.show.table import Table
 
 NO_GPU = "on a CPU: triton is interpreted and emulated compiled with g++; their times are no forecast of a GPU's"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -66,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         _load_emulator(options.op or OPS, console)
     failed = False
     for op in options.op or OPS:
-        table = Table(caption=None if gpu else NO_GPU)
-        for name in ("op", "shape", "backend", "pass", "ms", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else [])):
-            table.add_column(name, justify="left" if name in ("op", "shape", "backend", "pass") else "right")
+        headers = ["op", "shape", "backend", "pass", "ms", "MB", "error/bar", *(["GB/s", "of copy"] if gpu else [])]
+        lines: list[list[str | Text]] = []
+        table = Table(headers, lines, caption="" if gpu else NO_GPU, left=headers[:4])
         for bench in cases.benches(op, options.images or (128 if gpu else 1), DTYPES[options.dtype], options.quick):
             for backend in dispatch.OPS[op].usable(device):
                 if (lost := measure.lost(device)) is not None:
@@ -77,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
                 rows, why, wrong = measured(bench, backend, device)
                 failed |= wrong
                 for row in rows:
-                    table.add_row(op, bench.case.name, backend, *row)
+                    lines.append([op, bench.case.name, backend, *row])
                 if why:
-                    table.add_row(op, bench.case.name, backend, "", "", "", Text(why, style="red" if wrong else ""))
+                    lines.append([op, bench.case.name, backend, "", "", "", Text(why, "red" if wrong else "")])
         console.print(table, highlight=False)
     return 1 if failed else 0
 

@@ -16,7 +16,6 @@ import matplotlib
 import roofline
 import step_time
 from lib import categories, history
-from rich.table import Table
 
 matplotlib.use("Agg")  # no display
 from matplotlib import pyplot as plt
@@ -34,14 +33,6 @@ Written by `make bench`. Every figure is measured unless it says predicted; each
 that prints it. Ratios compare rows of one run, in which the rows took turns. IQR: first and third quartile. MB: what a row
 holds from step to step, with the most that a step has alive beside it. Launches: kernels on a GPU, operations on a CPU.
 """
-
-
-def markdown(table: Table) -> str:
-    """Return a rich table as Markdown."""
-    names = [str(column.header) for column in table.columns]
-    rule = ["---:" if column.justify == "right" else "---" for column in table.columns]
-    rows = zip(*(list(column.cells) for column in table.columns), strict=True)
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (names, rule, *rows))
 
 
 def waterfall(line: dict[str, Any], path: Path) -> None:
@@ -93,7 +84,7 @@ def section(lines: list[dict[str, Any]], folder: Path, stem: str) -> Iterator[st
         f"median of {line['rounds']} rounds.\n\n    python benchmarks/step_time.py --net {line['net']}\n"
     )
     for table in step_time.tables(line):
-        yield f"{table.title}\n\n{markdown(table)}\n"
+        yield f"{table.title}\n\n{table.markdown()}"
     waterfall(line, folder / f"{stem}.png")
     yield f"![time by row and category]({stem}.png)\n"
     if len(lines) > 1:
@@ -114,10 +105,10 @@ def sections(folder: Path) -> Iterator[str]:
 
 def floors() -> Iterator[str]:
     yield "## Predicted floors of a DDPM++ step\n\n    python benchmarks/roofline.py\n"
-    yield f"{roofline.note()}\n\n{markdown(roofline.assumptions())}\n"
+    yield f"{roofline.note()}\n\n{roofline.assumptions().markdown()}"
     for precision in roofline.PRECISIONS:
         table = roofline.table(precision)
-        yield f"{table.title}\n\n{markdown(table)}\n"
+        yield f"{table.title}\n\n{table.markdown()}"
 
 
 def render(folder: Path, parts: Iterable[str] = ()) -> Path:

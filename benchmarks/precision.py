@@ -21,7 +21,6 @@ import torch
 import tyro
 from lib.measure import header, reason
 from rich.console import Console
-from rich.table import Table
 
 from ect import models
 from ect.config import DataConfig
@@ -35,7 +34,7 @@ from ect.models.layers import Conv2d
 from ect.objective import Denoiser
 from ect.precision import PRECISIONS, apply
 from ect.ranks import device
-from ect.show.report import markdown
+from ect.show.table import Table
 
 DIGITS = Path(models.__file__).with_name("digits.safetensors")
 BAR = 1.3
@@ -94,15 +93,11 @@ def worst(found: dict[str, Row]) -> tuple[float, float]:
 def show(found: dict[str, Row], as_markdown: bool) -> None:
     headers = ["arithmetic", *(f"t = {t:g}" for t in LEVELS)]
     cells = [[name, *(f"{row[t]:.2g}" for t in LEVELS)] for name, row in found.items()]
+    table = Table(headers, cells, "Relative error of D(x_t, t) - D(x_r, r), median over images")
     if as_markdown:
-        print(markdown(headers, cells))
-        return
-    view = Table(title="Relative error of D(x_t, t) - D(x_r, r), median over images", title_justify="left")
-    for i, name in enumerate(headers):
-        view.add_column(name, justify="left" if i == 0 else "right")
-    for cell in cells:
-        view.add_row(*cell)
-    Console(width=120).print(view)
+        print(table.markdown())
+    else:
+        Console(width=120).print(table)
 
 
 def load_all(options: Options) -> tuple[EDMPrecond, Dataset]:

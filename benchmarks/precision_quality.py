@@ -28,14 +28,13 @@ import tyro
 from digits_quality import rate, short, train
 from lib.measure import reason
 from rich.console import Console
-from rich.table import Table
 
 from ect.config import Config
 from ect.files.checkpoint import Checkpoints
 from ect.job import Job, pretrain_config
-from ect.metrics import consistency_samplers
 from ect.presets import PRESETS
-from ect.show.report import markdown
+from ect.sampler import consistency_samplers
+from ect.show.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "precision_quality.jsonl"
 NFES = (1, 2)
@@ -120,10 +119,10 @@ def equal(a: list[float], b: list[float]) -> tuple[bool, float, float]:
     return difference <= allowed, difference, allowed
 
 
-def table(lines: dict[tuple[int, str], Line], precisions: tuple[Name, ...]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and cells: mean +- standard deviation over seeds, each seed's value, and its FDc less that in fp32."""
+def table(lines: dict[tuple[int, str], Line], options: Options) -> Table:
+    """One row a precision and NFE: mean +- standard deviation over seeds, each seed's value, and its FDc less that in fp32."""
     cells = []
-    for precision in precisions:
+    for precision in options.precisions:
         for nfe in NFES:
             row = [f"{precision}, {nfe} NFE"]
             for metric in ("FDc", "FDp"):
@@ -133,21 +132,16 @@ def table(lines: dict[tuple[int, str], Line], precisions: tuple[Name, ...]) -> t
                 row += [", ".join(short(v, 3) for v in found)]
             row.insert(3, ", ".join(f"{d:+.1f}" for d in paired(lines, precision, nfe)))
             cells.append(row)
-    return ["precision", "FDc", "FDc by seed", "less fp32's", "FDp", "FDp by seed"], cells
+    title = f"Digits, seeds {', '.join(map(str, options.seeds))}, {options.kimg:g} kimg a phase"
+    return Table(["precision", "FDc", "FDc by seed", "less fp32's", "FDp", "FDp by seed"], cells, title)
 
 
 def show(lines: dict[tuple[int, str], Line], options: Options) -> bool:
     """Print the table and the comparison; returns whether fp16 equals fp32, which it does not where seeds are missing."""
-    headers, cells = table(lines, options.precisions)
     if options.markdown:
-        print(markdown(headers, cells))
+        print(table(lines, options).markdown())
     else:
-        view = Table(title=f"Digits, seeds {', '.join(map(str, options.seeds))}, {options.kimg:g} kimg a phase")
-        for i, header in enumerate(headers):
-            view.add_column(header, justify="left" if i == 0 else "right")
-        for row in cells:
-            view.add_row(*row)
-        Console(width=130).print(view)
+        Console(width=130).print(table(lines, options))
     verdicts = []
     for nfe in NFES:
         half, single = (values(lines, precision, nfe, "FDc") for precision in ("fp16", "fp32"))

@@ -28,11 +28,11 @@ import torch
 from ect_kernels import dispatch
 from lib import categories, measure, waterfall
 from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from ect.assembly import network_spec
 from ect.cost import memory
+from ect.show.table import Table
 
 MOST = 60  # kernels that are kept
 
@@ -164,23 +164,23 @@ def run(case: waterfall.Case, device: torch.device, rounds: int, out: Path | Non
 def table(result: dict[str, Any], rows: int) -> Iterator[Table]:
     """Yield a table of the ways to run the step, a line each, then the kernels of the first that ran."""
     ran = [way for way in result["ways"] if "kernels" in way]
-    view = Table(title=f"{result['net']}, batch {result['batch']}: ways to run the step")
-    for name in ("way", "ms", "launches", "GB of tensors", "first step after, s", "failed"):
-        view.add_column(name, justify="left" if name in ("way", "failed") else "right")
+    lines = []
     for way in result["ways"]:
         tensors = way.get("memory", {}).get("tensors")
         cells = [f"{way['ms']:.2f}" if "ms" in way else "", str(way.get("launches", ""))]
         cells += [f"{tensors / 1e9:.2f}" if tensors else "", f"{way['start']:.1f}" if "start" in way else ""]
-        view.add_row(way["name"], *cells, way.get("why", ""))
-    yield view
+        lines.append([way["name"], *cells, way.get("why", "")])
+    headers = ["way", "ms", "launches", "GB of tensors", "first step after, s", "failed"]
+    yield Table(
+        headers, lines, f"{result['net']}, batch {result['batch']}: ways to run the step", left=("way", "failed")
+    )
     if ran:
-        view = Table(title=f"{ran[0]['name']}: what takes most time")
-        for name in ("kernel", "calls", "ms", "kind"):
-            view.add_column(name, justify="right" if name in ("calls", "ms") else "left")
-        for kernel in ran[0]["kernels"][:rows]:
-            kind = categories.category(kernel["name"]) or "other"
-            view.add_row(kernel["name"][:100], str(kernel["count"]), f"{kernel['ms']:.3f}", kind)
-        yield view
+        most = [
+            [k["name"][:100], k["count"], f"{k['ms']:.3f}", categories.category(k["name"]) or "other"]
+            for k in ran[0]["kernels"][:rows]
+        ]
+        title = f"{ran[0]['name']}: what takes most time"
+        yield Table(["kernel", "calls", "ms", "kind"], most, title, left=("kernel", "kind"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from lib import history, instructions, work
 from rich.console import Console
-from rich.table import Table
+
+from ect.show.table import Table
 
 BATCH, STEPS = 128, 8000
 PRECISIONS = {"fp16": torch.float16, "tf32": None}
@@ -149,31 +150,22 @@ def grouped(items: Iterable[work.Work]) -> dict[tuple[str, str], list[work.Work]
 def table(precision: str) -> Table:
     """Return the floors per level and kind of operation."""
     items = work.ddpmpp_step(BATCH, PRECISIONS[precision])
-    out = Table(title=f"{precision}, batch {BATCH}: predicted floor of a step, ms")
-    for column in ("level", "op", "TFLOP", "GB", *(gpu.name for gpu in GPUS)):
-        out.add_column(column, justify="left" if column in ("level", "op") else "right")
 
-    def add(level: str, kind: str, part: Iterable[work.Work], **style: Any) -> None:
-        part = list(part)
+    def row(level: str, kind: str, part: Sequence[work.Work]) -> list[str]:
         figures = [f"{sum(w.flops for w in part) / 1e12:.2f}", f"{sum(w.bytes for w in part) / 1e9:.2f}"]
-        out.add_row(
-            level,
-            kind,
-            *figures,
-            *(f"{sum(milliseconds(w, gpu, precision) for w in part):.2f}" for gpu in GPUS),
-            **style,
-        )
+        return [level, kind, *figures, *(f"{sum(milliseconds(w, gpu, precision) for w in part):.2f}" for gpu in GPUS)]
 
-    groups = grouped(items)
-    for (level, kind), part in groups.items():
-        add(level, kind, part)
-    out.add_section()
-    for kind in KINDS:
-        add("all", kind, [w for w in items if w.kind == kind])
-    add("all", "all", items, style="bold")
     minutes = [sum(milliseconds(w, gpu, precision) for w in items) * STEPS / 6e4 for gpu in GPUS]
-    out.add_row(f"{STEPS} steps", "minutes", "", "", *(f"{m:.1f}" for m in minutes), style="bold")
-    return out
+    rows = [
+        *(row(level, kind, part) for (level, kind), part in grouped(items).items()),
+        [],
+        *(row("all", kind, [w for w in items if w.kind == kind]) for kind in KINDS),
+        [],
+        row("all", "all", items),
+        [f"{STEPS} steps", "minutes", "", "", *(f"{m:.1f}" for m in minutes)],
+    ]
+    headers = ["level", "op", "TFLOP", "GB", *(gpu.name for gpu in GPUS)]
+    return Table(headers, rows, f"{precision}, batch {BATCH}: predicted floor of a step, ms", left=headers[:2])
 
 
 def issue_table(precision: str) -> Table:
@@ -182,11 +174,7 @@ def issue_table(precision: str) -> Table:
     for item in work.ddpmpp_step(BATCH, PRECISIONS[precision]):
         if item.kernel:
             groups.setdefault((item.level, item.kernel), []).append(item)
-    out = Table(
-        title=f"{precision}, batch {BATCH}: predicted ms of our kernels by DRAM and by issue slots, the longer one rules"
-    )
-    for column in ("level", "kernel", *(f"{gpu.name}" for gpu in GPUS)):
-        out.add_column(column, justify="left" if column in ("level", "kernel") else "right")
+    rows = []
     for (level, kernel), part in sorted(groups.items(), key=lambda group: -sum(w.bytes for w in group[1])):
         cells = []
         for gpu in GPUS:
@@ -194,25 +182,21 @@ def issue_table(precision: str) -> Table:
             dram, issue = (sum(each.get(limit, 0.0) for each in found) for limit in ("DRAM", "issue"))
             counted = all("issue" in each for each in found)
             cells.append(f"{dram:.2f} {'<' if dram < issue else '>'} {issue:.2f}" if counted else f"{dram:.2f} > ?")
-        out.add_row(level, kernel, *cells)
-    return out
+        rows.append([level, kernel, *cells])
+    title = f"{precision}, batch {BATCH}: predicted ms of our kernels by DRAM and by issue slots, the longer one rules"
+    return Table(["level", "kernel", *(gpu.name for gpu in GPUS)], rows, title, left=("level", "kernel"))
 
 
 def assumptions() -> Table:
-    out = Table(title="Peak rates, dense")
-    for name in ("GPU", "fp16 TFLOP/s", "TF32 TFLOP/s", "fp32 TFLOP/s", "GB/s", "SMs", "GHz", "source"):
-        out.add_column(name, justify="left" if name in ("GPU", "source") else "right")
-    for gpu in GPUS:
-        rates = (gpu.fp16, gpu.tf32, gpu.fp32, gpu.bandwidth, gpu.sms, gpu.clock)
-        out.add_row(gpu.name, *(f"{rate:g}" for rate in rates), gpu.sheet)
-    return out
+    headers = ["GPU", "fp16 TFLOP/s", "TF32 TFLOP/s", "fp32 TFLOP/s", "GB/s", "SMs", "GHz", "source"]
+    rates = ((gpu.fp16, gpu.tf32, gpu.fp32, gpu.bandwidth, gpu.sms, gpu.clock) for gpu in GPUS)
+    rows = [[gpu.name, *(f"{rate:g}" for rate in each), gpu.sheet] for gpu, each in zip(GPUS, rates, strict=True)]
+    return Table(headers, rows, "Peak rates, dense", left=("GPU", "source"))
 
 
 def compared(lines: Iterable[dict[str, Any]]) -> Table:
-    """Return the measured rows of step_time's lines over their floors."""
-    out = Table()
-    for name in ("device", "net", "row", "measured ms", "floor ms", "measured / floor", "floor is"):
-        out.add_column(name, justify="right" if name[-2:] == "ms" or "/" in name else "left")
+    """Measured rows of step_time's lines over their floors."""
+    rows = []
     for line in lines:
         for name, row in line["rows"].items():
             if row.get("ms") is None:
@@ -220,8 +204,9 @@ def compared(lines: Iterable[dict[str, Any]]) -> Table:
             floor_ms = line["floor"]["ms"]
             ratio = f"{row['ms'] / floor_ms:.2f}" if floor_ms else ""
             cells = (f"{row['ms']:.2f}", f"{floor_ms:.2f}" if floor_ms else "none", ratio, line["floor"]["what"])
-            out.add_row(line["device"], line["net"], name, *cells)
-    return out
+            rows.append([line["device"], line["net"], name, *cells])
+    headers = ["device", "net", "row", "measured ms", "floor ms", "measured / floor", "floor is"]
+    return Table(headers, rows, left=("device", "net", "row", "floor is"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,8 +28,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 from lib import categories, history, measure, payback, rounds, waterfall
 from rich.console import Console
-from rich.table import Table
 from torch._inductor import config as inductor
+
+from ect.show.table import Table
 
 
 def teacher(case: waterfall.Case, device: torch.device, count: int) -> str:
@@ -54,9 +55,21 @@ def tables(line: dict[str, Any]) -> list[Table]:
     """Return the waterfall, and its split by category."""
     net, floor = f"{line['net']}, batch {line['batch']}", line["floor"]
     title = f"{net}: {line['clock']}" + (f"; floor {floor['ms']:.1f} ms, {floor['what']}" if floor["ms"] else "")
-    times = Table(title=title)
-    for column in (
-        "row",
+    times: list[list[str]] = []
+    split: list[list[str]] = []
+    for name, row in line["rows"].items():
+        if row["ms"] is None:
+            times.append([name, row["why"]])
+            continue
+        over = f"{row['ms'] / floor['ms']:.2f}" if floor["ms"] else ""
+        times.append([
+            name, f"{row['ms']:.2f}", "{:.2f}-{:.2f}".format(*row["iqr"]), f"{row['ratio']:.3f}",
+            "{:.3f}-{:.3f}".format(*row["ratio_iqr"]), over, f"{row['images_per_second']:.1f}",
+            f"{row['sec_per_kimg']:.3f}", f"{row['predicted_minutes']:.1f}", f"{row['memory'] / 1e6:.0f}",
+            str(row["launches"]),
+        ])  # fmt: skip
+        split.append([name, *(f"{row['ms'] * row['share'][c]:.2f}" for c in categories.CATEGORIES)])
+    figures = (
         "ms/step",
         "ms IQR",
         "ratio",
@@ -67,24 +80,9 @@ def tables(line: dict[str, Any]) -> list[Table]:
         "predicted min",
         "MB",
         "launches",
-    ):
-        times.add_column(column, justify="left" if column == "row" else "right")
-    split = Table(title=f"{net}: ms by category", caption="share of profiled steps, times the median")
-    for column in ("row", *categories.CATEGORIES):
-        split.add_column(column, justify="left" if column == "row" else "right")
-    for name, row in line["rows"].items():
-        if row["ms"] is None:
-            times.add_row(name, row["why"])
-            continue
-        over = f"{row['ms'] / floor['ms']:.2f}" if floor["ms"] else ""
-        times.add_row(
-            name, f"{row['ms']:.2f}", "{:.2f}-{:.2f}".format(*row["iqr"]), f"{row['ratio']:.3f}",
-            "{:.3f}-{:.3f}".format(*row["ratio_iqr"]), over, f"{row['images_per_second']:.1f}",
-            f"{row['sec_per_kimg']:.3f}", f"{row['predicted_minutes']:.1f}", f"{row['memory'] / 1e6:.0f}",
-            str(row["launches"]),
-        )  # fmt: skip
-        split.add_row(name, *(f"{row['ms'] * row['share'][c]:.2f}" for c in categories.CATEGORIES))
-    return [times, split]
+    )
+    by_category, shares = f"{net}: ms by category", "share of profiled steps, times the median"
+    return [Table(("row", *figures), times, title), Table(("row", *categories.CATEGORIES), split, by_category, shares)]
 
 
 def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace, console: Console) -> bool:

@@ -12,7 +12,7 @@ from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
 from ect.emas import beta_of
 from ect.errors import UserError
-from ect.models import EDMPrecond, half_precision_weights
+from ect.models import EDMPrecond, describe
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
 from ect.optim import FlatState
 from ect.ranks.distributed import World
@@ -24,7 +24,7 @@ few minutes of compiling against a few per cent of a step of tens of millisecond
 
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
-    """What ect.models.build needs for a new network of the configured architecture. Raises UserError where none fits."""
+    """Describe a new network of the configured architecture to ect.models.build. Raises UserError where none fits."""
     mult = " ".join(map(str, cfg.channel_mult))
     if dataset.resolution % 2 ** (len(cfg.channel_mult) - 1):
         raise UserError(
@@ -43,11 +43,7 @@ def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: in
         "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
         "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
     }  # fmt: skip
-    if cfg.arch == "ncsnpp":
-        kwargs |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
-        kwargs |= {"resample_filter": [1, 3, 3, 1]}
-    unet = "DhariwalUNet" if cfg.arch == "adm" else "SongUNet"
-    return {"precond": precond, "sigma_data": cfg.sigma_data, "unet": unet, "kwargs": kwargs}
+    return describe(cfg.arch, precond, cfg.sigma_data, kwargs)
 
 
 def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
@@ -75,11 +71,11 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
     state = FlatState(
         net, cfg.optim.optimizer, cfg.optim.lr, cfg.optim.betas, cfg.optim.eps,
         ema_betas=[beta_of(entry) for entry in cfg.optim.emas], clip=cfg.optim.clip,
-        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=half_precision_weights(net),
+        loss_scale=arithmetic.loss_scale, half=arithmetic.half, core=net.half_weights(),
         channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip
     if arithmetic.half is not None:
-        state.compute.model.fused = True  # type: ignore[assignment]  # half precision is for the ops, which sum in fp32
+        state.compute.model.on_ops = True  # half precision is for the ops, which sum in fp32
     return state
 
 

@@ -21,6 +21,14 @@ try:
 except ImportError:  # where the kernels and their benchmarks run, and nobody parses a command line
     _TAKES_NO_VALUE = None
 
+SIGMA_MAX = 80.0
+"""The noise level that sampling starts from (EDM, ECT)."""
+MID_T = (0.821,)
+"""The noise levels after it, one a network evaluation: those of ECT's CIFAR-10 models."""
+HEUN_STEPS = (18, 5, 2)
+"""Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
+
+
 Switch = Annotated[bool | None, _TAKES_NO_VALUE]
 """`--name` or `--no-name`; None where neither is given: as the device and the run suggest."""
 
@@ -42,8 +50,8 @@ FROM_1 = Limit("at least 1", lambda value: value >= 1)
 BELOW_1 = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
 FACTORS = Limit("one factor of at least 1 for each resolution", lambda mult: min(mult, default=0) >= 1)
 FALLING = Limit(
-    "noise levels that fall from 80 towards 0",
-    lambda mid_t: all(a > b > 0 for a, b in itertools.pairwise((80, *mid_t))),
+    f"noise levels that fall from {SIGMA_MAX:g} towards 0",
+    lambda mid_t: all(a > b > 0 for a, b in itertools.pairwise((SIGMA_MAX, *mid_t))),
 )
 EACH_BELOW_1 = Limit("from 0 to below 1", lambda values: all(0 <= value < 1 for value in values))
 FEW_EMAS = Limit(f"1 to {emas.MAX_EMAS} weight averages, each once", emas.are_few)
@@ -126,8 +134,8 @@ class OptimConfig:
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
     decay_kimg: Annotated[float, FROM_0] = 0.0
     emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
-    """Weight averages, 1 to 3, each by its decay per step: '.9999' or '.9999 .999'. The model is the first; --ema 1 of
-    ect.sample and ect.evaluate takes the second."""
+    """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
+    makes; ect.sample and ect.evaluate take the second with --ema 1."""
     ema_rampup: Annotated[float | None, ABOVE_0] = None
     """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
 
@@ -151,7 +159,7 @@ class EvalConfig:
     samples: Annotated[int, Limit("0 (off) or at least 2", lambda count: count == 0 or count >= 2)] = 50_000
     """Generated images a row of the table. 0 switches evaluation off."""
     batch: Annotated[int, FROM_1] = 256
-    mid_t: Annotated[tuple[float, ...], FALLING] = (0.821,)
+    mid_t: Annotated[tuple[float, ...], FALLING] = MID_T
     """Intermediate noise levels: one a network evaluation after the first."""
     weights: Path | None = None
     """Inception weights for image data sets (see python -m ect.evaluate --help)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from ect.config import DataConfig, EvalConfig
@@ -25,10 +23,7 @@ from ect.metrics import (
     Evaluator,
     FidelityOptions,
     QualityRow,
-    RatedElsewhere,
-    Sampler,
-    consistency_samplers,
-    heun_samplers,
+    RemoteEvaluator,
     make_evaluator,
     quality_rows,
     quality_table,
@@ -39,9 +34,9 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
-from ect.sampler import SIGMA_MAX
+from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
+from ect.show.table import Table
 
-_MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models
 _SAMPLES = 50_000  # as published figures have it
 _DIGITS_SAMPLES = 3_000  # enough for 1,797 digits
 _WIDTH = 120  # columns, where there is no terminal that has a width
@@ -65,7 +60,8 @@ class Options:
     samples: int | None = None
     """Generated images a repeat. Default: 50,000; for the digits 3,000."""
     mid_t: tuple[float, ...] | None = None
-    """Noise levels of the evaluations after the first, decreasing. Default: the model's own, else 0.821."""
+    """Noise levels of the evaluations after the first, decreasing. Default: the model's own, else that of ECT's
+    CIFAR-10 models."""
     heun: tuple[int, ...] = ()
     """Also rate EDM's Heun sampler at each of these numbers of steps."""
     repeats: int = 3
@@ -123,7 +119,7 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     samples = options.samples
     if samples is None:
         samples = _DIGITS_SAMPLES if data is not None and data.name == "digits" else _SAMPLES
-    evaluator: Evaluator = RatedElsewhere()
+    evaluator: Evaluator = RemoteEvaluator()
     if world.rank == 0:
         evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
     with sampling(PRECISIONS[options.precision]):
@@ -153,13 +149,7 @@ def _check_numbers(options: Options) -> None:
 
 
 def _samplers(options: Options, info: dict[str, Any]) -> list[Sampler]:
-    mid_t = options.mid_t
-    if mid_t is None:
-        mid_t = tuple(info.get("mid_t") or _MID_T)
-    if not all(high > low > 0 for high, low in itertools.pairwise((SIGMA_MAX, *mid_t))):
-        given = " ".join(f"{t:g}" for t in mid_t)
-        raise UserError(f"--mid-t {given}: expected strictly decreasing levels between 0 and {SIGMA_MAX:g}")
-    return consistency_samplers(mid_t) + heun_samplers(options.heun)
+    return [*consistency_samplers(levels_after_first(options.mid_t, info)), *map(Heun, options.heun)]
 
 
 def _reference(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Dataset | None:
@@ -226,15 +216,9 @@ def _rate(
 def _print(
     console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow], arithmetic: str
 ) -> None:  # fmt: skip
-    headers, cells = quality_table(rows, evaluator.columns)
     spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
     console.print(Text(f"{options.model}: {spread} {rows[0].samples:,} samples, products in {arithmetic}"))
-    table = Table()
-    for i, header in enumerate(headers):
-        table.add_column(Text(header), justify="left" if i == 0 else "right")
-    for row in cells:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    console.print(Table(*quality_table(rows, evaluator.columns)))
     for note in evaluator.notes:
         console.print(Text(f"- {note}"))
 
@@ -247,7 +231,7 @@ def _write(
     for name, tensor in net.state_dict().items():
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     report = {
-        "format": 1,
+        "format": 2,
         "model": {"path": str(options.model), "weights_sha256": weights.hexdigest(), "info": info},
         "products": arithmetic,
         "used": evaluator.used,

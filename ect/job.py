@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ect import precision
 from ect.assembly import idle_options
-from ect.config import Config
+from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
@@ -27,10 +27,7 @@ from ect.files.run_folder import load as load_config
 from ect.metrics import (
     Evaluator,
     QualityRow,
-    RatedElsewhere,
-    Sampler,
-    consistency_samplers,
-    heun_samplers,
+    RemoteEvaluator,
     make_evaluator,
     named,
     quality_rows,
@@ -41,13 +38,12 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
 from ect.ranks.stop import StopSignal
-from ect.sampler import generate
+from ect.sampler import Heun, Sampler, consistency_samplers, generate
 from ect.show import report
 from ect.show.grid import save_png
 from ect.show.log import RunLog
 from ect.trainer import Trainer
 
-HEUN_STEPS = (18, 5, 2)
 STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
 
@@ -114,7 +110,7 @@ class Job:
         if cfg.eval.samples and self.world.rank == 0:
             self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
         elif cfg.eval.samples:
-            self.evaluator = RatedElsewhere()
+            self.evaluator = RemoteEvaluator()
         for note in self.evaluator.notes if self.evaluator is not None else []:
             self.console.print(note, markup=False, highlight=False)
 
@@ -122,8 +118,10 @@ class Job:
         """Apply --kernels, and say which backend each op uses where the networks run on the ops."""
         try:
             dispatch.set_choice(self.cfg.kernels)
+            dispatch.check_named(self.device)
         except dispatch.BackendError as error:
-            raise UserError(f"--kernels {self.cfg.kernels}: {error}") from error
+            asked = f"--kernels {self.cfg.kernels}" if self.cfg.kernels else "ECT_KERNELS"
+            raise UserError(f"{asked}: {error}") from error
         if self.cfg.resume is not None:
             self_check.keep(resolved(run_folder(self.cfg.resume)), self.device)
         if fused.wanted(None, torch.zeros(0, device=self.device)):
@@ -148,14 +146,14 @@ class Job:
             teacher = self.train("pretraining", phase, folder)
             if teacher is None:
                 return False
-            models += Rated.averages(teacher, phase, heun_samplers(HEUN_STEPS))
+            models += Rated.averages(teacher, phase, [Heun(n) for n in HEUN_STEPS])
             cfg = replace(cfg, init_from=teacher)
         name = "tuning" if cfg.init_from is not None else "training"
         model = self.train(name, cfg, self.run_dir)
         if model is None:
             return False
         consistency = cfg.objective.kind == "consistency"
-        samplers = consistency_samplers(cfg.eval.mid_t) if consistency else heun_samplers(HEUN_STEPS)
+        samplers = consistency_samplers(cfg.eval.mid_t) if consistency else [Heun(n) for n in HEUN_STEPS]
         models += Rated.averages(model, cfg, samplers)
         return self.finish(models)
 
@@ -211,7 +209,7 @@ class Job:
             net, _ = load_model(model.path, device=self.device, ema=model.ema)
             for sampler in model.samplers:
                 with precision.sampling(precision.resolve(self.cfg.precision, self.device)):
-                    images = generate(net, STRIP_SEEDS, device=self.device, world=self.world, **sampler.options())
+                    images = generate(net, STRIP_SEEDS, sampler, device=self.device, world=self.world)
                     pictures[f"{named(sampler, model.entry)} (NFE {sampler.nfe})"] = torch.cat(list(images))
                     if self.evaluator is not None:
                         rows += quality_rows(

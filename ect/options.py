@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import math
-import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,57 +55,28 @@ def preset(name: str, option: str = "--preset") -> Config:
     raise UserError(f"{option} {name}: no such preset{meant} Known: {', '.join(PRESETS)}")
 
 
-def describe(cfg: Config) -> str:
-    """The resolved configuration, an option a line: what `python -m ect.train` takes. Unset options are comments. The last
-    line, a comment too, is the command that a shell takes, with only what differs from the preset or the resumed run."""
-    lines, changed = [], []
-    defaults = {name: value for name, value, _ in _fields(base(cfg.preset, cfg.resume))}
-    for name, value, _ in _fields(cfg):
-        if name == "dry-run":
-            continue
-        if value is None and defaults[name] is None:
-            lines.append(f"# --{name} is not set")
-            continue
-        lines.append(_option(name, value))
-        if value != defaults[name] or name in ("preset", "resume"):
-            changed.append(lines[-1])
-    return "\n".join([*lines, "# python -m ect.train " + " ".join(changed)])
-
-
-def _fields(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[Limit]]]:
+def fields(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[Limit]]]:
     """(option, value, limits of the value) of every field, nested ones included."""
     hints = typing.get_type_hints(type(cfg), include_extras=True)
     for field in dataclasses.fields(cfg):
         value, name = getattr(cfg, field.name), prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{name}.")
+            yield from fields(value, f"{name}.")
         else:
             beside = getattr(hints[field.name], "__metadata__", ())
             yield name, value, [limit for limit in beside if isinstance(limit, Limit)]
 
 
-def _option(name: str, value: Any) -> str:
-    """An option as a shell's command line has it."""
-    if isinstance(value, bool):
-        group, _, last = name.rpartition(".")
-        no = "" if value else "no-"
-        return f"--{group}.{no}{last}" if group else f"--{no}{last}"
-    if isinstance(value, tuple):
-        return " ".join([f"--{name}", *(shlex.quote(str(item)) for item in value)])
-    text = str(value)
-    dash = isinstance(value, (str, Path)) and text.startswith("-")  # or it would be taken for an option
-    return f"--{name}{'=' if dash else ' '}{shlex.quote(text)}"
-
-
 def check(cfg: Config) -> None:
     """Raises UserError naming the first option whose value is impossible: by itself, then beside other options."""
-    for name, value, limits in _fields(cfg):
+    for name, value, limits in fields(cfg):
         numbers = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, float)]
         if not all(map(math.isfinite, numbers)):
             raise UserError(f"--{name} {value}: expected a finite number")
         for limit in limits:
             if value is not None and not limit.holds(value):
-                raise UserError(f"{_option(name, value)}: expected {limit.expected}")
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--{name} {shown}: expected {limit.expected}")
     per_device, objective, optim = cfg.batch_per_device, cfg.objective, cfg.optim
     rules: list[tuple[str, Any, bool, str]] = [
         (

@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from ect.config import HEUN_STEPS, SIGMA_MAX
 from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
 from ect.models import ECMPrecond, EDMPrecond
@@ -24,12 +25,10 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
-from ect.sampler import SIGMA_MAX, draw, generate
+from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
 from ect.show.grid import save_grid, save_png
 
 _FILES = (".png", ".npz")
-_MID_T = (0.821,)  # the second noise level of ECT's CIFAR-10 models
-_HEUN_STEPS = 18  # EDM's choice at 32x32: 35 network evaluations
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Options:
     count: int = 64
     """Number of images."""
     nfe: int | None = None
-    """Network evaluations an image: 1, or 2 with the model's own mid_t (0.821 where it has none). Default: 2."""
+    """Network evaluations an image: 1, or 2 with the model's own mid_t (else that of ECT's CIFAR-10 models). Default: 2."""
     mid_t: tuple[float, ...] | None = None
     """Noise levels of the evaluations after the first, decreasing, between 0 and 80."""
     heun: int | None = None
@@ -92,19 +91,18 @@ def sample(options: Options, world: World = World()) -> None:
     _check_class(options.class_idx, net.label_dim)
     for line in self_check.of_sampling(net, device, world):
         print(line)
-    how = _schedule(options, net, info)
-    if "sigmas" in how:
-        print(f"{options.checkpoint}: {len(how['sigmas'])} NFE at sigma {', '.join(f'{s:g}' for s in how['sigmas'])}")
-    else:
-        print(f"{options.checkpoint}: Heun sampler, {how['heun_steps']} steps, {2 * how['heun_steps'] - 1} NFE")
+    sampler = _sampler(options, net, info)
+    print(f"{options.checkpoint}: {sampler}")
     start = time.perf_counter()
-    batches = generate(net, seeds, class_idx=options.class_idx, batch=options.batch, device=device, world=world, **how)
     with sampling(PRECISIONS[options.precision]):
         arithmetic = products(device)
+        batches = generate(
+            net, seeds, sampler, class_idx=options.class_idx, batch=options.batch, device=device, world=world
+        )
         if world.rank > 0:
             deque(batches, maxlen=0)  # makes them
             return
-        _write(options, seeds, batches, how.get("sigmas", ()), _classes(net, seeds, options.class_idx))
+        _write(options, seeds, batches, sampler, _classes(net, seeds, options.class_idx))
     seconds = time.perf_counter() - start
     rate = f"{len(seeds) / seconds:,.1f} img/s, products in {arithmetic}"
     print(f"wrote {len(seeds)} images to {options.out} in {seconds:.1f} s ({rate})")
@@ -157,35 +155,28 @@ def _check_class(class_idx: int | None, label_dim: int) -> None:
         raise UserError(f"--class {class_idx}: expected 0 to {label_dim - 1}, the classes of this model")
 
 
-def _schedule(options: Options, net: EDMPrecond, info: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `generate`: {"sigmas": [80, ...]} or {"heun_steps": n}."""
+def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
+    """The sampler that the options ask for, or else the one that suits the model."""
     nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
     if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
-        heun = _HEUN_STEPS  # a diffusion model: two evaluations would only blur
+        heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur
     if heun is not None:
         if nfe is not None or mid_t is not None:
             raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")
         if heun < 1:
             raise UserError(f"--heun {heun}: expected at least 1 step")
-        return {"heun_steps": heun}
+        return Heun(heun)
     if nfe is None:
         nfe = 2 if mid_t is None else len(mid_t) + 1
     if nfe < 1:
         raise UserError(f"--nfe {nfe}: expected at least 1 network evaluation")
-    if mid_t is None:
-        if nfe > 2:
-            raise UserError(f"--nfe {nfe}: also give its {nfe - 1} later noise levels, --mid-t, decreasing")
-        own = info.get("mid_t") or _MID_T
-        mid_t = tuple(own if isinstance(own, (list, tuple)) else [own])[: nfe - 1]
-    if len(mid_t) != nfe - 1:
+    if mid_t is None and nfe > 2:
+        raise UserError(f"--nfe {nfe}: also give its {nfe - 1} later noise levels, --mid-t, decreasing")
+    if mid_t is not None and len(mid_t) != nfe - 1:
         raise UserError(
             f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t, got {len(mid_t)}; leave out one of the two"
         )
-    sigmas = [SIGMA_MAX, *map(float, mid_t)]
-    if not all(high > low > 0 for high, low in itertools.pairwise(sigmas)):
-        given = " ".join(f"{t:g}" for t in mid_t)
-        raise UserError(f"--mid-t {given}: expected strictly decreasing levels between 0 and {SIGMA_MAX:g}")
-    return {"sigmas": sigmas}
+    return Consistency((SIGMA_MAX, *levels_after_first(mid_t, info)[: nfe - 1]))
 
 
 def _classes(net: EDMPrecond, seeds: Sequence[int], class_idx: int | None) -> list[int]:
@@ -194,7 +185,7 @@ def _classes(net: EDMPrecond, seeds: Sequence[int], class_idx: int | None) -> li
 
 
 def _write(
-    options: Options, seeds: Sequence[int], batches: Iterator[Tensor], sigmas: Sequence[float], classes: Sequence[int]
+    options: Options, seeds: Sequence[int], batches: Iterator[Tensor], sampler: Sampler, classes: Sequence[int]
 ) -> None:
     out = options.out
     if out.suffix == ".png":
@@ -204,7 +195,7 @@ def _write(
         arrays: dict[str, Any] = {
             "images": images,
             "seeds": np.array(seeds),
-            "sigmas": np.array(sigmas),
+            "sigmas": np.array(getattr(sampler, "sigmas", ())),
             "class": np.array(classes),
         }
         with atomic(out) as temp, temp.open("wb") as file:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 # Before torch loads OpenMP: idle threads sleep, instead of spinning against other work on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ect.options import describe, parse
+from ect.options import parse
 from ect.ranks.launch import launch
+from ect.show.dry_run import describe
 
 if TYPE_CHECKING:
     from ect.config import Config

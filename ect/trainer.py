@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,25 +17,21 @@ from torch import Tensor
 
 from ect import precision, schedule
 from ect.assembly import flat_state, network_spec, train_step
-from ect.config import Config
-from ect.cost import memory
-from ect.cost.signal_noise import signal_noise
+from ect.config import HEUN_STEPS, Config
+from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
 from ect.files.run_folder import from_dict, to_dict
-from ect.metrics import Evaluator, Sampler, consistency_samplers, heun_samplers, quality_rows
+from ect.metrics import Evaluator, quality_rows
 from ect.models import EDMPrecond, build
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.ranks.stop import StopSignal
-from ect.sampler import generate
+from ect.sampler import Heun, Sampler, consistency_samplers, generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
-
-GRID_HEUN_STEPS = (18,)
-NOISE_IMAGES = 16
 
 
 @dataclass
@@ -98,15 +95,7 @@ class Trainer:
         """What the self-check found, as lines for log and report."""
         self.notes += self.checked
         if self.precision.half is not None and self.consistency:
-            self.notes.append(self._signal_noise())
-
-    def _signal_noise(self) -> str:
-        """What the precision costs, as a line for the log."""
-        images, labels = self.dataset.images[:NOISE_IMAGES].to(self.device), self.dataset.labels
-        labels = None if labels is None else labels[:NOISE_IMAGES].to(self.device)
-        noise = signal_noise(self.net, self.precision.name, images, labels, against=torch.float32)
-        found = ", ".join(f"{100 * error:.0f} % at t = {t:g}" for t, error in noise.items())
-        return f"noise of {self.precision.name} on the signal D(x_t, t) - D(x_r, r) at its smallest: {found}"
+            self.notes.append(signal_noise.note(self.net, self.precision.name, self.dataset))
 
     def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
         """The network in train mode: of the checkpoint's architecture with --init-from, else new."""
@@ -202,20 +191,20 @@ class Trainer:
         self.ema_net.load_state_dict(self.state.ema_state_dict(i))
         return self.ema_net
 
-    def samplers(self) -> list[Sampler]:
+    def samplers(self) -> Sequence[Sampler]:
         """How this phase's network is sampled for its grids."""
-        return consistency_samplers(self.cfg.eval.mid_t) if self.consistency else heun_samplers(GRID_HEUN_STEPS)
+        return consistency_samplers(self.cfg.eval.mid_t) if self.consistency else [Heun(HEUN_STEPS[0])]
 
     def grids(self) -> None:
         """Sample grids of the first average."""
         net = self.average()
         for sampler in self.samplers():
-            images = generate(
-                net, GRID_SEEDS, batch=len(GRID_SEEDS), device=self.device, world=self.world, **sampler.options()
-            )
             with precision.sampling(self.precision):
-                made = torch.cat(list(images))
-            self.log.grid(f"nfe{sampler.nfe}", made)
+                batches = generate(
+                    net, GRID_SEEDS, sampler, batch=len(GRID_SEEDS), device=self.device, world=self.world
+                )
+                images = torch.cat(list(batches))
+            self.log.grid(f"nfe{sampler.nfe}", images)
 
     def evaluate(self) -> None:
         """Judge each weight average: one row of statistics, a figure for each average, sampler and metric."""

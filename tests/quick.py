@@ -1,7 +1,7 @@
 """`--quick`: all tests but those marked slow, and an error where one that is not marked should be: so the loop stays quick.
 
-A test's time is the processor time of its set-up, call and tear-down, and of the processes that it started and waited for: a
-busy machine does not change it much. Who is the first to need a shared fixture, or a module, pays for it.
+A test's time is the processor time of its set-up, call and tear-down, and of the processes that it started and waited for:
+a busy machine does not change it much. Who is the first to need a shared fixture, or a module, pays for it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def make(objective: Objective | None = None, on_ops: bool = True, precision: str
     net_cfg = replace(NET, channel_mult=(1, 2), attn_resolutions=(4,), label_dropout=0.2)
     spec = network_spec(net_cfg, "ECMPrecond", DATA, 9 if options.get("augment") else 0)
     net = build(spec).train()
-    net.model.fused = on_ops  # type: ignore[assignment]
+    net.model.on_ops = on_ops
     cfg = Config(precision=precision, optim=OptimConfig(lr=1e-3, emas=(".9",), clip=1.0))  # type: ignore[arg-type]
     step = {"seed": 1, "batch": BATCH, **options}
     return TrainStep(

@@ -23,8 +23,9 @@ from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_
 from ect.config import Config
 from ect.errors import UserError
 from ect.files.run_folder import to_dict
-from ect.options import check, describe, parse
+from ect.options import check, parse
 from ect.presets import PRESETS
+from ect.show.dry_run import describe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

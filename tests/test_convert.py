@@ -62,6 +62,7 @@ def test_conversion(source: Path, net: nn.Module, capsys: pytest.CaptureFixture[
     assert torch.equal(loaded(x, 3.0), net(x, 3.0))
 
 
+@pytest.mark.slow
 def test_command_line_in_a_process_of_its_own(source: Path) -> None:
     source.write_bytes(edm.dump({"ema": Call(eval, "1")}))
     command = [sys.executable, "-m", "ect.convert", str(source), str(source.with_suffix(".safetensors"))]

@@ -273,6 +273,7 @@ sample.main(["nothing.safetensors", "--device", "cuda"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch built for CUDA")
 def test_torch_itself_on_an_old_driver(stub: Path, tmp_path: Path) -> None:
     """Nothing mocked but the driver: libcuda.so.1 is found by torch and by us."""

@@ -33,9 +33,6 @@ from ect.step import TrainStep
 from ect.trainer import Trainer
 from tests.tiny import BATCH, STEPS, config, run
 
-needs_gloo = pytest.mark.skipif(
-    sys.platform == "win32" or not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo"
-)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CLOCKS = ("sec_per_kimg", "memory_bytes")
 HALVES = config(
@@ -43,6 +40,12 @@ HALVES = config(
     eval=EvalConfig(samples=64, batch=16),
     log=replace(config().log, eval_kimg=0.048),
 )
+
+
+def needs_gloo(test: Any) -> Any:
+    """Marks for what starts processes, or reads what they left: they need torch.distributed with gloo, and seconds."""
+    absent = sys.platform == "win32" or not torch.distributed.is_gloo_available()
+    return pytest.mark.slow(pytest.mark.skipif(absent, reason="needs torch.distributed with gloo")(test))
 
 
 @contextmanager

@@ -16,9 +16,7 @@ from ect.metrics import (
     Column,
     QualityRow,
     choice,
-    consistency_samplers,
     digits_distance,
-    heun_samplers,
     make_evaluator,
     quality_rows,
     quality_table,
@@ -27,7 +25,7 @@ from ect.metrics.evaluator import Evaluator, Several
 from ect.metrics.features import DigitsEvaluator
 from ect.metrics.fidelity import FidelityEvaluator
 from ect.models import EDMPrecond, build
-from ect.sampler import generate
+from ect.sampler import Consistency, Heun, consistency_samplers, generate
 
 
 def model_file(path: Path, channels: int = 1, resolution: int = 8, **info: Any) -> tuple[Path, EDMPrecond]:
@@ -77,10 +75,9 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
 
 
 def test_samplers_count_their_evaluations() -> None:
-    rows = [*consistency_samplers([0.821, 0.2]), *heun_samplers([18, 2])]
-    assert [row.nfe for row in rows] == [1, 2, 3, 35, 3]
-    assert [row.sigmas for row in rows] == [(80.0,), (80.0, 0.821), (80.0, 0.821, 0.2), None, None]
-    assert [row.heun_steps for row in rows] == [None, None, None, 18, 2]
+    few = consistency_samplers([0.821, 0.2])
+    assert [sampler.sigmas for sampler in few] == [(80.0,), (80.0, 0.821), (80.0, 0.821, 0.2)]
+    assert [sampler.nfe for sampler in [*few, Heun(18), Heun(2)]] == [1, 2, 3, 35, 3]
 
 
 def test_rows_rate_the_images_of_their_seeds(tmp_path: Path) -> None:
@@ -91,9 +88,9 @@ def test_rows_rate_the_images_of_their_seeds(tmp_path: Path) -> None:
     )
     assert [row.first_seeds for row in rows] == [(7, 12), (7, 12)]
     assert seen == [3, 2] * 4
-    for row, sigmas in zip(rows, ([80.0], [80.0, 0.821]), strict=True):
+    for row, sigmas in zip(rows, ((80.0,), (80.0, 0.821)), strict=True):
         for first, values in zip(row.first_seeds, row.values, strict=True):
-            images = torch.cat(list(generate(net, range(first, first + 5), sigmas=sigmas, batch=5)))
+            images = torch.cat(list(generate(net, range(first, first + 5), Consistency(sigmas), batch=5)))
             assert values["mean"] == pytest.approx(images.double().mean().item(), abs=0.01)
     assert rows[0].values[0] != rows[0].values[1]  # each repeat has seeds of its own
 
@@ -184,7 +181,7 @@ def test_digits_figures_are_those_of_the_generated_images(
     _, two = json.loads((tmp_path / "r" / "metrics.json").read_text())["rows"]
     assert two["sampler"]["sigmas"] == [80.0, 1.5]
     _, net = model_file(tmp_path / "again.safetensors")
-    images = torch.cat(list(generate(net, range(30), sigmas=[80.0, 1.5])))
+    images = torch.cat(list(generate(net, range(30), Consistency((80.0, 1.5)))))
     fdc, fdp = digits_distance(images, load(DataConfig("digits")).images)
     assert two["mean"]["FDc"] == pytest.approx(fdc, rel=1e-6)
     assert two["mean"]["FDp"] == pytest.approx(fdp, rel=1e-6)

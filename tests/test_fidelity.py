@@ -130,6 +130,7 @@ def rated(
     return evaluator, evaluator.evaluate([clean]), evaluator.evaluate(iter(noisy.split(4)))
 
 
+@pytest.mark.slow
 def test_identical_sets_are_perfect(rated: tuple[FidelityEvaluator, dict[str, float], dict[str, float]]) -> None:
     evaluator, same, _ = rated
     assert [column.name for column in evaluator.columns] == ["FID", "KID", "IS", "precision", "recall"]
@@ -139,6 +140,7 @@ def test_identical_sets_are_perfect(rated: tuple[FidelityEvaluator, dict[str, fl
     assert same["precision"] == same["recall"] == 1.0
 
 
+@pytest.mark.slow
 def test_noise_makes_every_figure_worse(rated: tuple[FidelityEvaluator, dict[str, float], dict[str, float]]) -> None:
     _, same, noisy = rated
     assert noisy["FID"] > 10
@@ -148,6 +150,7 @@ def test_noise_makes_every_figure_worse(rated: tuple[FidelityEvaluator, dict[str
     assert noisy["IS"] > 1.0
 
 
+@pytest.mark.slow
 def test_cache_lies_in_the_run_folder_a_folder_for_each_weight_file(
     rated: tuple[FidelityEvaluator, dict[str, float], dict[str, float]], folder: Path, torch_home: Path
 ) -> None:
@@ -159,6 +162,7 @@ def test_cache_lies_in_the_run_folder_a_folder_for_each_weight_file(
     assert not torch_home.exists()
 
 
+@pytest.mark.slow
 def test_edm_statistics_replace_the_data(
     rated: tuple[FidelityEvaluator, dict[str, float], dict[str, float]],
     folder: Path,
@@ -181,6 +185,7 @@ def test_edm_statistics_replace_the_data(
     assert found["IS"] == pytest.approx(against_images["IS"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_command_rates_an_rgb_model_at_1_and_2_evaluations(
     inception: Path, clean: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,7 @@ def test_every_stage_sees_the_chosen_gpu_alone(
     assert not any("cuda:1" in part for command in commands for part in command)
 
 
+@pytest.mark.slow
 def test_stages_need_no_more_packages_than_they_say() -> None:
     """Others are hidden; what the stages import is imported."""
     others = "matplotlib torch_fidelity torchvision tensorboard scipy sklearn pytest"

@@ -29,7 +29,7 @@ def meta(*shape: int, **options: Any) -> Tensor:
 def make(cfg: Config, dataset: Dataset, device: str = "meta", on_ops: bool = True) -> TrainStep:
     with torch.device(device):
         net = build(network_spec(cfg.net, "ECMPrecond", dataset, 0)).train()
-    net.model.fused = on_ops  # type: ignore[assignment]
+    net.model.on_ops = on_ops
     return train_step(cfg, flat_state(cfg, net), ImageStream(dataset, 0, device, cfg.batch))
 
 

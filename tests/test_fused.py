@@ -15,8 +15,8 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from ect.models import DhariwalUNet, SongUNet, fused
-from ect.models.fused import Pending
+from ect.models import DhariwalUNet, SongUNet, UNet
+from ect.models.fused import Fused, Pending, wanted
 from ect.models.layers import BlockStyle, GroupNorm, MaskKey, UNetBlock
 from tests.golden_data import MANIFEST, load, part, rel_l2
 
@@ -36,7 +36,7 @@ def test_fused_network_matches_golden(name: str) -> None:
     case, g = MANIFEST[name], load(name)
     net = CLASSES[case["cls"]](**case["kwargs"])
     net.load_state_dict(part(g, "state."))
-    net.fused = True
+    net.on_ops = True
     x = g["x"].requires_grad_()
     y = net(x, g["noise_labels"], g.get("class_labels"), g.get("augment_labels"))
     assert rel_l2(y.detach(), g["y"]) <= 1e-5
@@ -57,7 +57,7 @@ def build(name: str) -> nn.Module:
 
 
 def run(net: nn.Module, use_ops: bool) -> tuple[Tensor, list[Tensor]]:
-    net.fused = use_ops
+    net.on_ops = use_ops
     g = torch.Generator().manual_seed(1)
     x, labels = torch.randn(2, 3, 16, 16, generator=g), torch.eye(3)[:2]
     augment, key = torch.randn(2, 9, generator=g), MaskKey(torch.tensor(5), 3)
@@ -135,11 +135,13 @@ def test_fused_block_equals_plain(style: str, name: str, dtype: torch.dtype) -> 
 
     plain_x = x.value()
     plain = layer(plain_x if other is None else torch.cat([plain_x, other], 1), emb, mask)
-    (prepared,) = fused.prepare([layer], emb)
-    fused_x, pending = fused.block(layer, x, prepared, mask, other)
+    norm = GroupNorm(block.out, 1e-6).to(dtype)
+    fused = Fused([layer], [norm], parts["a"], emb, mask)
+    h = fused.block(layer, fused.keep(x), None if other is None else Pending(other))
+    fused_x = x.value()
     assert rel_l2(fused_x.detach(), plain_x.detach()) <= BLOCK_BARS[dtype][0]
-    # Computed as the next block would: by its norm, whose own output is not used.
-    out, *_ = fused.norm_silu(GroupNorm(block.out, 1e-6).to(dtype), pending, dtype)
+    fused.norm_silu(norm, fused.keep(h))  # its own output is not used
+    out = h.value()
     assert rel_l2(out.detach(), plain.detach()) <= BLOCK_BARS[dtype][0]
     cotangent, cotangent_x = torch.randn_like(plain), torch.randn_like(plain_x)  # x itself goes to the decoder
 
@@ -152,6 +154,7 @@ def test_fused_block_equals_plain(style: str, name: str, dtype: torch.dtype) -> 
     assert worst <= BLOCK_BARS[dtype][1], leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpmpp", "adm"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     net = build(name)
@@ -168,25 +171,37 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         assert rel_l2(a, b) <= 1e-5
 
 
-def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(1)
-    monkeypatch.delenv("ECT_KERNELS", raising=False)
-    assert not fused.wanted(None, x) and fused.wanted(True, x)
-    monkeypatch.setenv("ECT_KERNELS", "*=reference")
-    assert fused.wanted(None, x) and not fused.wanted(False, x)
-    monkeypatch.delenv("ECT_KERNELS")
-    dispatch.set_choice("group_norm_silu=reference")
+@pytest.mark.parametrize("choice", ["", "residual_group_norm_silu=reference"])
+def test_the_choice_of_arithmetic_compiles_too(choice: str) -> None:
+    net = UNet(8, 3, 3)
+    net.forward = lambda x: x * wanted(net.on_ops, x)
+    dispatch.set_choice(choice)
     try:
-        assert fused.wanted(None, x)
+        assert torch.compile(net, fullgraph=True, backend="eager")(torch.ones(1)) == bool(choice)
     finally:
         dispatch.set_choice(None)
 
 
+def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    monkeypatch.delenv("ECT_KERNELS", raising=False)
+    assert not wanted(None, x) and wanted(True, x)
+    monkeypatch.setenv("ECT_KERNELS", "*=reference")
+    assert wanted(None, x) and not wanted(False, x)
+    monkeypatch.delenv("ECT_KERNELS")
+    dispatch.set_choice("residual_group_norm_silu=reference")
+    try:
+        assert wanted(None, x)
+    finally:
+        dispatch.set_choice(None)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpmpp", "skip"])  # tests/gpu_paths has the others, for a GPU
 def test_the_compiled_backward_fills_no_image_with_zeros(name: str) -> None:
     """A gradient that does not come is said beforehand; torch.compile makes zeros for any other."""
     net, graphs = build(name), []
-    net.fused = True
+    net.on_ops = True
 
     def backward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(graph)

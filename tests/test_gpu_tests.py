@@ -62,6 +62,7 @@ def test_make_test_gpu_installs_nothing(tmp_path: Path) -> None:
     assert len(gpu_files()) >= 10 and "tests/test_gpu.py" in gpu_files()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_each_has_a_twin_and_needs_torch_and_pytest_alone() -> None:
     """A twin: the same test on a case that is not marked, or the test that the mark names."""

@@ -88,6 +88,7 @@ def test_resume_continues_bit_for_bit(uninterrupted: Path, stop_at: int, tmp_pat
     assert torch.equal(*(read_model(f).state["model.map_layer0.weight"] for f in (folder, uninterrupted)))
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(config(), folder)
@@ -98,6 +99,7 @@ def test_resume_from_an_older_checkpoint(uninterrupted: Path, tmp_path: Path) ->
     assert rows(folder) == rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_resume_through_both_phases(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08)
     whole = tmp_path / "whole"
@@ -123,6 +125,7 @@ def test_resume_refuses_other_maths_by_name(uninterrupted: Path) -> None:
     assert "stats" not in text
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_pretraining_by_its_own_name(tmp_path: Path) -> None:
     run(config(pretrain="digits-diffusion", pretrain_kimg=0.016), tmp_path / "run")
     cfg = parse(["--resume", str(tmp_path / "run"), "--pretrain", "edm-cifar10"])
@@ -259,6 +262,7 @@ def test_non_finite_gradients_are_reported(tmp_path: Path, monkeypatch, capsys) 
     assert rows(tmp_path / "run")[-1]["loss"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_sigterm_saves_and_exits_0_with_a_hint(tmp_path: Path) -> None:
     command = [
@@ -322,6 +326,19 @@ def test_a_short_digits_job_shows_the_gain(tmp_path: Path, monkeypatch: pytest.M
     print({nfe: (round(v["FDc"], 1), round(v["FDp"], 3)) for nfe, v in figures.items()})
     assert figures[2]["FDc"] < 0.9 * figures[9]["FDc"] and figures[2]["FDp"] < 0.4 * figures[9]["FDp"]
     assert figures[1]["FDc"] < 0.5 * figures[3]["FDc"]
+
+
+@pytest.mark.parametrize("choice", ["perturb=cuda", "levels=apex", "*=cuda"])
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not train without a word on something else."""
+    with pytest.raises(UserError, match=r"^--kernels .*: backend '(cuda|apex)' cannot run: .*; have: reference"):
+        Job(config(run_dir=tmp_path / "run", kernels=choice), Console(quiet=True))
+    monkeypatch.setenv("ECT_KERNELS", choice)
+    with pytest.raises(UserError, match=r"^ECT_KERNELS: "):
+        Job(config(run_dir=tmp_path / "run"), Console(quiet=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_job_says_what_it_trains_on_and_which_options_do_nothing(tmp_path: Path) -> None:

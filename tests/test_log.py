@@ -189,22 +189,11 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert run.console.is_terminal
 
 
-def test_a_table_shows_its_cells(tmp_path: Path) -> None:
-    console = screen()
-    with RunLog(tmp_path, 1000, console=console) as run:
-        run.table("Frechet distance", ["sampler", "NFE", "FD"], [["[Heun]", 35, 1.23456], ["ECT", 2, None]])
-    shown = text(console).splitlines()
-    assert shown[0].strip() == "Frechet distance"
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown if "│" in line]
-    assert cells == [["[Heun]", "35", "1.235"], ["ECT", "2", "-"]]
-
-
 def test_quiet_says_nothing_and_writes_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path, 1000, quiet=True) as run:
         run.phase("tuning")
         run.step(1, loss=1.0)
         run.note("x")
-        run.table("t", ["a"], [["b"]])
         run.row(1, {})
     assert capsys.readouterr() == ("", "")
     assert rows(tmp_path) == [{"nimg": 1}]

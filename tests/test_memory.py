@@ -38,6 +38,7 @@ def test_the_1_hour_recipe_fits_a_24_gb_card(capsys: pytest.CaptureFixture[str])
     assert prediction.state > 6 * 4 * 55.7e6  # parameters, gradients, two moments, two averages
 
 
+@pytest.mark.slow
 def test_memory_grows_with_batch_precision_and_graph() -> None:
     cfg = PRESETS["cifar10-1h"]
     small, whole, wide = of(cfg, 32), of(cfg, 128), of(replace(cfg, precision="tf32"), 128)
@@ -48,6 +49,7 @@ def test_memory_grows_with_batch_precision_and_graph() -> None:
     assert eager.total == whole.total - whole.between
 
 
+@pytest.mark.slow
 def test_auto_takes_the_largest_divisor_that_fits() -> None:
     data, cfg = load(DataConfig()), Config(batch=12, net=NET)
     spec = network_spec(cfg.net, "ECMPrecond", data, 0)
@@ -105,10 +107,9 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of a process where Linux has it")
-@pytest.mark.parametrize(
-    ("batch", "mode"), [(64, "eager"), (1024, "eager"), pytest.param(64, "compiled", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("batch", "mode"), [(64, "eager"), (1024, "eager"), (64, "compiled")])
 def test_a_process_on_a_cpu_takes_what_was_predicted(batch: int, mode: str, tmp_path: Path) -> None:
     """Not by ru_maxrss, in which a process inherits the peak of the one that started it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -13,8 +13,9 @@ import pytest
 
 from ect.errors import UserError
 from ect.files.run_folder import from_dict, load, run_folder, to_dict
-from ect.options import check, describe, parse, preset
+from ect.options import check, parse, preset
 from ect.presets import PRESETS
+from ect.show.dry_run import describe
 from ect.train import main
 
 

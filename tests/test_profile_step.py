@@ -85,7 +85,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def run(out: Path) -> dict[str, dict[str, Any]]:
     result = profile_step.run(waterfall.case("ddpmpp", GPU), GPU, 3, out / "profile.json")
     assert json.loads((out / "profile.json").read_text()) == json.loads(json.dumps(result))
-    assert all(table.row_count for table in profile_step.table(result, 5))
+    assert all(table.rows for table in profile_step.table(result, 5))
     return {way["name"]: way for way in result["ways"]}
 
 

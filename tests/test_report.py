@@ -11,14 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from ect.metrics import Column, QualityRow, Sampler
+from ect.metrics import Column, QualityRow
 from ect.ranks import device
+from ect.sampler import Consistency, Heun
 from ect.show import report
 
 COLUMNS = (Column("FDc", "lower"), Column("FID", "lower", missing="no weights"))
 ROWS = [
-    QualityRow(Sampler("consistency, 1 step", 1, (80.0,)), 100, (0,), ({"FDc": 123.456},), 2.0),
-    QualityRow(Sampler("diffusion, 2 Heun steps", 3, None, 2), 100, (0,), ({"FDc": 0.5},), 4.0),
+    QualityRow(Consistency((80.0,)), 100, (0,), ({"FDc": 123.456},), 2.0),
+    QualityRow(Heun(2), 100, (0,), ({"FDc": 0.5},), 4.0),
 ]
 
 

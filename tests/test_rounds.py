@@ -179,7 +179,7 @@ def test_a_run_that_ends_in_the_middle_keeps_what_it_paid_for(number: int, bench
     assert ("+compile" in rows) == (number == 2)
     assert rows["plain"]["launches"] >= 0 and rows["plain"]["start"] > 0
     for table in step_time.tables(line):
-        assert table.row_count >= 3
+        assert len(table.rows) >= 3
     bench.steps.clear()
     assert bench() == 0 and bench.lines()[0]["rows"]["+compile"]["ms"] > 0 and not bench.lines(".partial")
 

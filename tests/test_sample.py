@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ect import sample as cli
 from ect.files.checkpoint import Checkpoints, load_model, read_model, save_model
 from ect.models import build
-from ect.sampler import generate
+from ect.sampler import Consistency, Heun, generate
 from ect.show.grid import make_grid
 
 
@@ -113,8 +113,8 @@ def test_noise_levels_come_from_options_then_the_model_then_the_default(tmp_path
             assert arrays["sigmas"].tolist() == sigmas
             images = torch.from_numpy(arrays["images"])
         net, _ = cli.load_model(path)
-        how: dict[str, Any] = {"sigmas": sigmas} if sigmas else {"heun_steps": 3}
-        assert torch.equal(images, torch.cat(list(generate(net, [0, 1], **how))))
+        sampler = Consistency(tuple(sigmas)) if sigmas else Heun(3)
+        assert torch.equal(images, torch.cat(list(generate(net, [0, 1], sampler))))
 
 
 def test_a_diffusion_model_takes_the_heun_sampler_unless_told_otherwise(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from ect.metrics import Column, Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, SongUNet
-from ect.sampler import consistency_sample, generate, heun_sample, to_uint8
+from ect.sampler import Consistency, Denoiser, Heun, Sampler, consistency_sample, draw, generate, heun_sample, to_uint8
+from ect.show import report
 from tests.golden_data import MANIFEST, load, part, rel_l2
 
 
@@ -78,12 +85,8 @@ def test_impossible_settings() -> None:
     z = torch.randn(1, 1, 2, 2)
     with pytest.raises(ValueError, match="sigmas is empty"):
         consistency_sample(Counting(), z, [])
-    with pytest.raises(ValueError, match="num_steps is 0"):
+    with pytest.raises(ValueError, match="steps is 0"):
         heun_sample(Counting(), z, 0)
-    net = tiny()
-    for options in ({}, {"sigmas": [80.0], "heun_steps": 3}):
-        with pytest.raises(ValueError, match="either"):
-            next(generate(net, [0], **options))
 
 
 def tiny(**kwargs: object) -> ECMPrecond:
@@ -94,23 +97,76 @@ def tiny(**kwargs: object) -> ECMPrecond:
     return ECMPrecond(net).eval()
 
 
-@pytest.mark.parametrize("how", [{"sigmas": [80.0]}, {"sigmas": [80.0, 0.821]}, {"heun_steps": 3}])
+@pytest.mark.parametrize("sampler", [Consistency((80.0,)), Consistency((80.0, 0.821)), Heun(3)], ids=str)
 @pytest.mark.parametrize("label_dim", [0, 3])
-def test_an_image_depends_on_its_seed_not_on_the_batch(how: dict, label_dim: int) -> None:
+def test_an_image_depends_on_its_seed_not_on_the_batch(sampler: Sampler, label_dim: int) -> None:
     net = tiny(label_dim=label_dim)
-    whole = torch.cat(list(generate(net, range(7), batch=7, **how)))
-    parts = torch.cat(list(generate(net, range(7), batch=3, **how)))
-    alone = torch.cat(list(generate(net, [4], **how)))
+    whole = torch.cat(list(generate(net, range(7), sampler, batch=7)))
+    parts = torch.cat(list(generate(net, range(7), sampler, batch=3)))
+    alone = torch.cat(list(generate(net, [4], sampler)))
     assert whole.shape == (7, 8, 8, 1) and whole.dtype == torch.uint8
     assert (whole.int() - parts.int()).abs().max() <= 1  # rounding of fp32, then to a level
     assert (whole[4:5].int() - alone.int()).abs().max() <= 1
     assert len({bytes(image.numpy().tobytes()) for image in whole}) == 7
 
 
+def test_an_image_is_made_of_the_latents_and_noises_of_its_seed() -> None:
+    net, seeds = tiny(), (3, 1)
+    latents, noises = (torch.stack(drawn) for drawn in zip(*(draw(net, s, 2)[::2] for s in seeds), strict=True))
+    made = torch.cat(list(generate(net, seeds, Consistency((80.0, 5.0, 0.8)))))
+    assert torch.equal(made, to_uint8(consistency_sample(net, latents, [80.0, 5.0, 0.8], noises.transpose(0, 1))))
+    assert torch.equal(torch.cat(list(generate(net, seeds, Heun(4)))), to_uint8(heun_sample(net, latents, 4)))
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A sampler that ect has never heard of: one step, noised again and again to the same level."""
+
+    level: float
+    times: int
+    name: str = "restart"
+
+    @property
+    def nfe(self) -> int:
+        return 1 + self.times
+
+    @property
+    def noises(self) -> int:
+        return self.times
+
+    def __call__(self, denoiser: Denoiser, latents: Tensor, noises: Sequence[Tensor] | Tensor | None = None) -> Tensor:
+        assert noises is not None and len(noises) == self.times
+        sigma = torch.full([len(latents)], self.level)
+        x = denoiser(self.level * latents, sigma)
+        for noise in noises:
+            x = denoiser(x + self.level * noise, sigma)
+        return x.double()
+
+
+class MeanPixel(Evaluator):
+    columns = (Column("mean", "lower"),)
+
+    def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
+        return {"mean": torch.cat(list(images)).double().mean().item()}
+
+
+def test_a_sampler_of_ones_own_is_generated_with_rated_and_reported(tmp_path: Path) -> None:
+    net, own = tiny(), Restart(0.8, times=2)
+    images = torch.cat(list(generate(net, range(5), own, batch=2)))
+    assert images.shape == (5, 8, 8, 1) and len({bytes(image.numpy().tobytes()) for image in images}) == 5
+    assert torch.equal(images, torch.cat(list(generate(net, range(5), Consistency((0.8,) * 3), batch=2))))
+    (row,) = quality_rows(net, MeanPixel(), [own], samples=5, batch=2)
+    assert row.mean("mean") == images.double().mean().item()
+    report.write(tmp_path, [row], MeanPixel.columns, {})
+    assert "| restart | 3 |" in (tmp_path / "results.md").read_text()
+    saved = json.loads((tmp_path / "results.json").read_text())["rows"][0]["sampler"]
+    assert saved == {"name": "restart", "nfe": 3, "level": 0.8, "times": 2}
+
+
 def test_class_idx_fixes_the_class() -> None:
     net = tiny(label_dim=3)
-    by_class = [torch.cat(list(generate(net, range(4), sigmas=[80.0], class_idx=c))) for c in range(3)]
-    drawn = torch.cat(list(generate(net, range(4), sigmas=[80.0])))
+    by_class = [torch.cat(list(generate(net, range(4), Consistency((80.0,)), class_idx=c))) for c in range(3)]
+    drawn = torch.cat(list(generate(net, range(4), Consistency((80.0,)))))
     assert not torch.equal(by_class[0], by_class[1])
     assert all(any(torch.equal(drawn[i], b[i]) for b in by_class) for i in range(4))
 

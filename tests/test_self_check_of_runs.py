@@ -164,7 +164,7 @@ def test_images_are_made_on_ops_that_were_checked(monkeypatch: pytest.MonkeyPatc
     line = "group_norm_silu: triton failed its check and is not used: y: off"
     assert self_check.of_sampling(net, gpu) == [line]
     assert set(seen) == {"group_norm_silu", "residual_group_norm_silu"}
-    assert next(net.parameters()).device.type == "cpu" and net.model.fused is None
+    assert next(net.parameters()).device.type == "cpu" and net.model.on_ops is None
 
 
 @pytest.mark.parametrize("command", [sample, evaluate])

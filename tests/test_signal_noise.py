@@ -24,7 +24,7 @@ from ect.cost.signal_noise import (
 )
 from ect.data import Dataset, load
 from ect.files.checkpoint import load_model
-from ect.models import EDMPrecond, MaskKey, build, half_precision_weights
+from ect.models import EDMPrecond, MaskKey, build
 from ect.objective import Mapping
 from ect.optim import FlatState
 from tests.tiny import NET
@@ -110,8 +110,8 @@ def test_half_precision_is_what_a_step_computes(name: str, half: torch.dtype) ->
     net = tiny(dropout=0.3)
     x, sigma = torch.randn(4, 1, 8, 8), torch.tensor([0.02, 0.5, 3.0, 40.0])
     got = in_precision(net, name)(x, sigma)
-    state = FlatState(net.train(), half=half, core=half_precision_weights(net))
-    state.compute.model.fused = True  # type: ignore[assignment]
+    state = FlatState(net.train(), half=half, core=net.half_weights())
+    state.compute.model.on_ops = True
     assert torch.equal(got, state.compute(x, sigma, None, None, MaskKey(torch.tensor(1), 0)))
 
 

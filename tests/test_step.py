@@ -213,7 +213,7 @@ def test_tuning_on_gaussian_data_finds_the_exact_consistency_function() -> None:
 def test_the_fused_step_equals_the_readable_one(c: float, options: dict) -> None:
     objective = ConsistencyObjective(c=c, weighting="inverse_c_out_sq")
     plain, fused = make(objective, **options), make(objective, **options)
-    plain.net.model.fused, fused.net.model.fused = False, True
+    plain.net.model.on_ops, fused.net.model.on_ops = False, True
     for stage in (0, 3):  # with and without rows of r = 0
         assert float(fused(0, stage)) == pytest.approx(float(plain(0, stage)), rel=1e-5)
         torch.testing.assert_close(fused.state.grads, plain.state.grads, rtol=1e-3, atol=1e-4)
@@ -223,7 +223,7 @@ def test_the_fused_step_equals_the_readable_one(c: float, options: dict) -> None
 def test_a_half_precision_step_follows_fp32(half: torch.dtype) -> None:
     name = "fp16" if half == torch.float16 else "bf16"
     want, got = (make(precision=name, net={"dropout": 0.2}) for name in ("fp32", name))
-    want.net.model.fused = True
+    want.net.model.on_ops = True
     for i in range(3):
         assert float(got(12 * i, 2)) == pytest.approx(float(want(12 * i, 2)), rel=0.02)
     scale = 1.0 if got.state.loss_scale is None else float(got.state.loss_scale)
@@ -283,7 +283,7 @@ def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_op
     same = Mapping("const", q=math.inf)  # r = t
     eager, compiled = make(net={"dropout": 0.2}), make(net={"dropout": 0.2}, compiled=True)
     for step in (eager, compiled):
-        step.net.model.fused = on_ops
+        step.net.model.on_ops = on_ops
     for i in range(2):
         assert float(compiled(12 * i, i)) == pytest.approx(float(eager(12 * i, i)), rel=1e-5)
         torch.testing.assert_close(compiled.state.grads, eager.state.grads, rtol=1e-3, atol=1e-4)
@@ -296,7 +296,7 @@ def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_op
 def test_all_micro_batches_share_one_compiled_graph(objective: Objective) -> None:
     """Dynamo specialises on Python numbers: a graph for each micro-batch, until it gives up at the ninth."""
     step, graphs = make(objective, net={"dropout": 0.1}, micro_batch=1), []
-    step.net.model.fused = True
+    step.net.model.on_ops = True
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(graph)

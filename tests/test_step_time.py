@@ -24,7 +24,7 @@ from ect.assembly import train_step
 from ect.config import DataConfig
 from ect.data import load
 from ect.emas import beta_of
-from ect.models import EDMPrecond, half_precision_weights
+from ect.models import EDMPrecond
 from ect.objective import ConsistencyObjective
 from ect.optim import FlatState
 from ect.presets import PRESETS
@@ -63,7 +63,7 @@ def test_the_per_parameter_state_trains_as_the_flat_one(name: str) -> None:
     case, half = tiny(), precision.PRECISIONS[name].half
     cfg = replace(case.cfg, precision=name, compile=False, graph=False)  # type: ignore[arg-type]
     nets = [case.network(CPU) for _ in range(2)]
-    core = half_precision_weights(nets[0]) if half else set()
+    core = nets[0].half_weights() if half else set()
     optim = cfg.optim
     scale = baseline.LOSS_SCALE if half else None
     state = FlatState(
@@ -75,7 +75,7 @@ def test_the_per_parameter_state_trains_as_the_flat_one(name: str) -> None:
         half=half,
         core=core,
     )
-    state.compute.model.fused = True
+    state.compute.model.on_ops = True
     own: Any = baseline.ParameterState(
         nets[1], lr=optim.lr, betas=optim.betas, ema_beta=beta_of(optim.emas[0]), half=half, core=core
     )

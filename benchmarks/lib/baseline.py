@@ -66,7 +66,7 @@ class PlainStep:
     ) -> None:  # fmt: skip
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.net = torch_dropout(net).to(memory_format=self.format)
-        self.net.model.fused = False  # type: ignore[assignment]
+        self.net.model.on_ops = False
         self.objective, self.images, self.batch, self.half = objective, images, batch, half
         self.device = next(net.parameters()).device
         self.updates = Updates(list(self.net.parameters()), lr, betas, ema_beta)
@@ -113,7 +113,7 @@ class ParameterState:
         for name, p in net.named_parameters():
             shared[id(p)] = nn.Parameter(p.detach().to(half)) if half is not None and name in core else p
         self.compute: EDMPrecond = copy.deepcopy(net, shared)
-        self.compute.model.fused = True  # type: ignore[assignment]
+        self.compute.model.on_ops = True
         self.inputs = list(self.compute.parameters())
 
     def load_grads(self, grads: Sequence[Tensor], add: bool = False) -> None:

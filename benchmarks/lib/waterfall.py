@@ -19,7 +19,7 @@ from ect.assembly import build_objective, flat_state, network_spec, train_step
 from ect.config import Config, DataConfig
 from ect.data import Dataset, ImageStream, load
 from ect.emas import beta_of
-from ect.models import EDMPrecond, build, half_precision_weights
+from ect.models import EDMPrecond, build
 from ect.objective import ConsistencyObjective
 from ect.presets import PRESETS
 from ect.step import TrainStep
@@ -117,7 +117,7 @@ def _stream(case: Case, device: torch.device) -> ImageStream:
 
 def _fused(case: Case, device: torch.device) -> TrainStep:
     net, optim = case.network(device).to(memory_format=torch.channels_last), case.cfg.optim
-    half, core = precision.PRECISIONS["fp16"].half, half_precision_weights(net)
+    half, core = precision.PRECISIONS["fp16"].half, net.half_weights()
     state: Any = ParameterState(
         net, lr=optim.lr, betas=optim.betas, ema_beta=beta_of(optim.emas[0]), half=half, core=core
     )  # the part of FlatState that TrainStep uses

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from ect.models import EDMPrecond, MaskKey, build, half_precision_weights
+from ect.models import EDMPrecond, MaskKey, build
 from lib import instructions
 
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
@@ -194,10 +194,10 @@ def network(spec: dict[str, Any], half: torch.dtype | None) -> EDMPrecond:
     """Return the network of a spec on the meta device, on the fused ops, channels-last, its core weights in `half`."""
     with torch.device("meta"):
         net = build(spec)
-    core = half_precision_weights(net) if half is not None else set()
+    core = net.half_weights() if half is not None else set()
     for name, p in net.named_parameters():
         p.data = p.data.to(half if name in core else p.dtype)
-    net.model.fused = True  # type: ignore[assignment]
+    net.model.on_ops = True
     return net.to(memory_format=torch.channels_last).train()
 
 

@@ -47,7 +47,8 @@ _BY_NAME = {
     "radam_ema": "optimizer", "perturb": "data/loss", "consistency_loss": "data/loss",
 }  # fmt: skip
 _BY_FILE = {
-    "fused.py": "network", "layers.py": "network", "song_unet.py": "network", "adm_unet.py": "network",
+    "fused.py": "network", "plain.py": "network", "products.py": "network", "layers.py": "network",
+    "song_unet.py": "network", "adm_unet.py": "network",
     "arenas.py": "optimizer", "step.py": "data/loss", "objective.py": "data/loss", "precond.py": "data/loss",
     "stream.py": "data/loss", "augment.py": "data/loss",
 }  # fmt: skip

@@ -93,7 +93,7 @@ def predict(
     on_ops = gpu or fused.wanted(None, torch.empty(0))
     with torch.device("meta"):
         net = build(spec).train()
-    net.model.fused = on_ops  # type: ignore[assignment]
+    net.model.on_ops = on_ops
     state = flat_state(traced, net)
     stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
     update = footprint.trace(train_step(traced, state, stream), device.type)

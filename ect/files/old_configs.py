@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from ect.config import ObjectiveConfig, OptimConfig
 from ect.emas import emas_of
 from ect.errors import UserError
 from ect.presets import PRESETS
@@ -47,9 +48,17 @@ def _optim_from_0_1(optim: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preset_of(phase: dict[str, Any]) -> str:
-    """Return the name of the first preset with this objective and optimizer; NO_PRESET if there is none."""
+    """The name of the first preset with this objective and optimizer, options that version 0.1 did not know being at their
+    defaults; NO_PRESET if there is none."""
+    parts = {
+        "objective": _as_json(ObjectiveConfig()) | phase["objective"],
+        "optim": _as_json(OptimConfig()) | phase["optim"],
+    }
     for name, preset in PRESETS.items():
-        ours = json.loads(json.dumps(dataclasses.asdict(preset), default=str))
-        if all(phase[part] == ours[part] for part in ("objective", "optim")):
+        if all(_as_json(getattr(preset, part)) == wanted for part, wanted in parts.items()):
             return name
     return NO_PRESET
+
+
+def _as_json(config: ObjectiveConfig | OptimConfig) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))

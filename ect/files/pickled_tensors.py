@@ -33,7 +33,7 @@ _STORAGE_TYPES = {f"torch.{name}": None for name in _DTYPES}  # all that a neste
 
 
 @dataclass(eq=False)
-class _NumpyType(Built):
+class NumpyType(Built):
     """A numpy.dtype: its state is a tuple with the byte order at index 1."""
 
     code: str
@@ -68,14 +68,14 @@ def _parameter(data: Any, _requires_grad: Any = False, hooks: Any = None) -> Ten
     return data
 
 
-def _numpy_type(code: Any, _align: Any = False, _copy: Any = False) -> _NumpyType:
+def _numpy_type(code: Any, _align: Any = False, _copy: Any = False) -> NumpyType:
     if type(code) is not str or code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
         raise UnsafePickle("a numpy type other than a number")
-    return _NumpyType(code)
+    return NumpyType(code)
 
 
 def _numpy_scalar(dtype: Any, raw: Any) -> object:
-    if type(dtype) is not _NumpyType or type(raw) is not bytes:
+    if type(dtype) is not NumpyType or type(raw) is not bytes:
         raise UnsafePickle("a numpy scalar without type or bytes")
     order = sequence(dtype.state)[1] if dtype.state else "="
     if order not in ("<", ">", "|", "="):

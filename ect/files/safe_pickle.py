@@ -76,12 +76,13 @@ class Machine:
 
     Args: table: the globals by full name ("module.name"), each answered by a function, or None for what a file may
     mention but not call. budget: shared by all machines at work on one file. persistent: answers persistent ids; None
-    refuses them.
+    refuses them. kind: what the file should be, for messages.
     """
 
     table: Mapping[str, Callable[..., object] | None]
     budget: Budget
     persistent: Callable[[Any], object] | None = None
+    kind: str = "snapshot"
     _stack: list[Any] = field(default_factory=list)
     _below: list[list[Any]] = field(default_factory=list)  # the stack up to each open mark
     _memo: dict[Any, Any] = field(default_factory=dict)
@@ -168,7 +169,7 @@ class Machine:
             stack.append(self.persistent(stack.pop()))
         else:
             what = f"{op} {show(arg)}" if type(arg) is str else op
-            raise UnsafePickle(f"uses the pickle instruction {what}, which no EDM or ECT snapshot needs")
+            raise UnsafePickle(f"uses the pickle instruction {what}, which no {self.kind} needs")
 
     def _global(self, module: object, name: object) -> Global:
         if type(module) is not str or type(name) is not str:
@@ -176,14 +177,14 @@ class Machine:
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"  # protocol 2 keeps the name of Python 2
         if full not in self.table:
             raise UnsafePickle(
-                f"asks for {show(full)}, which no EDM or ECT snapshot needs. Nothing was executed; "
+                f"asks for {show(full)}, which no {self.kind} needs. Nothing was executed; "
                 "do not open this file with other programs unless you trust its source"
             )
         return Global(full, self.table[full])
 
     def _call(self, function: Any, args: Any) -> object:
         if type(function) is not Global or function.call is None or type(args) is not tuple:
-            raise UnsafePickle(f"calls {describe(function)}, which is no function of a snapshot")
+            raise UnsafePickle(f"calls {describe(function)}, which is no function of a {self.kind}")
         try:
             self.budget.spend(args)
             return function.call(*args)
@@ -204,12 +205,12 @@ class Machine:
 
 
 def make_set(items: object = ()) -> set[Any]:
-    """Return a set of texts and integers."""
+    """A set of texts, bytes and integers."""
     return {_key(item) for item in sequence(items)}
 
 
 def _key(key: Any) -> Any:
-    if type(key) not in (str, int):  # hashing anything nested may overflow the C stack
+    if type(key) not in (str, bytes, int):  # hashing anything nested may overflow the C stack
         raise UnsafePickle(f"uses {describe(key)} as a key")
     return key
 

@@ -15,36 +15,7 @@ from torch import Tensor
 from ect.metrics.evaluator import Column, Evaluator
 from ect.models import EDMPrecond
 from ect.ranks.distributed import World
-from ect.sampler import SIGMA_MAX, generate
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """One way to draw images: the consistency sampler at `sigmas`, or `heun_steps` of EDM's Heun sampler."""
-
-    name: str
-    nfe: int
-    """Network evaluations an image."""
-    sigmas: tuple[float, ...] | None = None
-    heun_steps: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of ect.sampler.generate."""
-        return {"heun_steps": self.heun_steps} if self.sigmas is None else {"sigmas": self.sigmas}
-
-
-def consistency_samplers(mid_t: Sequence[float]) -> list[Sampler]:
-    """Return the consistency sampler at 1, 2, ... len(mid_t) + 1 evaluations: sigma 80 first, then mid_t in order."""
-    sigmas = (SIGMA_MAX, *mid_t)
-    return [
-        Sampler(f"consistency, {nfe} step{'s' if nfe > 1 else ''}", nfe, sigmas=sigmas[:nfe])
-        for nfe in range(1, len(sigmas) + 1)
-    ]
-
-
-def heun_samplers(steps: Sequence[int]) -> list[Sampler]:
-    """Return EDM's Heun samplers; n steps take 2 n - 1 evaluations."""
-    return [Sampler(f"diffusion, {n} Heun steps", 2 * n - 1, heun_steps=n) for n in steps]
+from ect.sampler import Sampler, generate
 
 
 def named(sampler: Sampler, ema: str | None) -> str:
@@ -77,14 +48,16 @@ class QualityRow:
         return min(value[column] for value in self.values)
 
     def as_json(self) -> dict[str, Any]:
-        """Return a JSON-able dictionary: all of the above, with mean and minimum of each column."""
+        """JSON-able: all of the above but `ema` where it is None, with mean and minimum of each column."""
         names = self.values[0]
+        sampler = {"name": self.sampler.name, "nfe": self.sampler.nfe, **asdict(self.sampler)}
         summary = {"mean": {n: self.mean(n) for n in names}, "minimum": {n: self.minimum(n) for n in names}}
-        return asdict(self) | summary
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return known | {"sampler": sampler} | summary
 
 
-class RatedElsewhere(Evaluator):
-    """The place of an evaluator on ranks other than 0: no weights, no statistics."""
+class RemoteEvaluator(Evaluator):
+    """The evaluator of rank 0, as the other ranks know it: it rates nothing there, and needs no weights and no statistics."""
 
     columns = ()
 
@@ -108,12 +81,10 @@ def quality_rows(
 ) -> list[QualityRow]:
     """Rate `net` with each sampler; in each repeat all of them start from the same latents.
 
-    All ranks of `world` make images, rank 0 computes their features and figures while the others wait, and every rank
-    returns the rows. There are none where the evaluator has no column to fill: the images would be made for nothing.
-
-    Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have
-    `RatedElsewhere`. samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward
-    pass. on_images: called with the number of images just made. ema: names the weight average in the rows.
+    Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have `RemoteEvaluator`.
+    samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward pass. on_images: called
+    with the number of images just made. ema: names the weight average in the rows.
+    No rows where the evaluator has no column to fill: the images would be made for nothing.
     """
     if not world.first(lambda: bool(evaluator.available)):
         return []
@@ -124,7 +95,7 @@ def quality_rows(
         for first in first_seeds:
             start, images = time.perf_counter(), []
             seeds = range(first, first + samples)
-            for some in generate(net, seeds, batch=batch, device=device, world=world, **sampler.options()):
+            for some in generate(net, seeds, sampler, batch=batch, device=device, world=world):
                 images.append(some)
                 on_images(len(some))
             seconds += time.perf_counter() - start

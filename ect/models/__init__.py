@@ -1,25 +1,56 @@
-"""Networks and preconditioning, and how to build them from a JSON-able description."""
+"""Networks and preconditioning, their named configurations, and how to build them from a JSON-able description."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from ect.errors import UserError
 from ect.models.adm_unet import DhariwalUNet
-from ect.models.layers import MaskKey, half_precision_weights
+from ect.models.layers import MaskKey
 from ect.models.precond import ECMPrecond, EDMPrecond
 from ect.models.song_unet import SongUNet
+from ect.models.unet import UNet
 
-__all__ = ["DhariwalUNet", "ECMPrecond", "EDMPrecond", "MaskKey", "SongUNet", "build", "half_precision_weights"]
+__all__ = [
+    "DhariwalUNet", "ECMPrecond", "EDMPrecond", "MaskKey", "SongUNet", "UNet", "build", "describe", "known_architectures",
+    "register",
+]  # fmt: skip
 
-_UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+_UNETS: dict[str, type[UNet]] = {}
+_Net = TypeVar("_Net", bound=UNet)
+
+
+def register(unet: type[_Net]) -> type[_Net]:
+    """Make a network known: to build() by the name of its class, to describe() by those of its architectures. Also a
+    decorator of the class."""
+    _UNETS[unet.__name__] = unet
+    return unet
+
+
+register(SongUNet)
+register(DhariwalUNet)
+
+
+def known_architectures() -> dict[str, type[UNet]]:
+    """Return the network of each named configuration."""
+    return {name: unet for unet in _UNETS.values() for name in unet.architectures}
+
+
+def describe(arch: str, precond: str, sigma_data: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what build() needs for a named configuration with further keyword arguments. Raises UserError where there is no
+    such configuration."""
+    known = known_architectures()
+    if arch not in known:
+        raise UserError(f"--net.arch {arch}: no network has this configuration; known: {', '.join(known)}")
+    kwargs = {**kwargs, **known[arch].architectures[arch]}
+    return {"precond": precond, "sigma_data": sigma_data, "unet": known[arch].__name__, "kwargs": kwargs}
 
 
 def build(spec: dict[str, Any]) -> EDMPrecond:
-    """The network of a model file.
+    """Make the network of a model file.
 
-    Args: spec: {"precond": "EDMPrecond" | "ECMPrecond", "sigma_data": 0.5, "sigma_min": 0.003 (ECM only), "unet": "SongUNet" |
-    "DhariwalUNet", "kwargs": the U-Net's keyword arguments}. Raises UserError on unknown names or arguments.
+    Args: spec: {"precond": "EDMPrecond" | "ECMPrecond", "sigma_data": 0.5, "sigma_min": 0.003 (ECM only), "unet": the name of a
+    registered class, "kwargs": its keyword arguments}. Raises UserError on unknown names or arguments.
     """
     unet, precond = spec.get("unet"), spec.get("precond")
     if unet not in _UNETS:

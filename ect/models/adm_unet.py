@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ect.models import fused
 from ect.models.layers import (
     BlockStyle,
     Conv2d,
@@ -19,16 +18,20 @@ from ect.models.layers import (
     MaskKey,
     PositionalEmbedding,
     UNetBlock,
+    blocks_of,
     default_mask,
     drop_labels,
 )  # fmt: skip
+from ect.models.unet import UNet
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(UNet):
     """F_x(x, noise_labels): [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
 
     Keyword arguments, names and values are those of the public EDM checkpoints.
     """
+
+    architectures: ClassVar[dict[str, dict[str, Any]]] = {"adm": {}}
 
     def __init__(
         self,
@@ -45,11 +48,8 @@ class DhariwalUNet(nn.Module):
         dropout: float = 0.10,
         label_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.fused: bool | None = None
-        """Run on the fused ops? None: on a GPU, or where a kernel backend was asked for by name."""
-        self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
-        self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
+        super().__init__(img_resolution, in_channels, out_channels, label_dim, augment_dim)
+        self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         init = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
         init_zero = Init("kaiming_uniform", weight=0.0, bias=0.0)
@@ -118,20 +118,17 @@ class DhariwalUNet(nn.Module):
         augment_labels: Tensor | None = None,
         mask: MaskKey | None = None,
     ) -> Tensor:
-        """x [N, in_channels, R, R], noise_labels [N] or [1], class_labels [N, label_dim], augment_labels [N, augment_dim].
-
-        In train mode, dropout uses `mask`; without one, a seed is drawn from torch's global generator.
-        """
+        """Return F_x as UNet.forward says."""
         mask = default_mask(self, mask, x.device)
         emb = self.embed(noise_labels, class_labels, augment_labels, mask)
-        if fused.wanted(self.fused, x):
-            return fused.adm_unet(self, x, emb, mask)
-        skips: list[Tensor] = []
-        for layer in self.enc.values():
-            x = layer(x, emb, mask) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
-        for layer in self.dec.values():
-            if x.shape[1] != layer.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb, mask)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        first = self.enc[f"{self.img_resolution}x{self.img_resolution}_conv"]
+        assert isinstance(first, Conv2d)
+        run = self.runner(x, emb, mask, [first, self.out_norm])
+        h = run.conv(first, x)
+        skips = [run.keep(h)]
+        for layer in blocks_of(self.enc):
+            h = run.block(layer, h)
+            skips.append(run.keep(h))
+        for layer in blocks_of(self.dec):
+            h = run.block(layer, h, skips.pop() if h.shape[1] != layer.in_channels else None)
+        return self.out_conv(run.norm_silu(self.out_norm, h))

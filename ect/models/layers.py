@@ -75,18 +75,18 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """Convolution of odd size (0: none) with an optional 2x up- or downsampling by a separable filter before it.
 
-    With fused=True and down, the filter and stride follow the convolution instead (the order NCSN++'s residual branch has).
+    With filter_last and down, the filter and stride follow the convolution instead (the order NCSN++'s residual branch has).
     """
 
     resample_filter: Tensor | None
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, init: Init = Init("xavier_uniform"), *,
-        up: bool = False, down: bool = False, resample_filter: Sequence[int] = (1, 1), fused: bool = False,
+        up: bool = False, down: bool = False, resample_filter: Sequence[int] = (1, 1), filter_last: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
-        self.up, self.down, self.fused = up, down, fused
+        self.up, self.down, self.filter_last = up, down, filter_last
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         if kernel:
@@ -103,7 +103,7 @@ class Conv2d(nn.Module):
         if self.resample_filter is None:
             return self.convolve(x, bias)
         pad = (self.resample_filter.shape[-1] - 1) // 2
-        if self.fused and self.down:
+        if self.filter_last and self.down:
             x = self.convolve(x, bias, pad)  # the bias passes the filter unchanged: its taps sum to 1
             return self.resample(x, 0)
         return self.convolve(self.resample(x, pad), bias)
@@ -262,6 +262,11 @@ class UNetBlock(nn.Module):
         return out.transpose(2, 3).reshape(n, c3 // 3, h, w)
 
 
+def blocks_of(net: nn.Module) -> list[UNetBlock]:
+    """List the residual blocks of a network, or of a part of it, in the order in which they were made."""
+    return [layer for layer in net.modules() if isinstance(layer, UNetBlock)]
+
+
 def sinusoids(x: Tensor, frequencies: Tensor, sines_first: bool) -> Tensor:
     """Cosines and sines [N, 2F] of x [N] times frequencies [F]."""
     angles = torch.outer(x, frequencies)
@@ -315,14 +320,3 @@ def default_mask(module: nn.Module, mask: MaskKey | None, device: torch.device) 
     if mask is None:
         return MaskKey(torch.randint(2**63 - 1, (), device=device), 0)
     return mask
-
-
-def half_precision_weights(net: nn.Module) -> set[str]:
-    """Names of the parameters that a half-precision copy of net holds in half: the weights of the blocks' convolutions."""
-    return {
-        f"{block}.{name}.weight"
-        for block, module in net.named_modules()
-        if isinstance(module, UNetBlock)
-        for name, layer in module.named_children()
-        if isinstance(layer, Conv2d) and layer.weight is not None
-    }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ect.models.layers import MaskKey
+from ect.models.unet import UNet
 
 
 class EDMPrecond(nn.Module):
@@ -15,26 +16,30 @@ class EDMPrecond(nn.Module):
     NaN (ln 0), and only that sample.
     """
 
-    def __init__(self, net: nn.Module, sigma_data: float = 0.5) -> None:
+    def __init__(self, net: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()
         self.model, self.sigma_data = net, sigma_data
 
     @property
     def runs_on_ops(self) -> bool | None:
-        """The U-Net's choice between plain forward and fused ops (None: by device)."""
-        return self.model.fused  # type: ignore[return-value]
+        """The U-Net's `on_ops`."""
+        return self.model.on_ops
 
     @property
     def img_resolution(self) -> int:
-        return int(self.model.img_resolution)  # type: ignore[arg-type]
+        return self.model.img_resolution
 
     @property
     def img_channels(self) -> int:
-        return int(self.model.out_channels)  # type: ignore[arg-type]
+        return self.model.out_channels
 
     @property
     def label_dim(self) -> int:
-        return int(self.model.label_dim)  # type: ignore[arg-type]
+        return self.model.label_dim
+
+    def half_weights(self) -> set[str]:
+        """Name the parameters that a half-precision copy holds in half: the U-Net's own."""
+        return {f"model.{name}" for name in self.model.half_weights()}
 
     def shift(self) -> float:
         """What is subtracted from sigma in c_skip and in the numerator of c_out."""
@@ -67,9 +72,13 @@ class EDMPrecond(nn.Module):
 class ECMPrecond(EDMPrecond):
     """EDM's preconditioning while training; in eval mode shifted so that D_x(x, sigma_min) = x exactly."""
 
-    def __init__(self, net: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.003) -> None:
+    def __init__(self, net: UNet, sigma_data: float = 0.5, sigma_min: float = 0.003) -> None:
         super().__init__(net, sigma_data)
         self.sigma_min = sigma_min
+
+    def half_weights(self) -> set[str]:
+        """Name the parameters that a half-precision copy holds in half: the U-Net's own."""
+        return {f"model.{name}" for name in self.model.half_weights()}
 
     def shift(self) -> float:
         return 0.0 if self.training else self.sigma_min

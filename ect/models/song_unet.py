@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ect.models import fused
 from ect.models.layers import (
     BlockStyle,
     Conv2d,
@@ -23,14 +22,22 @@ from ect.models.layers import (
     default_mask,
     drop_labels,
 )  # fmt: skip
+from ect.models.unet import UNet
 
 
-class SongUNet(nn.Module):
+class SongUNet(UNet):
     """F_x(x, noise_labels): [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
 
-    DDPM++ is the default; NCSN++ has embedding_type='fourier', channel_mult_noise=2, encoder_type='residual' and
-    resample_filter=[1, 3, 3, 1]. Keyword arguments, names and values are those of the public EDM checkpoints.
+    Keyword arguments, names and values are those of the public EDM checkpoints.
     """
+
+    architectures: ClassVar[dict[str, dict[str, Any]]] = {
+        "ddpmpp": {},
+        "ncsnpp": {
+            "embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual",
+            "resample_filter": [1, 3, 3, 1],
+        },
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -52,9 +59,8 @@ class SongUNet(nn.Module):
         decoder_type: str = "standard",
         resample_filter: Sequence[int] = (1, 1),
     ) -> None:
-        super().__init__()
-        self.fused: bool | None = None
-        """Run on the fused ops? None: on a GPU, or where a kernel backend was asked for by name."""
+        super().__init__(img_resolution, in_channels, out_channels, label_dim, augment_dim)
+        self.label_dropout = label_dropout
         for name, value, known in [
             ("embedding_type", embedding_type, ("positional", "fourier")),
             ("encoder_type", encoder_type, ("standard", "skip", "residual")),
@@ -62,8 +68,6 @@ class SongUNet(nn.Module):
         ]:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; known: {', '.join(known)}")
-        self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
-        self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         init, init_zero = Init("xavier_uniform"), Init("xavier_uniform", weight=1e-5)
         self.style = BlockStyle(
@@ -108,7 +112,9 @@ class SongUNet(nn.Module):
                     enc[f"{size}_aux_down"] = Conv2d(c_aux, c_aux, 0, down=True, resample_filter=taps)
                     enc[f"{size}_aux_skip"] = Conv2d(c_aux, c, 1, init)
                 if encoder_type == "residual":
-                    enc[f"{size}_aux_residual"] = Conv2d(c_aux, c, 3, init, down=True, resample_filter=taps, fused=True)
+                    enc[f"{size}_aux_residual"] = Conv2d(
+                        c_aux, c, 3, init, down=True, resample_filter=taps, filter_last=True
+                    )
                     c_aux = c
             skips.append(c)
             for i in range(num_blocks):
@@ -166,39 +172,36 @@ class SongUNet(nn.Module):
         augment_labels: Tensor | None = None,
         mask: MaskKey | None = None,
     ) -> Tensor:
-        """x [N, in_channels, R, R], noise_labels [N] or [1], class_labels [N, label_dim], augment_labels [N, augment_dim].
-
-        In train mode, dropout uses `mask`; without one, a seed is drawn from torch's global generator.
-        """
+        """Return F_x as UNet.forward says."""
         mask = default_mask(self, mask, x.device)
         emb = self.embed(noise_labels, class_labels, augment_labels, mask)
-        if fused.wanted(self.fused, x):
-            return fused.song_unet(self, x, emb, mask)
-        skips: list[Tensor] = []
-        aux = x
-        for name, layer in self.enc.items():
-            if name.endswith("aux_down"):
+        first = self.enc[f"{self.img_resolution}x{self.img_resolution}_conv"]
+        norms = [layer for layer in self.dec.values() if isinstance(layer, GroupNorm)]
+        assert isinstance(first, Conv2d)
+        run = self.runner(x, emb, mask, [first, *norms])
+        h, aux = run.conv(first, x), x
+        skips = [run.keep(h)]
+        for name, layer in list(self.enc.items())[1:]:
+            if isinstance(layer, UNetBlock):
+                h = run.block(layer, h)
+                skips.append(run.keep(h))
+            elif name.endswith("aux_down"):
                 aux = layer(aux)
             elif name.endswith("aux_skip"):
-                x = skips[-1] = x + layer(aux)
+                h = skips[-1] = run.keep(run.wrap(run.value(h) + layer(aux)))
             elif name.endswith("aux_residual"):
-                x = skips[-1] = aux = (x + layer(aux)) / math.sqrt(2)
-            else:
-                x = layer(x, emb, mask) if isinstance(layer, UNetBlock) else layer(x)
-                skips.append(x)
-        out: Tensor | None = None
-        normed = x
+                aux = (run.value(h) + layer(aux)) / math.sqrt(2)
+                h = skips[-1] = run.keep(run.wrap(aux))
+        out, normed = None, x
         for name, layer in self.dec.items():
-            if name.endswith("aux_up"):
+            if isinstance(layer, UNetBlock):
+                h = run.block(layer, h, skips.pop() if h.shape[1] != layer.in_channels else None)
+            elif isinstance(layer, GroupNorm):
+                normed = run.norm_silu(layer, h if layer is norms[-1] else run.keep(h))
+            elif name.endswith("aux_up"):
                 out = layer(out)
-            elif name.endswith("aux_norm"):
-                normed = layer(x)
             elif name.endswith("aux_conv"):
-                image = layer(F.silu(normed))
+                image = layer(normed)
                 out = image if out is None else out + image
-            else:
-                if x.shape[1] != layer.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb, mask)
         assert out is not None
         return out

@@ -245,7 +245,7 @@ def of_sampling(net: EDMPrecond, device: torch.device, world: World = World()) -
         return []
     with Recorder() as recorder, torch.no_grad():
         twin = copy.deepcopy(net).to("meta")
-        twin.model.fused = True  # type: ignore[assignment]
+        twin.model.on_ops = True
         x = torch.empty(SAMPLES, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
         twin(x, x[:, 0, 0, 0])
     _ops(recorder.calls, device, world)

@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
@@ -124,15 +123,6 @@ class RunLog:
     def note(self, text: str) -> None:
         """Print one line on the console, above the bar."""
         self.console.print(Text(text))
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print a table on the console; floats in four significant digits, None as a dash."""
-        table = Table(title=title, title_justify="left")
-        for i, column in enumerate(columns):
-            table.add_column(Text(column), justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*(Text(_show(value)) for value in row))
-        self.console.print(table)
 
     def close(self) -> None:
         """Stop the bar and close the files; a second call does nothing."""

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ect.files.checkpoint import atomic
 from ect.metrics import Column, QualityRow, quality_table
 from ect.show.grid import make_grid
+from ect.show.table import Table
 
 _TITLE_HEIGHT = 24  # pixels
 
@@ -33,17 +33,12 @@ def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
     return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, widest - part.shape[1]), value=255) for part in parts])
 
 
-def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and cells: sampler, NFE, metrics, images a second."""
+def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> Table:
+    """One row a sampler: its name, NFE, metrics and images a second."""
     headers, cells = quality_table(rows, columns)
     rates = [f"{row.samples * len(row.values) / row.seconds:.0f}" for row in rows]
-    return [*headers, "images/s"], [[*cell, rate] for cell, rate in zip(cells, rates, strict=True)]
-
-
-def markdown(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, first column left, the others right."""
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    lines = [[*cell, rate] for cell, rate in zip(cells, rates, strict=True)]
+    return Table([*headers, "images/s"], lines, f"Quality of {rows[0].samples} samples each")
 
 
 def wall_clock(seconds: dict[str, float]) -> str:
@@ -53,13 +48,7 @@ def wall_clock(seconds: dict[str, float]) -> str:
 def show(console: Console, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float]) -> None:
     """Print the table and the wall clock of each phase on the console."""
     if rows:
-        headers, cells = table(rows, columns)
-        view = Table(title=f"Quality of {rows[0].samples} samples each", title_justify="left")
-        for i, name in enumerate(headers):
-            view.add_column(name, justify="left" if i == 0 else "right")
-        for cell in cells:
-            view.add_row(*cell)
-        console.print(view)
+        console.print(table(rows, columns))
     console.print(wall_clock(seconds), highlight=False)
 
 
@@ -71,6 +60,6 @@ def write(
     result = {"rows": [row.as_json() for row in rows], "seconds": seconds, "checked": list(checked)}
     with atomic(run_dir / "results.json") as temp:
         temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = markdown(*table(rows, columns)) + "\n" if rows else ""
+    text = table(rows, columns).markdown() + "\n" if rows else ""
     with atomic(run_dir / "results.md") as temp:
         temp.write_text("\n\n".join([text + wall_clock(seconds) + ".", *checked]) + "\n", encoding="utf-8")

@@ -157,6 +157,20 @@ def requested(op: str) -> str | None:
     return None
 
 
+def named() -> dict[str, str]:
+    """Name the ops for which a backend was asked for by name: {op: backend}."""
+    asked = {op: requested(op) for op in OPS}
+    return {op: name for op, name in asked.items() if name is not None}
+
+
+def check_named(device: torch.device) -> None:
+    """Raise BackendError where a backend that was asked for by name cannot run on `device` at all."""
+    for op, name in named().items():
+        if (reason := OPS[op].why_not(name, device)) is not None:
+            usable = ", ".join(OPS[op].usable(device))
+            raise BackendError(f"{op}: backend {name!r} cannot run: {reason}; have: {usable}")
+
+
 def table(device: torch.device) -> list[tuple[str, str, str]]:
     """Return (op, backend, why) for each op on `device`, as `auto` or the request decides before any shape is known."""
     rows = []

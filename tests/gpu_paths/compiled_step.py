@@ -60,7 +60,7 @@ def step(device: str, images: int) -> TrainStep:
     data = Dataset("cifar10", torch.empty(50_000, SIZE, SIZE, 3, dtype=torch.uint8, device=device), None)
     with torch.device(device):
         net = build(network_spec(cfg.net, "ECMPrecond", data, 0)).train()
-    net.model.fused = True  # type: ignore[assignment]
+    net.model.on_ops = True
     return train_step(cfg, flat_state(cfg, net), ImageStream(data, 0, device, images))
 
 
@@ -105,7 +105,7 @@ class Stub(nn.Module):
         of_kind: dict[Any, list[Tensor]] = {}  # the graph has an order of its own
         for grad in grads:
             of_kind.setdefault((grad.shape, grad.dtype), []).append(grad)
-        self.fused, self.parameters_ = True, list(unet.parameters())
+        self.on_ops, self.parameters_ = True, list(unet.parameters())
         self.grads = [of_kind[p.shape, p.dtype].pop() for p in self.parameters_]
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:

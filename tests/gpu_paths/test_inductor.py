@@ -11,6 +11,8 @@ import pytest
 
 from tests.gpu_paths.processes import ask
 
+pytestmark = pytest.mark.slow
+
 INTERNALS = {
     "torch._dynamo.backends.common": "aot_autograd",
     "torch._dynamo.device_interface": "CudaInterface",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from ect.config import OptimConfig
 from ect.cost.signal_noise import signal_noise
 from ect.data import load
 from ect.files.run_folder import resolved
-from ect.metrics import Evaluator, consistency_samplers, heun_samplers, quality_rows
+from ect.metrics import Evaluator, quality_rows
 from ect.metrics.evaluator import Column
-from ect.sampler import generate
+from ect.sampler import Consistency, Heun, Sampler, consistency_samplers, generate
 from ect.trainer import Trainer
 from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
@@ -31,10 +30,10 @@ SAMPLING = {
     "sampler": ["one step", "two steps", "heun"],
     "gpu": ["T4", "H100"],
 }
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "one step": {"sigmas": [80.0]},
-    "two steps": {"sigmas": [80.0, 0.8]},
-    "heun": {"heun_steps": 3},
+SAMPLERS: dict[str, Sampler] = {
+    "one step": Consistency((80.0,)),
+    "two steps": Consistency((80.0, 0.8)),
+    "heun": Heun(3),
 }
 
 
@@ -44,7 +43,7 @@ def test_sampling_waits_for_the_device_once_a_batch(case: Case) -> None:
         data = cases.dataset(case["labels"])
         net = cases.network(cases.configuration(**case), data).eval()
         with gpu.watch() as events:
-            images = torch.cat(list(generate(net, range(5), batch=3, device="cuda", **SAMPLERS[case["sampler"]])))
+            images = torch.cat(list(generate(net, range(5), SAMPLERS[case["sampler"]], batch=3, device="cuda")))
         assert images.shape == (5, 16, 16, 3) and images.dtype == torch.uint8 and (images == 1).all()
         found = {event.kind for event in events}
         assert found <= {"host work", "host copy", "host data"}, events  # latents and classes come from the host
@@ -66,7 +65,7 @@ class Counting(Evaluator):
 def test_a_quality_table_is_made_on_the_device() -> None:
     with FakeGpu(GPUS["A100"], archs=cases.BUILT):
         net = cases.network(cases.configuration(), cases.dataset()).eval()
-        samplers = consistency_samplers([0.8]) + heun_samplers([2])
+        samplers = [*consistency_samplers([0.8]), Heun(2)]
         rows = quality_rows(net, Counting(), samplers, samples=5, batch=4, device="cuda")
     assert [row.mean("images") for row in rows] == [5.0] * 3
 

@@ -19,6 +19,7 @@ COVER = cover(cases.AXES, cases.allowed)
 FULL = [pytest.param(case, id=f"full: {name(case)}", marks=pytest.mark.full) for case in cases.full()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*[pytest.param(case, id=name(case)) for case in COVER], *FULL])
 def test_an_update_stays_on_the_device(case: Case) -> None:
     with FakeGpu(GPUS[case["gpu"]], archs=cases.archs(case)) as gpu:

@@ -18,6 +18,8 @@ from tests.gpu_paths.processes import ask
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 # In the gate each device compiles one precision, so that together they see everything that a step can ask for.
 SMALL: dict[str, list[dict[str, Any]]] = {
     "T4": [{"precision": "fp16", "labels": True}],

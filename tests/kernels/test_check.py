@@ -112,6 +112,7 @@ def test_one_wrong_bit_of_the_mask_is_named(calls: list[Call], monkeypatch: pyte
     assert "dropout mask: 1 of " in report.failed["group_norm_silu", NAME]
 
 
+@pytest.mark.unwritten
 def test_what_is_left_unwritten_is_found(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(results: Any, arguments: Any) -> Any:
         image = torch.empty_like(results.y)
@@ -167,6 +168,7 @@ check.check(calls, torch.device("cpu"))
 """
 
 
+@pytest.mark.slow
 def test_a_hang_ends_the_process_with_a_name_and_a_remedy() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", HANGS], env=environment, capture_output=True, text=True, timeout=100)
@@ -220,6 +222,7 @@ def test_a_triton_kernel_is_compiled_apart(calls: list[Call], monkeypatch: pytes
     assert 0.2 < report.compiling < report.seconds and report.calls == {("levels", "triton"): 1}
 
 
+@pytest.mark.slow
 def test_the_emulated_kernels_pass_at_the_shapes_of_a_network(
     calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +259,7 @@ def test_the_command_says_where_there_is_nothing_to_check(capsys: pytest.Capture
     assert main(["--check"]) == 0 and "check: nothing but references runs here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_so_do_the_triton_kernels(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available() or native.why_no_triton(CPU) is not None:
         pytest.skip("needs Triton's interpreter")

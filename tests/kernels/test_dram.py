@@ -310,7 +310,7 @@ def check(form: str, op: str, case: Case, way: str, meter: Meter) -> str:
 
 
 @pytest.mark.parametrize("form", ["cuda", "triton"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow if "norm" in op else ()) for op in OPS])
 def test_every_tensor_is_read_and_written_as_often_as_stated(op: str, form: str) -> None:
     with counted(form, op) as (backend, meters):
         for case in cases(form, op):

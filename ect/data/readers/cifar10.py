@@ -1,7 +1,7 @@
 """CIFAR-10 from its python tarball or the extracted folder, read without running anything from its pickles.
 
-The batches are Python 2 pickles. A pickle may name any function to be called while it is read; this reader knows four
-names, those that numpy writes for an array of bytes, and answers each with an inert stand-in.
+The batches are Python 2 pickles. `ect.files.safe_pickle` reads them, with a table of the names that numpy writes for an
+array of bytes.
 Format: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
-import pickletools
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +19,8 @@ import numpy as np
 
 from ect.data.readers.labels import one_hot
 from ect.errors import UserError
+from ect.files.pickled_tensors import NUMBERS, NumpyType
+from ect.files.safe_pickle import Budget, Built, Machine, UnsafePickle
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -116,82 +116,33 @@ def _parse_batch(pickled: bytes, where: Path) -> tuple[np.ndarray, np.ndarray]:
     return values, np.array(labels)
 
 
-class _Array:
-    """Stand-in for numpy.ndarray: keeps the pickled state (version, shape, dtype, Fortran order, bytes)."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+class _Array(Built):
+    """A numpy.ndarray. Its state is (version, shape, type, Fortran order, bytes)."""
 
     def values(self) -> np.ndarray | None:
         """Return the array, if the state describes one of uint8."""
         match self.state:
-            case (
-                int(),
-                tuple(shape),
-                _DType(code="u1" | b"u1" | "uint8" | b"uint8"),
-                bool() | 0 | 1 as fortran,
-                bytes(raw),
-            ):
+            case (int(), tuple(shape), NumpyType(code="u1"), bool() | 0 | 1 as fortran, bytes() | str() as raw):
                 if all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) == len(raw):
+                    raw = raw.encode("latin1", "replace") if isinstance(raw, str) else raw  # Python 2 has bytes as text
                     return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
         return None
 
 
-class _DType:
-    """Stand-in for numpy.dtype: keeps the type code; the rest of its state says nothing about single bytes."""
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    """Return a value as bytes: Python 3 writes bytes into an old-protocol pickle as latin1 text."""
-    if not (isinstance(text, str) and encoding in ("latin1", "latin-1")):
-        raise pickle.UnpicklingError("bytes in an unknown encoding")
-    return text.encode("latin1")
-
-
-_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _encode,
+_TABLE: dict[str, Callable[..., object] | None] = {
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),  # numpy 1
+    "numpy._core.multiarray._reconstruct": lambda *_: _Array(),  # numpy 2
+    "numpy.ndarray": None,
+    "numpy.dtype": NUMBERS["numpy.dtype"],
+    "_codecs.encode": NUMBERS["_codecs.encode"],
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, pickled: bytes, where: Path) -> None:
-        super().__init__(io.BytesIO(pickled), encoding="bytes")
-        self.where = where
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _GLOBALS:
-            raise UserError(
-                f"{self.where}: refused, and nothing from it was run: it asks for {module}.{name}, but a CIFAR-10 "
-                f"batch needs only numpy arrays. {_DOWNLOAD}"
-            )
-        return _GLOBALS[module, name]
 
 
 def _unpickle(pickled: bytes, where: Path) -> Any:
     try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            # The C unpickler allocates a memo as long as the largest index.
-            if opcode.name in ("PUT", "LONG_BINPUT") and argument is not None and argument > len(pickled):
-                raise pickle.UnpicklingError(f"memo index {argument}")
-        return _Unpickler(pickled, where).load()
-    except UserError:
-        raise
+        return Machine(_TABLE, Budget(work=2 * MAX_BYTES), kind="CIFAR-10 batch").run(io.BytesIO(pickled))
+    except UnsafePickle as error:
+        raise UserError(f"{where}: refused: {error}. {_DOWNLOAD} again") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(
             f"{where}: truncated or damaged ({type(error).__name__}: {error}). {_DOWNLOAD} again"

@@ -1,0 +1,40 @@
+"""What --dry-run prints: the resolved configuration as options that a command line takes back."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ect.config import Config
+from ect.options import base, fields
+
+
+def describe(cfg: Config) -> str:
+    """The resolved configuration, an option a line: what `python -m ect.train` takes. Unset options are comments. The last
+    line, a comment too, is the command that a shell takes, with only what differs from the preset or the resumed run."""
+    lines, changed = [], []
+    defaults = {name: value for name, value, _ in fields(base(cfg.preset, cfg.resume))}
+    for name, value, _ in fields(cfg):
+        if name == "dry-run":
+            continue
+        if value is None and defaults[name] is None:
+            lines.append(f"# --{name} is not set")
+            continue
+        lines.append(_option(name, value))
+        if value != defaults[name] or name in ("preset", "resume"):
+            changed.append(lines[-1])
+    return "\n".join([*lines, "# python -m ect.train " + " ".join(changed)])
+
+
+def _option(name: str, value: Any) -> str:
+    """An option as a shell's command line has it."""
+    if isinstance(value, bool):
+        group, _, last = name.rpartition(".")
+        no = "" if value else "no-"
+        return f"--{group}.{no}{last}" if group else f"--{no}{last}"
+    if isinstance(value, tuple):
+        return " ".join([f"--{name}", *(shlex.quote(str(item)) for item in value)])
+    text = str(value)
+    dash = isinstance(value, (str, Path)) and text.startswith("-")  # or it would be taken for an option
+    return f"--{name}{'=' if dash else ' '}{shlex.quote(text)}"

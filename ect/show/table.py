@@ -1,0 +1,51 @@
+"""A table of text, drawn on a console or written in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import rich.table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells below headers: `console.print(table)` draws them, `table.markdown()` writes them.
+
+    headers: one a column. rows: cells of any type, shown by str; a rich Text keeps its style on a console. A row may end
+    early, and an empty row is a line across. title, caption: above and below the table, on a console alone. left: headers
+    of the columns that are set left, the others are set right; None: the first.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    title: str = ""
+    caption: str = ""
+    left: Collection[str] | None = None
+
+    def _is_left(self, header: str) -> bool:
+        return header in (self.headers[:1] if self.left is None else self.left)
+
+    def __rich__(self) -> rich.table.Table:
+        """The table as rich draws it. Nothing in a cell is taken for markup, and nothing is cut."""
+        table = rich.table.Table(title=Text(self.title) if self.title else None, title_justify="left")
+        table.caption = Text(self.caption) if self.caption else None
+        for header in self.headers:
+            table.add_column(Text(header), justify="left" if self._is_left(header) else "right", overflow="fold")
+        for row in self.rows:
+            if row:
+                table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+            else:
+                table.add_section()
+        return table
+
+    def markdown(self) -> str:
+        """The lines of the table in Markdown, each with its end."""
+        rule = ["---" if self._is_left(header) else "---:" for header in self.headers]
+        filled = ([*row, *[""] * (len(rule) - len(row))] for row in self.rows if row)
+        return "".join(f"| {' | '.join(map(_escaped, cells))} |\n" for cells in (self.headers, rule, *filled))
+
+
+def _escaped(cell: object) -> str:
+    return str(cell).replace("|", "\\|").replace("\n", " ")
