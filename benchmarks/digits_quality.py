@@ -117,7 +117,7 @@ def short(value: float, digits: int) -> str:
 
 
 def table(lines: list[dict[str, Any]]) -> Table:
-    """One row a model and sampler: mean +- standard deviation over seeds."""
+    """Return one row a model and sampler: mean +- standard deviation over seeds."""
     cells = []
     for name in lines[0]["result"]:
         row = [name]

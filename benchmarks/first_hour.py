@@ -139,7 +139,7 @@ def gpu_tests(folder: str) -> list[str]:
 
 
 def plugins(device: str, environment: dict[str, str]) -> list[str]:
-    """Options of pytest for the plugins that are there: on a GPU several tests at a time, and a limit for each."""
+    """Return the options of pytest for the plugins that are there: on a GPU several tests at a time, and a limit for each."""
     absent, workers = missing("xdist pytest_timeout", environment), "0" if device == "cpu" else "8"
     limit = [] if "pytest_timeout" in absent else ["--timeout", "120"]
     return [*([] if "xdist" in absent else ["-n", workers]), *limit]

@@ -120,7 +120,7 @@ def equal(a: list[float], b: list[float]) -> tuple[bool, float, float]:
 
 
 def table(lines: dict[tuple[int, str], Line], options: Options) -> Table:
-    """One row a precision and NFE: mean +- standard deviation over seeds, each seed's value, and its FDc less that in fp32."""
+    """Return one row a precision and NFE: mean +- standard deviation over seeds, each seed's value, and its FDc less fp32's."""
     cells = []
     for precision in options.precisions:
         for nfe in NFES:

@@ -195,7 +195,7 @@ def assumptions() -> Table:
 
 
 def compared(lines: Iterable[dict[str, Any]]) -> Table:
-    """Measured rows of step_time's lines over their floors."""
+    """Return the measured rows of step_time's lines over their floors."""
     rows = []
     for line in lines:
         for name, row in line["rows"].items():

@@ -3,8 +3,8 @@
     make mutants        (or: python tests/mutants.py --seed 1 --jobs 2; --list shows them and runs nothing)
 
 A mutant is a copy of the tree with one operator, number or condition changed, or one statement left out. The tests of the
-changed file run until one fails, which kills the mutant. The seed and the text of a change and of its function's name alone decide
-which are made: an edit elsewhere in a file leaves the others in place. Ends with status 1 where more than ALLOWED survive.
+changed file run until one fails, which kills the mutant. The seed and the text of a change and of its function's name alone
+decide which are made: an edit elsewhere in a file leaves the others in place. Ends with status 1 where more than ALLOWED survive.
 """
 
 from __future__ import annotations

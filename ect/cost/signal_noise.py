@@ -40,7 +40,7 @@ def signal_noise(
 
 
 def note(net: EDMPrecond, precision: str, dataset: Dataset) -> str:
-    """What a precision costs on the first images of a data set, as a line for the log of a run; net as for `signal_noise`."""
+    """Return what a precision costs on the first images of a data set, as a line for a run's log; net as for `signal_noise`."""
     device, labels = next(net.parameters()).device, dataset.labels
     images = dataset.images[:NOTE_IMAGES].to(device)
     labels = None if labels is None else labels[:NOTE_IMAGES].to(device)

@@ -48,8 +48,10 @@ def _optim_from_0_1(optim: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preset_of(phase: dict[str, Any]) -> str:
-    """The name of the first preset with this objective and optimizer, options that version 0.1 did not know being at their
-    defaults; NO_PRESET if there is none."""
+    """Return the name of the first preset with this objective and optimizer; NO_PRESET if there is none.
+
+    Options that version 0.1 did not know are at their defaults.
+    """
     parts = {
         "objective": _as_json(ObjectiveConfig()) | phase["objective"],
         "optim": _as_json(OptimConfig()) | phase["optim"],

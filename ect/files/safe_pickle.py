@@ -205,7 +205,7 @@ class Machine:
 
 
 def make_set(items: object = ()) -> set[Any]:
-    """A set of texts, bytes and integers."""
+    """Return a set of texts, bytes and integers."""
     return {_key(item) for item in sequence(items)}
 
 

@@ -48,7 +48,7 @@ class QualityRow:
         return min(value[column] for value in self.values)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-able: all of the above but `ema` where it is None, with mean and minimum of each column."""
+        """Return a JSON-able form: all of the above but `ema` where it is None, with mean and minimum of each column."""
         names = self.values[0]
         sampler = {"name": self.sampler.name, "nfe": self.sampler.nfe, **asdict(self.sampler)}
         summary = {"mean": {n: self.mean(n) for n in names}, "minimum": {n: self.minimum(n) for n in names}}

@@ -34,7 +34,7 @@ def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
 
 
 def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> Table:
-    """One row a sampler: its name, NFE, metrics and images a second."""
+    """Return one row a sampler: its name, NFE, metrics and images a second."""
     headers, cells = quality_table(rows, columns)
     rates = [f"{row.samples * len(row.values) / row.seconds:.0f}" for row in rows]
     lines = [[*cell, rate] for cell, rate in zip(cells, rates, strict=True)]
