@@ -22,9 +22,11 @@ from typing import Any
 import torch
 import tyro
 from lib.measure import reason
+from lib.options import command
 from rich.console import Console
 
 from ect.config import Config, EvalConfig, LogConfig
+from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.job import Job, pretrain_config
 from ect.metrics import quality_rows
@@ -143,14 +145,18 @@ def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
     return all(all(h.values()) for h in held)
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__)
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, description=__doc__, args=argv)
+    if not options.seeds:
+        raise UserError("--seeds: name at least one")
     if options.report:
+        if not options.results.is_file():
+            raise UserError(f"--results {options.results}: no such file; leave --report out to make one")
         found = [json.loads(line) for line in options.results.read_text().splitlines()]
         lines = [line for line in {line["seed"]: line for line in found}.values() if line["seed"] in options.seeds]
         if not lines:
-            print(f"{options.results}: no line of these seeds")
-            return 1
+            raise UserError(f"--results {options.results}: has none of --seeds {options.seeds}; leave --report out")
     else:
         lines = []
         for seed in options.seeds:

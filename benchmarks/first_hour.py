@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lib import first_hour_report
+from lib.options import Parser, at_least, folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 8.0  # seconds below which a stage is not begun
@@ -279,10 +280,12 @@ def work(options: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=(1, 2), action="append", help="default: both")
-    parser.add_argument("--budget", type=float, default=575, help="seconds that a part may take (default: 575)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "first-hour", help="folder of report and figures")
+    parser.add_argument(
+        "--budget", type=at_least(0, float), default=575, help="seconds that a part may take (default: 575)"
+    )
+    parser.add_argument("--out", type=folder, default=ROOT / "runs" / "first-hour", help="folder of report and figures")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu: everything at small sizes")
     wheels = ROOT / "wheels"
     parser.add_argument(

@@ -15,7 +15,6 @@ DRAM traffic is what the ops' modules declare; tests/kernels/test_dram.py counts
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 
 from ect_kernels.__main__ import OPS
 from lib import launches, row_loops, sass
+from lib.options import Parser
 from rich.console import Console
 from rich.text import Text
 
@@ -321,7 +321,7 @@ def show_row_loops(loops: list[row_loops.RowLoop], held: bool, console: Console)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--check",
         action="store_true",

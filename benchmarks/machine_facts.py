@@ -85,16 +85,20 @@ def facts() -> dict[str, str]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", help="JSON file for the facts")
-    file = parser.parse_args(argv).file
+    path: Path | None = parser.parse_args(argv).file
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        print(f"{path}: cannot be written; name a file in a folder that exists", file=sys.stderr)
+        return 2
     found = facts()
     for name, value in found.items():
         print(f"{name}: {value}")
-    if file is not None:
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ the op cannot do without per second of its time, also as a share of a large copy
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from ect_kernels import dispatch
 from ect_kernels.__main__ import OPS
 from ect_kernels.testing import emulator, truth
 from lib import cases, measure
+from lib.options import Parser, at_least
 from rich.console import Console
 from rich.text import Text
 
@@ -52,11 +52,11 @@ def times(bench: cases.Bench, backend: str, device: torch.device) -> Iterator[tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", default="auto", type=measure.device_option)
     parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
-    parser.add_argument("--images", type=int, default=0, help="batch size (128 on a GPU, 1 on the CPU)")
+    parser.add_argument("--images", type=at_least(1), help="batch size (128 on a GPU, 1 on the CPU)")
     parser.add_argument("--quick", action="store_true", help="two shapes an op")
     options = parser.parse_args(argv)
     device, gpu = options.device, options.device.type == "cuda"

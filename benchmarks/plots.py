@@ -6,7 +6,6 @@ its rows. Below them the predicted floors of benchmarks/roofline.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import matplotlib
 import roofline
 import step_time
 from lib import categories, history
+from lib.options import Parser
 
 matplotlib.use("Agg")  # no display
 from matplotlib import pyplot as plt
@@ -119,9 +119,11 @@ def render(folder: Path, parts: Iterable[str] = ()) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=history.RESULTS, help="folder of the recorded lines")
     options = parser.parse_args(argv)
+    if not options.results.is_dir():
+        parser.error(f"--results {options.results}: no such folder; python benchmarks/step_time.py writes it")
     print(render(options.results, floors()))
     return 0
 

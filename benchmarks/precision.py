@@ -20,19 +20,20 @@ from pathlib import Path
 import torch
 import tyro
 from lib.measure import header, reason
+from lib.options import command
 from rich.console import Console
 
 from ect import models
 from ect.config import DataConfig
 from ect.cost import signal_noise
-from ect.cost.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors, round_weights
+from ect.cost.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors
 from ect.data import Dataset, load
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.models import EDMPrecond
 from ect.models.layers import Conv2d
 from ect.objective import Denoiser
-from ect.precision import PRECISIONS, apply
+from ect.precision import PRECISIONS, apply, round_weights
 from ect.ranks import device
 from ect.show.table import Table
 
@@ -119,13 +120,10 @@ def load_all(options: Options) -> tuple[EDMPrecond, Dataset]:
     return net, dataset
 
 
+@command
 def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, description=__doc__, args=args)
-    try:
-        net, dataset = load_all(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    net, dataset = load_all(options)
     where = next(net.parameters()).device
     images, labels = dataset.images[: options.samples].to(where), None
     if net.label_dim and dataset.labels is not None:

@@ -27,9 +27,11 @@ import torch
 import tyro
 from digits_quality import rate, short, train
 from lib.measure import reason
+from lib.options import command
 from rich.console import Console
 
 from ect.config import Config
+from ect.errors import UserError
 from ect.files.checkpoint import Checkpoints
 from ect.job import Job, pretrain_config
 from ect.presets import PRESETS
@@ -158,8 +160,15 @@ def show(lines: dict[tuple[int, str], Line], options: Options) -> bool:
     return all(verdicts)
 
 
+@command
 def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, description=__doc__, args=args)
+    if not options.seeds or not options.precisions or options.kimg <= 0:
+        raise UserError(
+            "--seeds, --precisions, --kimg: expected one or more seeds and precisions, and a length above 0"
+        )
+    if options.report and not options.results.is_file():
+        raise UserError(f"--results {options.results}: no such file; leave --report out to make one")
     lines = read(options)
     for seed in options.seeds:
         for precision in options.precisions:

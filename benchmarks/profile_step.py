@@ -7,7 +7,6 @@ fails or is killed costs no earlier figure.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import gc
@@ -27,6 +26,7 @@ import roofline
 import torch
 from ect_kernels import dispatch
 from lib import categories, measure, waterfall
+from lib.options import Parser, at_least, new_file
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
@@ -184,13 +184,13 @@ def table(result: dict[str, Any], rows: int) -> Iterator[Table]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", default="auto", type=measure.device_option)
     parser.add_argument("--net", choices=("digits", "ddpmpp"), default="ddpmpp")
-    parser.add_argument("--batch", type=int, help="default: 64 for digits; 128 for ddpmpp, on a CPU 4")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=25, help="kernels to print")
-    parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    parser.add_argument("--batch", type=at_least(1), help="default: 64 for digits; 128 for ddpmpp, on a CPU 4")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--rows", type=at_least(1), default=25, help="kernels to print")
+    parser.add_argument("--out", type=new_file, help="JSON file for all figures")
     options = parser.parse_args(argv)
     result = run(
         waterfall.case(options.net, options.device, options.batch), options.device, options.rounds, options.out

@@ -6,13 +6,15 @@ between the markers of README.md, and that of benchmarks/digits_quality.py --rep
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.options import Parser, command
+
+from ect.errors import UserError
 from ect.files.checkpoint import read_model, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +31,16 @@ def insert(text: str, name: str, block: str) -> str:
     return f"{head}{begin}{block.strip()}\n{end}{tail}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, help="folder of a finished run of the digits")
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run of python -m ect.train")
     run_dir = parser.parse_args(argv).run_dir
-    shutil.copy(run_dir / "samples.png", ROOT / "benchmarks/results/digits.png")
+    for name in ("samples.png", "results.md"):
+        if not (run_dir / name).is_file():
+            raise UserError(f"{run_dir / name}: no such file; name the folder of a finished run of python -m ect.train")
     model = read_model(run_dir)
+    shutil.copy(run_dir / "samples.png", ROOT / "benchmarks/results/digits.png")
     info = {**model.info, "made_by": "make readme", "licence": "Apache-2.0"}
     save_model(ROOT / "ect/models/digits.safetensors", model.state, model.spec, info)
     report = [sys.executable, str(ROOT / "benchmarks/digits_quality.py"), "--report", "--markdown"]
@@ -42,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     blocks = {"digits": (run_dir / "results.md").read_text(encoding="utf-8"), "seeds": seeds}
     for name, path in PLACES.items():
         path.write_text(insert(path.read_text(encoding="utf-8"), name, blocks[name]), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,6 @@ measured / floor for the lines that benchmarks/step_time.py wrote.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from lib import history, instructions, work
+from lib.options import Parser
 from rich.console import Console
 
 from ect.show.table import Table
@@ -210,7 +210,7 @@ def compared(lines: Iterable[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
     parser.add_argument("--results", type=Path, help="a file of benchmarks/results/: prints measured / floor")
     options = parser.parse_args(argv)

@@ -27,6 +27,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from lib import categories, history, measure, payback, rounds, waterfall
+from lib.options import Parser, at_least, folder
 from rich.console import Console
 from torch._inductor import config as inductor
 
@@ -144,15 +145,17 @@ def empty_compiler_cache() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", default="auto", type=measure.device_option)
     parser.add_argument("--net", choices=("digits", "ddpmpp"), action="append", help="default: ddpmpp, on a CPU both")
-    parser.add_argument("--batch", type=int, help="default: 64 for digits; 128 for ddpmpp, on a CPU 4")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=at_least(1), help="default: 64 for digits; 128 for ddpmpp, on a CPU 4")
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and the first")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that a row's first steps may take")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--results", type=Path, default=history.RESULTS, help="folder of the recorded lines")
+    parser.add_argument(
+        "--limit", type=at_least(0, float), default=300, help="seconds that a row's first steps may take"
+    )
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
+    parser.add_argument("--results", type=folder, default=history.RESULTS, help="folder of the recorded lines")
     parser.add_argument("--check", action="store_true", help="exit 1 where a row got more than 5 %% slower")
     parser.add_argument("--no-append", dest="append", action="store_false", help="record nothing")
     parser.add_argument(

@@ -5,14 +5,15 @@ Soft waves, each class in a colour of its own; 2,000 of them, again and again. G
 
 from __future__ import annotations
 
-import argparse
 import io
 import pickle
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from lib.options import Parser, new_file
 
 FOLDER, BATCHES, ROWS, DISTINCT = "cifar-10-batches-py", 5, 10_000, 2_000
 
@@ -43,11 +44,14 @@ def write(path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="the tar file to write")
-    write(parser.parse_args(argv).file)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("file", type=new_file, help="the archive to write")
+    path: Path = parser.parse_args(argv).file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

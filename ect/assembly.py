@@ -14,6 +14,7 @@ from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, describe
 from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
+from ect.objectives.distillation import ConsistencyDistillation
 from ect.optim import FlatState
 from ect.ranks.distributed import World
 from ect.step import TrainStep
@@ -57,11 +58,30 @@ def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
         yield f"--net.label-dropout {cfg.net.label_dropout}: there are no labels to drop; give --data.labels"
 
 
-def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
+def objective_type(cfg: ObjectiveConfig) -> type[ConsistencyObjective] | type[DiffusionObjective]:
+    """The configured objective's class, which says what it needs before there is a network."""
     if cfg.kind == "diffusion":
-        return DiffusionObjective(sigma_data, cfg.P_mean, cfg.P_std)
+        return DiffusionObjective
+    return ConsistencyDistillation if cfg.target == "teacher" else ConsistencyObjective
+
+
+def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
+    """The configured objective, for data of standard deviation sigma_data."""
+    chosen = objective_type(cfg)
+    if issubclass(chosen, DiffusionObjective):
+        return chosen(sigma_data, cfg.P_mean, cfg.P_std)
     mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
-    return ConsistencyObjective(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+    return chosen(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+
+
+def frozen(cfg: Config, net: EDMPrecond) -> EDMPrecond:
+    """Make `net` a teacher, in place: in eval mode, without gradients, in the configured precision and memory layout."""
+    device = next(net.parameters()).device
+    half = precision.resolve(cfg.precision, device).half
+    if half is not None:
+        precision.round_weights(net, net.half_weights(), half)
+    net = net.eval().requires_grad_(False)
+    return net.to(memory_format=torch.channels_last) if keeps_channels_last(cfg, device) else net
 
 
 def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
@@ -79,15 +99,17 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
     return state
 
 
-def train_step(cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World()) -> TrainStep:
-    """The configured update of `state`, on images of `stream`."""
+def train_step(
+    cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World(), teacher: EDMPrecond | None = None
+) -> TrainStep:  # fmt: skip
+    """The configured update of `state`, on images of `stream`. teacher: made by `frozen`, for an objective that wants one."""
     device = state.params.device
     if cfg.batch_per_device == "auto":
         raise ValueError("batch_per_device is 'auto'; ect.cost.memory.plan finds the number")
     return TrainStep(
         build_objective(cfg.objective, state.compute.sigma_data), state, stream, seed=cfg.seed, batch=cfg.batch,
         micro_batch=cfg.batch_per_device, xflip=cfg.data.xflip, augment=cfg.data.augment,
-        compiled=compiles(cfg, device), graph=captures(cfg, device), world=world,
+        compiled=compiles(cfg, device), graph=captures(cfg, device), world=world, teacher=teacher,
     )  # fmt: skip
 
 

@@ -118,6 +118,9 @@ class ObjectiveConfig:
     """Number of stages of the mapping."""
     stage_kimg: Annotated[float, ABOVE_0] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
+    target: Literal["self", "teacher"] = "self"
+    """Where the pair of x_t lies: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE from x_t
+    ('teacher', consistency distillation)."""
 
 
 @dataclass(frozen=True)

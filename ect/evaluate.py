@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from ect.config import DataConfig, EvalConfig
-from ect.data import Dataset, load
+from ect.config import EvalConfig
 from ect.errors import UserError
-from ect.files.checkpoint import atomic, load_model
-from ect.metrics import (
-    Evaluator,
-    FidelityOptions,
-    QualityRow,
-    RemoteEvaluator,
-    make_evaluator,
-    quality_rows,
-    quality_table,
-)
-from ect.models import EDMPrecond
+from ect.files.checkpoint import load_model
+from ect.files.resume import weights_fingerprint
+from ect.files.run_folder import evaluation_dir
+from ect.metrics import Evaluator, FidelityOptions, QualityRow, RemoteEvaluator, make_evaluator, quality_rows, reference
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
 from ect.ranks.device import resolve
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
-from ect.show.table import Table
+from ect.show import report
 
 _SAMPLES = 50_000  # as published figures have it
 _DIGITS_SAMPLES = 3_000  # enough for 1,797 digits
@@ -92,10 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line; exits with status 2 and one message where the user can mend it."""
 
     def work(options: Options, world: World) -> int:
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, _WIDTH)
-        evaluate(options, console, world)
+        evaluate(options, Console(width=None if sys.stdout.isatty() else _WIDTH), world)
         return 0
 
     status = launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.evaluate"), work)
@@ -109,12 +96,14 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     _check_numbers(options)
     device = resolve(options.device, world)
     net, info = load_model(options.model, device=device, ema=options.ema)
-    assert isinstance(net, EDMPrecond)  # ECMPrecond is one too
     for line in self_check.of_sampling(net, device, world):
         console.print(Text(line))
-    samplers = _samplers(options, info)
-    data = _reference(options, net, info)
-    run_dir = Path(world.first(lambda: str(_run_dir(options))))
+    few = consistency_samplers(levels_after_first(options.mid_t, info))
+    samplers: list[Sampler] = [*few, *map(Heun, options.heun)]
+    data = None
+    if options.reference is None:
+        data = reference(net, info, str(options.model), options.data, options.resolution)
+    run_dir = Path(world.first(lambda: str(evaluation_dir(options.run_dir, options.model, options.ema))))
     files = FidelityOptions(options.weights, options.vgg, options.dinov2, options.reference, options.download)
     samples = options.samples
     if samples is None:
@@ -124,14 +113,23 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
         evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
     with sampling(PRECISIONS[options.precision]):
         arithmetic = products(device)
-        rows = _rate(options, samples, net, info, evaluator, samplers, device, console, world)
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("rating", total=samples * options.repeats * len(samplers))
+            rows = quality_rows(
+                net, evaluator, samplers, samples=samples, repeats=options.repeats, seed=options.seed, batch=options.batch,
+                device=device, on_images=lambda count: progress.advance(task, count),
+                ema=None if options.ema is None else info.get("ema"), world=world,
+            )  # fmt: skip
     if world.rank > 0:
         return rows
+    spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
+    console.print(Text(f"{options.model}: {spread} {samples:,} samples, products in {arithmetic}"))
     unrated = [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers]
-    _print(console, options, evaluator, rows or unrated, arithmetic)
+    report.show_metrics(console, rows or unrated, evaluator)
     if not rows:
         raise UserError(f"{options.model}: no metric can be computed; the lines below the table say what each needs")
-    _write(run_dir / "metrics.json", options, net, info, evaluator, rows, arithmetic)
+    model = {"path": str(options.model), "weights_sha256": weights_fingerprint(net), "info": info}
+    report.write_metrics(run_dir / "metrics.json", model, rows, evaluator, arithmetic)
     console.print(Text(f"wrote {run_dir / 'metrics.json'}"))
     return rows
 
@@ -146,100 +144,6 @@ def _check_numbers(options: Options) -> None:
         raise UserError("--reference replaces the images of --data; leave out one of the two")
     if any(steps < 1 for steps in options.heun):
         raise UserError(f"--heun {' '.join(map(str, options.heun))}: expected at least 1 step")
-
-
-def _samplers(options: Options, info: dict[str, Any]) -> list[Sampler]:
-    return [*consistency_samplers(levels_after_first(options.mid_t, info)), *map(Heun, options.heun)]
-
-
-def _reference(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Dataset | None:
-    """The data set to compare with, checked against the model; None where --reference replaces it."""
-    if options.reference is not None:
-        return None
-    recorded = info.get("data")
-    source = options.data or ("digits" if recorded == "digits" else None)
-    if source is None:
-        hint = f"it was trained on {recorded!r}" if recorded else "it does not say what it was trained on"
-        raise UserError(f"{options.model}: {hint}; give those images, --data PATH, or --reference STATISTICS.npz")
-    data = load(DataConfig(source, resolution=options.resolution))
-    made = f"{net.img_resolution}x{net.img_resolution} with {net.img_channels} channels"
-    found = f"{data.resolution}x{data.resolution} with {data.channels} channels"
-    if made != found:
-        raise UserError(
-            f"--data {source}: images are {found}, the model's are {made}; give the data it was trained on, or for a "
-            f"folder of images --resolution {net.img_resolution}"
-        )
-    return data
-
-
-def _run_dir(options: Options) -> Path:
-    run_dir = options.run_dir
-    if run_dir is None:
-        model = options.model.resolve()
-        name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
-        run_dir = Path("runs") / f"evaluation-{name}{f'-ema{options.ema}' if options.ema else ''}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: cannot make this folder ({error.strerror}); choose another") from error
-    return run_dir
-
-
-def _rate(
-    options: Options,
-    samples: int,
-    net: EDMPrecond,
-    info: dict[str, Any],
-    evaluator: Evaluator,
-    samplers: list[Sampler],
-    device: torch.device,
-    console: Console,
-    world: World,
-) -> list[QualityRow]:
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("rating", total=samples * options.repeats * len(samplers))
-        return quality_rows(
-            net,
-            evaluator,
-            samplers,
-            samples=samples,
-            repeats=options.repeats,
-            seed=options.seed,
-            batch=options.batch,
-            device=device,
-            on_images=lambda count: progress.advance(task, count),
-            ema=None if options.ema is None else info.get("ema"),
-            world=world,
-        )
-
-
-def _print(
-    console: Console, options: Options, evaluator: Evaluator, rows: list[QualityRow], arithmetic: str
-) -> None:  # fmt: skip
-    spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
-    console.print(Text(f"{options.model}: {spread} {rows[0].samples:,} samples, products in {arithmetic}"))
-    console.print(Table(*quality_table(rows, evaluator.columns)))
-    for note in evaluator.notes:
-        console.print(Text(f"- {note}"))
-
-
-def _write(
-    path: Path, options: Options, net: EDMPrecond, info: dict[str, Any], evaluator: Evaluator, rows: list[QualityRow],
-    arithmetic: str,
-) -> None:  # fmt: skip
-    weights = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    report = {
-        "format": 2,
-        "model": {"path": str(options.model), "weights_sha256": weights.hexdigest(), "info": info},
-        "products": arithmetic,
-        "used": evaluator.used,
-        "missing": {column.name: column.missing for column in evaluator.columns if column.missing is not None},
-        "rows": [row.as_json() for row in rows],
-    }
-    with atomic(path) as temp:
-        temp.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

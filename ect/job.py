@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ect import precision
-from ect.assembly import idle_options
+from ect.assembly import idle_options, objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.errors import UserError
@@ -38,7 +38,7 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
 from ect.ranks.stop import StopSignal
-from ect.sampler import Heun, Sampler, consistency_samplers, generate
+from ect.sampler import Sampler, generate
 from ect.show import report
 from ect.show.grid import save_png
 from ect.show.log import RunLog
@@ -146,15 +146,15 @@ class Job:
             teacher = self.train("pretraining", phase, folder)
             if teacher is None:
                 return False
-            models += Rated.averages(teacher, phase, [Heun(n) for n in HEUN_STEPS])
+            models += Rated.averages(
+                teacher, phase, objective_type(phase.objective).samplers(cfg.eval.mid_t, HEUN_STEPS)
+            )
             cfg = replace(cfg, init_from=teacher)
         name = "tuning" if cfg.init_from is not None else "training"
         model = self.train(name, cfg, self.run_dir)
         if model is None:
             return False
-        consistency = cfg.objective.kind == "consistency"
-        samplers = consistency_samplers(cfg.eval.mid_t) if consistency else [Heun(n) for n in HEUN_STEPS]
-        models += Rated.averages(model, cfg, samplers)
+        models += Rated.averages(model, cfg, objective_type(cfg.objective).samplers(cfg.eval.mid_t, HEUN_STEPS))
         return self.finish(models)
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
@@ -170,7 +170,8 @@ class Job:
         before = resolved(run_dir) if resume else {}
         self_check.keep(before, self.device)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world)
-        if self.cfg.preset != "digits" and cfg.objective.kind == "consistency" and cfg.init_from is None and not resume:
+        staged = objective_type(cfg.objective).staged
+        if self.cfg.preset != "digits" and staged and cfg.init_from is None and not resume:
             trainer.notes.append("no --init-from: training a consistency model from scratch, not tuning a teacher")
         now = self_check.resolved(trainer.step)
         self.checked += [*trainer.checked, *self_check.changes(before, now)]

@@ -1,17 +1,24 @@
 """What is learnt: noise levels, the mapping t -> r, weightings, and the consistency and diffusion objectives.
 
-Everything here takes a denoiser, a callable (x [N, C, H, W], sigma [N]) -> D_x, not a network. Sources: Geng et al.,
-"Consistency models made easy" (ECT, arXiv 2406.14548), sections 3 and 4; Karras et al., 2022 (EDM) for the diffusion loss.
+Everything here takes a denoiser, a callable (x [N, C, H, W], sigma [N]) -> D_x, not a network. Formulas that an op computes too
+are called where the op has them. Further objectives are files in ect/objectives/. Sources: Geng et al., "Consistency models
+made easy" (ECT, arXiv 2406.14548), sections 3 and 4; Karras et al., 2022 (EDM) for the diffusion loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from ect_kernels import philox
+from ect_kernels.consistency_loss import consistency_loss, pseudo_huber
+from ect_kernels.levels import levels, lower_level, noise_level
+from ect_kernels.perturb import perturb
 from torch import Tensor
+
+from ect.sampler import Heun, Sampler, consistency_samplers
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Weighting = Callable[[Tensor, Tensor, float], Tensor]
@@ -43,29 +50,65 @@ class Mapping:
         if not self.q > 1:
             raise ValueError(f"mapping q is {self.q}; it divides the gap at each stage and must be greater than 1")
 
+    @property
+    def curve(self) -> tuple[float, float, float]:
+        """The (q, k, b) by which ect_kernels.levels computes this mapping. Raises KeyError for a kind that has none."""
+        return self.q, {"sigmoid": self.k, "const": 0.0}[self.kind], self.b
+
     def __call__(self, t: Tensor, stage: Tensor | int) -> Tensor:
         """t [N] > 0 and a stage (int or 0-d tensor, >= 0) -> r [N] with 0 <= r <= t, in t's dtype.
 
         r = t only where the gap q^-(stage + 1) is below the dtype's rounding (fp32: 2^-24)."""
-        power = torch.as_tensor(stage, dtype=torch.float64, device=t.device) + 1
-        decay = (self.q**-power).to(t.dtype)
-        n = 1 + self.k * torch.sigmoid(-self.b * t) if self.kind == "sigmoid" else torch.ones_like(t)
-        return (t * (1 - decay * n)).clamp(min=0)
+        return lower_level(t, stage, *self.curve)
 
 
-def pseudo_huber(difference: Tensor, c: float) -> Tensor:
-    """sqrt(||difference||^2 + c^2) - c per sample: [N, ...] -> [N]. Its gradient is 0 at distance 0, also for c = 0.
+class Draw(NamedTuple):
+    """Standard normal numbers that an objective takes for each image, from a Philox stream of their own.
 
-    Written as s / (sqrt(s + c^2) + c), which does not cancel for large c; the root never sees 0, whose slope is infinite.
+    size: how many, [N] for 1 and [N, size] for more; None: one for each value of the image, in the image's shape.
     """
-    s = difference.square().flatten(1).sum(1)
-    radicand = s + c * c
-    root = torch.where(radicand > 0, radicand, torch.ones_like(radicand)).sqrt()
-    return s / (root + c)
+
+    stream: int
+    size: int | None = 1
+
+
+class Objective:
+    """What a training step minimises. A new objective derives from this class, and declares what differs.
+
+    draws: the random numbers that `train_loss` takes, by the name of its argument; mirroring images is the step's. precond: the
+    preconditioning of the network, a class of ect.models. staged: whether t and r close up in stages, from a pretrained network
+    on. wants_teacher: whether `train_loss` takes a second, frozen network as `teacher`.
+    """
+
+    draws: ClassVar[dict[str, Draw]] = {"normal": Draw(philox.STREAM_T), "eps": Draw(philox.STREAM_EPS, None)}
+    precond: ClassVar[Literal["ECMPrecond", "EDMPrecond"]] = "EDMPrecond"
+    staged: ClassVar[bool] = False
+    wants_teacher: ClassVar[bool] = False
+
+    def train_loss(self, denoiser: Denoiser, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss [N] of clean images y [N, C, H, W] in [-1, 1]. Further arguments: each of `draws` by its name,
+        `stage` (0-d int64 tensor), and `teacher`, another denoiser, where `wants_teacher`."""
+        raise NotImplementedError(f"{type(self).__name__} has no train_loss")
+
+    def fast_loss(
+        self, unet: Denoiser, sigma_data: float, images: Tensor, key: Tensor, n0: Tensor | int, stage: Tensor, xflip: bool
+    ) -> Tensor | None:  # fmt: skip
+        """Return what `train_loss` does, computed on the ops of ect_kernels; None where there is no such form.
+
+        Args: unet: (c_in x, ln(sigma) / 4) -> raw output F_x, preconditioned as EDM does for sigma_data. images: uint8
+        [N, H, W, C], the global samples n0 ... n0 + N. key, stage: 0-d int64 tensors. xflip: whether to mirror half of them.
+        """
+        return None
+
+    @classmethod
+    def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> Sequence[Sampler]:
+        """Return the samplers that suit a network so trained: here EDM's, of each number of heun_steps. mid_t: the levels of a
+        consistency sampler after its first."""
+        return [Heun(steps) for steps in heun_steps]
 
 
 @dataclass(frozen=True)
-class ConsistencyObjective:
+class ConsistencyObjective(Objective):
     """ECT: D(x_t, t) shall equal the stop-gradient D(x_r, r) of the same weights, noise and dropout mask.
 
     loss = w(t, r) (sqrt(||D_t - D_r||^2 + c^2) - c). Noise levels follow ln t ~ N(P_mean, P_std^2).
@@ -78,38 +121,66 @@ class ConsistencyObjective:
     P_mean: float = -1.1
     P_std: float = 2.0
 
+    precond = "ECMPrecond"
+    staged = True
+
     def __post_init__(self) -> None:
         if not self.c >= 0:
             raise ValueError(f"pseudo-Huber c is {self.c}; it must be 0 (plain L2) or greater")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting is {self.weighting!r}; known: {', '.join(WEIGHTINGS)}")
 
+    def compare(
+        self, denoiser: Denoiser, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, *, share_rng: bool = False
+    ) -> Tensor:
+        """Return the loss [N] of pairs x_t, x_r [N, C, H, W] at levels t > r >= 0 [N]. Rows with r = 0 take x_r as their target
+        (the answer to x_r there, D at sigma = 1, is discarded). share_rng: as for `loss`."""
+        # x_r goes first: what its pass may keep for a backward is gone before the student's begins.
+        generators = torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else [], enabled=share_rng)
+        with torch.no_grad(), generators:
+            D_r = denoiser(x_r, torch.where(r > 0, r, torch.ones_like(r)))
+            target = torch.where((r > 0).view(-1, 1, 1, 1), D_r, x_r.to(D_r.dtype))
+        return WEIGHTINGS[self.weighting](t, r, self.sigma_data) * pseudo_huber(denoiser(x_t, t) - target, self.c)
+
     def loss(
         self, denoiser: Denoiser, y: Tensor, t: Tensor, r: Tensor, eps: Tensor, *, share_rng: bool = True
     ) -> Tensor:
         """Per-sample loss [N] of clean images y [N, C, H, W] in [-1, 1], levels t > r >= 0 [N] and unit noise eps like y.
 
-        Rows with r = 0 take y as their target (the teacher's answer there, D at sigma = 1, is discarded). share_rng makes
-        both draw the same from torch's global generators; a denoiser that holds its dropout key itself does not need it.
+        Rows with r = 0 take y as their target. share_rng makes both passes draw the same from torch's global generators; a
+        denoiser that holds its dropout key itself does not need it.
         """
-        teacher_r = torch.where(r > 0, r, torch.ones_like(r))
-        x_r = y + r.view(-1, 1, 1, 1) * eps
-        # The teacher goes first: what its pass may keep for a backward is gone before the student's begins.
-        generators = torch.random.fork_rng([y.device] if y.device.type == "cuda" else [], enabled=share_rng)
-        with torch.no_grad(), generators:
-            D_r = denoiser(x_r, teacher_r)
-            target = torch.where((r > 0).view(-1, 1, 1, 1), D_r, y.to(D_r.dtype))
-        D_t = denoiser(y + t.view(-1, 1, 1, 1) * eps, t)
-        return WEIGHTINGS[self.weighting](t, r, self.sigma_data) * pseudo_huber(D_t - target, self.c)
+        x_t, x_r = (y + sigma.view(-1, 1, 1, 1) * eps for sigma in (t, r))
+        return self.compare(denoiser, x_t, x_r, t, r, share_rng=share_rng)
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int) -> Tensor:
         """Per-sample loss [N] with t = exp(P_mean + P_std normal), r by the mapping; the denoiser fixes its own mask."""
-        t = (self.P_mean + self.P_std * normal).exp()
+        t = noise_level(normal, self.P_mean, self.P_std)
         return self.loss(denoiser, y, t, self.mapping(t, stage), eps, share_rng=False)
+
+    def fast_loss(
+        self, unet: Denoiser, sigma_data: float, images: Tensor, key: Tensor, n0: Tensor | int, stage: Tensor, xflip: bool
+    ) -> Tensor | None:  # fmt: skip
+        """Return what `train_loss` does in three launches: two from uint8 images to the U-Net's inputs, one from its outputs to
+        loss and gradient. None for a subclass of this class or of Mapping, whose formulas are its own."""
+        if type(self) is not ConsistencyObjective or type(self.mapping) is not Mapping:
+            return None
+        levels_of = (self.P_mean, self.P_std, *self.mapping.curve)
+        t, r, label_t, label_r, flip = levels(key, stage, n0, len(images), *levels_of)
+        in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, key, n0, flip if xflip else None)
+        with torch.no_grad():
+            F_r = unet(in_r, label_r)
+        F_t = unet(in_t, label_t)
+        weight = WEIGHTINGS[self.weighting](t, r, self.sigma_data)
+        return consistency_loss(F_t, F_r, x_t, x_r, t, r, weight, self.c, sigma_data)
+
+    @classmethod
+    def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> Sequence[Sampler]:
+        return consistency_samplers(mid_t)
 
 
 @dataclass(frozen=True)
-class DiffusionObjective:
+class DiffusionObjective(Objective):
     """EDM's denoising loss, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |D(y + sigma eps, sigma) - y|^2."""
 
     sigma_data: float = 0.5
@@ -125,7 +196,4 @@ class DiffusionObjective:
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int) -> Tensor:
         """Per-sample loss [N], summed over pixels, with sigma = exp(P_mean + P_std normal). The stage plays no role."""
-        return self.loss(denoiser, y, (self.P_mean + self.P_std * normal).exp(), eps).flatten(1).sum(1)
-
-
-Objective = ConsistencyObjective | DiffusionObjective
+        return self.loss(denoiser, y, noise_level(normal, self.P_mean, self.P_std), eps).flatten(1).sum(1)

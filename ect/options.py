@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
+import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,63 +48,75 @@ def base(name: str, resume: Path | None) -> Config:
     return load(run_folder(resume)) if resume else preset(name)
 
 
-def preset(name: str, option: str = "--preset") -> Config:
-    """PRESETS[name]; raises UserError that says what was meant by `option`."""
+def preset(name: str, asked_by: str = "--preset") -> Config:
+    """PRESETS[name]; raises UserError that names the option and says what was meant."""
     if name in PRESETS:
         return PRESETS[name]
     close = difflib.get_close_matches(name, PRESETS, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
-    raise UserError(f"{option} {name}: no such preset{meant} Known: {', '.join(PRESETS)}")
+    raise UserError(f"{asked_by} {name}: no such preset{meant} Known: {', '.join(PRESETS)}")
 
 
 def fields(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[Limit]]]:
     """(option, value, limits of the value) of every field, nested ones included."""
-    hints = typing.get_type_hints(type(cfg), include_extras=True)
-    for field in dataclasses.fields(cfg):
-        value, name = getattr(cfg, field.name), prefix + field.name.replace("_", "-")
+    for field, limits in _limits(cfg.__class__).items():
+        value, name = getattr(cfg, field), prefix + field.replace("_", "-")
         if dataclasses.is_dataclass(value):
             yield from fields(value, f"{name}.")
         else:
-            beside = getattr(hints[field.name], "__metadata__", ())
-            yield name, value, [limit for limit in beside if isinstance(limit, Limit)]
+            yield name, value, limits
+
+
+@functools.cache
+def _limits(cls: type) -> dict[str, list[Limit]]:
+    """The limits beside each field of a dataclass."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        field: [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Limit)]
+        for field, hint in hints.items()
+    }
+
+
+def option(name: str, value: Any) -> str:
+    """An option as a shell's command line has it."""
+    if isinstance(value, bool):
+        group, _, last = name.rpartition(".")
+        no = "" if value else "no-"
+        return f"--{group}.{no}{last}" if group else f"--{no}{last}"
+    if isinstance(value, tuple):
+        return " ".join([f"--{name}", *(shlex.quote(str(item)) for item in value)])
+    text = str(value)
+    dash = isinstance(value, (str, Path)) and text.startswith("-")  # or it would be taken for an option
+    return f"--{name}{'=' if dash else ' '}{shlex.quote(text)}"
 
 
 def check(cfg: Config) -> None:
     """Raises UserError naming the first option whose value is impossible: by itself, then beside other options."""
+    values = {}
     for name, value, limits in fields(cfg):
+        values[name] = value
         numbers = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, float)]
         if not all(map(math.isfinite, numbers)):
-            raise UserError(f"--{name} {value}: expected a finite number")
+            raise UserError(f"{option(name, value)}: expected a finite number")
         for limit in limits:
             if value is not None and not limit.holds(value):
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"--{name} {shown}: expected {limit.expected}")
+                raise UserError(f"{option(name, value)}: expected {limit.expected}")
+    for name, fits, expected in _beside_others(cfg):
+        if not fits:
+            raise UserError(f"{option(name, values[name])}: expected {expected}")
+
+
+def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
+    """(option, whether its value fits the other options, what is expected): the rules that no field has by itself."""
     per_device, objective, optim = cfg.batch_per_device, cfg.objective, cfg.optim
-    rules: list[tuple[str, Any, bool, str]] = [
-        (
-            "batch-per-device",
-            per_device,
-            not isinstance(per_device, int) or (per_device >= 1 and cfg.batch % per_device == 0),
-            f"a divisor of --batch {cfg.batch}",
-        ),
-        (
-            "objective.n-stages",
-            objective.n_stages,
-            objective.kind == "diffusion" or objective.n_stages * math.log2(objective.q) <= MAX_TIGHTNESS,
-            f"q^n_stages of at most 2^{MAX_TIGHTNESS}: beyond, t - r drowns in fp32 rounding",
-        ),
-        (
-            "optim.decay-kimg",
-            optim.decay_kimg,
-            optim.decay != "rsqrt" or optim.decay_kimg > 0,
-            "greater than 0 with --optim.decay rsqrt",
-        ),
-    ]
+    divides = not isinstance(per_device, int) or (per_device >= 1 and cfg.batch % per_device == 0)
+    yield "batch-per-device", divides, f"a divisor of --batch {cfg.batch}"
+    resolved = objective.kind == "diffusion" or objective.n_stages * math.log2(objective.q) <= MAX_TIGHTNESS
+    why = f"q^n_stages of at most 2^{MAX_TIGHTNESS}: beyond, t - r drowns in fp32 rounding"
+    yield "objective.n-stages", resolved, why
+    pairs = objective.target == "self" or objective.kind == "consistency"
+    yield "objective.target", pairs, "self with --objective.kind diffusion, which has no pairs"
+    yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
     if cfg.pretrain is not None and cfg.resume is None:  # a resumed run has its phase's own configuration
-        phase = preset(cfg.pretrain, "--pretrain")
-        rules.append(
-            ("pretrain", cfg.pretrain, phase.objective.kind == "diffusion", "a preset that trains by diffusion")
-        )
-    for name, value, holds, expected in rules:
-        if not holds:
-            raise UserError(f"--{name} {value}: expected {expected}")
+        diffusion = preset(cfg.pretrain, "--pretrain").objective.kind == "diffusion"
+        yield "pretrain", diffusion, "a preset that trains by diffusion"

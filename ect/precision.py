@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ect.errors import UserError
+from ect.models import EDMPrecond
 
 FIRST_WITH_TF32 = 8  # major compute capability of the first GPUs with TF32 and bf16
 
@@ -53,6 +54,14 @@ def resolve(name: str, device: torch.device) -> Precision:
                 f"sm_{FIRST_WITH_TF32}0; choose fp16 or fp32"
             )
     return PRECISIONS[name]
+
+
+def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
+    """Put the named parameters in half precision, in place, and run the network on the ops, which sum in fp32."""
+    for name, p in net.named_parameters():
+        if name in names:
+            p.data = p.data.to(half)
+    net.model.on_ops = True
 
 
 def apply(precision: Precision) -> None:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
 from ect.config import HEUN_STEPS, SIGMA_MAX
 from ect.errors import UserError
-from ect.files.checkpoint import atomic, load_model
+from ect.files.checkpoint import load_model
 from ect.models import ECMPrecond, EDMPrecond
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
@@ -26,9 +21,7 @@ from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
-from ect.show.grid import save_grid, save_png
-
-_FILES = (".png", ".npz")
+from ect.show import images
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sample(options, world)
         return 0
 
-    status = launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.sample"), work)
-    if status:
+    if status := launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.sample"), work):
         raise SystemExit(status)
 
 
@@ -86,9 +78,12 @@ def sample(options: Options, world: World = World()) -> None:
             raise UserError(f"--{name} {value}: expected at least 1")
     device = resolve(options.device, world)
     set_threads(options.threads, world)
-    world.first(lambda: _prepare(options.out))
+    world.first(lambda: images.prepare(options.out))
     net, info = load_model(options.checkpoint, device=device, ema=options.ema)
-    _check_class(options.class_idx, net.label_dim)
+    given, classes = options.class_idx, net.label_dim
+    if given is not None and not 0 <= given < classes:
+        fits = f"expected 0 to {classes - 1}, the classes of this model"
+        raise UserError(f"--class {given}: {fits if classes else 'this model is unconditional; leave the option out'}")
     for line in self_check.of_sampling(net, device, world):
         print(line)
     sampler = _sampler(options, net, info)
@@ -96,16 +91,15 @@ def sample(options: Options, world: World = World()) -> None:
     start = time.perf_counter()
     with sampling(PRECISIONS[options.precision]):
         arithmetic = products(device)
-        batches = generate(
-            net, seeds, sampler, class_idx=options.class_idx, batch=options.batch, device=device, world=world
-        )
+        batches = generate(net, seeds, sampler, class_idx=given, batch=options.batch, device=device, world=world)
         if world.rank > 0:
             deque(batches, maxlen=0)  # makes them
             return
-        _write(options, seeds, batches, sampler, _classes(net, seeds, options.class_idx))
-    seconds = time.perf_counter() - start
-    rate = f"{len(seeds) / seconds:,.1f} img/s, products in {arithmetic}"
-    print(f"wrote {len(seeds)} images to {options.out} in {seconds:.1f} s ({rate})")
+        labels = [draw(net, seed)[1] if given is None else given for seed in seeds]
+        images.write(options.out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels})
+    count, seconds = len(seeds), time.perf_counter() - start
+    rate = f"{count / seconds:,.1f} img/s, products in {arithmetic}"
+    print(f"wrote {count} images to {options.out} in {seconds:.1f} s ({rate})")
 
 
 def _seeds(options: Options) -> list[int]:
@@ -120,39 +114,13 @@ def _seeds(options: Options) -> list[int]:
         raise UserError("--seeds says it all; leave out --seed and --count")
     seeds: list[int] = []
     for part in options.seeds.split(","):
-        first_text, dash, last_text = part.strip().partition("-")
-        last_text = last_text if dash else first_text
-        if not (first_text.isdecimal() and last_text.isdecimal() and int(first_text) <= int(last_text) < 2**63):
-            raise UserError(
-                f"--seeds {options.seeds}: cannot read {part!r}; expected numbers and ranges such as 0-63,100"
-            )
-        seeds.extend(range(int(first_text), int(last_text) + 1))
+        low, dash, high = part.strip().partition("-")
+        high = high if dash else low
+        if not (low.isdecimal() and high.isdecimal() and int(low) <= int(high) < 2**63):
+            what = f"cannot read {part!r}; expected numbers and ranges such as 0-63,100"
+            raise UserError(f"--seeds {options.seeds}: {what}")
+        seeds.extend(range(int(low), int(high) + 1))
     return seeds
-
-
-def _prepare(out: Path) -> None:
-    """Make the folder that is written to, so that a bad --out fails before the work. Raises UserError."""
-    if out.suffix not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
-        raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
-    if out.suffix in _FILES and out.is_dir():
-        raise UserError(
-            f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images"
-        )
-    folder = out.parent if out.suffix in _FILES else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write into {folder} ({error.strerror}); choose another place") from error
-
-
-def _check_class(class_idx: int | None, label_dim: int) -> None:
-    if class_idx is None:
-        return
-    if label_dim == 0:
-        raise UserError(f"--class {class_idx}: this model is unconditional; leave the option out")
-    if not 0 <= class_idx < label_dim:
-        raise UserError(f"--class {class_idx}: expected 0 to {label_dim - 1}, the classes of this model")
 
 
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
@@ -166,45 +134,15 @@ def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler
         if heun < 1:
             raise UserError(f"--heun {heun}: expected at least 1 step")
         return Heun(heun)
-    if nfe is None:
-        nfe = 2 if mid_t is None else len(mid_t) + 1
+    nfe = nfe if nfe is not None else 2 if mid_t is None else len(mid_t) + 1
     if nfe < 1:
         raise UserError(f"--nfe {nfe}: expected at least 1 network evaluation")
     if mid_t is None and nfe > 2:
         raise UserError(f"--nfe {nfe}: also give its {nfe - 1} later noise levels, --mid-t, decreasing")
     if mid_t is not None and len(mid_t) != nfe - 1:
-        raise UserError(
-            f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t, got {len(mid_t)}; leave out one of the two"
-        )
+        takes = f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t"
+        raise UserError(f"{takes}, got {len(mid_t)}; leave out one of the two")
     return Consistency((SIGMA_MAX, *levels_after_first(mid_t, info)[: nfe - 1]))
-
-
-def _classes(net: EDMPrecond, seeds: Sequence[int], class_idx: int | None) -> list[int]:
-    """Class of each image as `generate` chooses it; -1 for an unconditional model."""
-    return [draw(net, seed)[1] if class_idx is None else class_idx for seed in seeds]
-
-
-def _write(
-    options: Options, seeds: Sequence[int], batches: Iterator[Tensor], sampler: Sampler, classes: Sequence[int]
-) -> None:
-    out = options.out
-    if out.suffix == ".png":
-        save_grid(torch.cat(list(batches)), out)
-    elif out.suffix == ".npz":
-        images = torch.cat(list(batches)).numpy()
-        arrays: dict[str, Any] = {
-            "images": images,
-            "seeds": np.array(seeds),
-            "sigmas": np.array(getattr(sampler, "sigmas", ())),
-            "class": np.array(classes),
-        }
-        with atomic(out) as temp, temp.open("wb") as file:
-            np.savez(file, **arrays)
-    else:
-        for seed, image in zip(seeds, itertools.chain.from_iterable(batches), strict=True):
-            folder = out / f"{seed - seed % 1000:06d}"
-            folder.mkdir(exist_ok=True)
-            save_png(image, folder / f"{seed:06d}.png", durable=False)
 
 
 if __name__ == "__main__":

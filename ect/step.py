@@ -8,18 +8,17 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from ect_kernels import philox
-from ect_kernels.consistency_loss import consistency_loss
-from ect_kernels.levels import levels
-from ect_kernels.perturb import perturb
-from torch import Tensor
+from torch import Tensor, nn
 
 from ect.data.augment import AugmentPipe
 from ect.data.stream import ImageStream, to_float
 from ect.models import EDMPrecond, MaskKey, fused
-from ect.objective import WEIGHTINGS, ConsistencyObjective, Objective
+from ect.objective import Denoiser, Draw, Objective
 from ect.optim import FlatState
 from ect.ranks.distributed import World
 
@@ -33,21 +32,24 @@ class TrainStep:
     Args: state: its `compute` is the preconditioned network in train mode. objective: what to minimise. stream: uint8 images.
     seed: the run's. batch, micro_batch: images an update (all ranks together), and a forward pass. xflip: mirror half the
     images. augment: probability of EDM's augmentations. compiled: run the network through torch.compile. graph: capture the
-    update into a CUDA graph at the first call.
+    update into a CUDA graph at the first call. teacher: a frozen network in eval mode, for an objective that wants one; it is
+    never compiled. Raises ValueError where the objective wants one and gets none, or gets one that it does not want.
     """
 
     def __init__(
         self, objective: Objective, state: FlatState[EDMPrecond], stream: ImageStream, *,
         seed: int, batch: int, micro_batch: int | None = None, xflip: bool = False, augment: float = 0.0,
-        compiled: bool = False, graph: bool = False, world: World = World(),
+        compiled: bool = False, graph: bool = False, world: World = World(), teacher: EDMPrecond | None = None,
     ) -> None:  # fmt: skip
+        if objective.wants_teacher != (teacher is not None):
+            raise ValueError(f"{type(objective).__name__} takes {'a' if objective.wants_teacher else 'no'} teacher")
         self.objective, self.state, self.stream, self.world = objective, state, stream, world
         self.seed, self.batch = seed, batch
         share = batch // world.size
         self.micro_batch = micro_batch or share
         self.starts = range(world.rank * share, (world.rank + 1) * share, self.micro_batch)
         several = len(self.starts) > 1 or self.starts[0] > 0
-        self.net, self.xflip = state.compute, xflip
+        self.net, self.teacher, self.xflip = state.compute, teacher, xflip
         self.use(compiled, graph)
         device = state.params.device
         self.augment = AugmentPipe(augment).to(device) if augment > 0 else None
@@ -103,39 +105,40 @@ class TrainStep:
     def loss(self, i: int) -> Tensor:
         """Per-sample loss [micro_batch] of the i-th micro-batch."""
         images, labels = self.stream.batch(self.starts[i], self.micro_batch)
-        n0 = self.firsts[i]
-        on_ops = fused.wanted(self.net.runs_on_ops, self.state.params)
-        if on_ops and self.augment is None and isinstance(self.objective, ConsistencyObjective):
-            return self.fused_loss(self.objective, images, labels, n0)
-        y, augment_labels = self.prepare(images, n0)
-        normal = philox.normal(self.key, philox.STREAM_T, n0, len(y), 1, y.device).view(-1)
-        eps = philox.normal(self.key, philox.STREAM_EPS, n0, len(y), y[0].numel(), y.device).view(y.shape)
+        n0, net, objective = self.firsts[i], self.net, self.objective
         mask = MaskKey(self.key, n0)
+        on_ops = fused.wanted(net.runs_on_ops, self.state.params)
+        if on_ops and self.augment is None and net.is_edm:
+            unet = self.bind(net.model, labels, None, mask)
+            fast = objective.fast_loss(unet, net.sigma_data, images, self.key, n0, self.stage, self.xflip)
+            if fast is not None:
+                return fast
+        y, augment_labels = self.prepare(images, n0)
+        inputs: dict[str, Any] = {name: self.draw(draw, y, n0) for name, draw in objective.draws.items()}
+        if self.teacher is not None:
+            inputs["teacher"] = partial(self.teacher, class_labels=labels, augment_labels=augment_labels)
+        denoiser = self.bind(net, labels, augment_labels, mask)
+        return objective.train_loss(denoiser, y, stage=self.stage, **inputs)
 
-        def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+    def bind(self, module: nn.Module, labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey) -> Denoiser:
+        """The network, or its U-Net, as a function of images and noise level. Without gradients it rounds as with them."""
+
+        def call(x: Tensor, level: Tensor) -> Tensor:
             student = torch.is_grad_enabled()
-            with torch.set_grad_enabled(student or self.compiled):  # as in fused_loss
-                D_x = self.net(x, sigma, labels, augment_labels, mask)
-            return D_x if student else D_x.detach()
+            # A graph compiled without gradients rounds differently, which is noise on D_t - D_r: D_r runs the student's.
+            with torch.set_grad_enabled(student or self.compiled):
+                out: Tensor = module(x, level, labels, augment_labels, mask)
+            return out if student else out.detach()
 
-        return self.objective.train_loss(denoiser, y, normal, eps, self.stage)
+        return call
 
-    def fused_loss(
-        self, objective: ConsistencyObjective, images: Tensor, labels: Tensor | None, n0: Tensor | int
-    ) -> Tensor:
-        """What objective.train_loss computes, on the ops: two launches from uint8 images to the U-Net's inputs, and one from
-        its outputs to loss and gradient. A test holds the two equal."""
-        sigma_data, m = objective.sigma_data, objective.mapping
-        settings = (objective.P_mean, objective.P_std, m.q, m.k if m.kind == "sigmoid" else 0.0, m.b)
-        t, r, label_t, label_r, flip = levels(self.key, self.stage, n0, len(images), *settings)
-        in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, self.key, n0, flip if self.xflip else None)
-        mask, unet = MaskKey(self.key, n0), self.net.model
-        # A graph compiled without gradients rounds differently, which is noise on D_t - D_r: the teacher runs the student's.
-        with torch.set_grad_enabled(self.compiled):
-            F_r = unet(in_r, label_r, labels, None, mask).detach()
-        F_t = unet(in_t, label_t, labels, None, mask)
-        w = WEIGHTINGS[objective.weighting](t, r, sigma_data)
-        return consistency_loss(F_t, F_r, x_t, x_r, t, r, w, objective.c, sigma_data)
+    def draw(self, draw: Draw, y: Tensor, n0: Tensor | int) -> Tensor:
+        """The numbers that an objective declares, for images y [n, C, H, W]; see ect.objective.Draw for their shape."""
+        size = y[0].numel() if draw.size is None else draw.size
+        numbers = philox.normal(self.key, draw.stream, n0, len(y), size, y.device)
+        if draw.size is None:
+            return numbers.view(y.shape)
+        return numbers.view(-1) if size == 1 else numbers
 
     def flips(self, n: int, n0: Tensor | int) -> Tensor | None:
         """Which images to mirror, bool [n]; None: none."""

@@ -16,20 +16,27 @@ from ect_kernels.calls import Recorder
 from torch import Tensor
 
 from ect import precision, schedule
-from ect.assembly import flat_state, network_spec, train_step
+from ect.assembly import flat_state, frozen, network_spec, objective_type, train_step
 from ect.config import HEUN_STEPS, Config
 from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
+from ect.files.resume import (
+    data_fingerprint,
+    refuse_changed_data,
+    refuse_changed_maths,
+    refuse_changed_teacher,
+    weights_fingerprint,
+)
 from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, quality_rows
-from ect.models import EDMPrecond, build
+from ect.models import ECMPrecond, EDMPrecond, build
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.ranks.stop import StopSignal
-from ect.sampler import Heun, Sampler, consistency_samplers, generate
+from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
 
@@ -68,15 +75,18 @@ class Trainer:
     def __post_init__(self) -> None:
         cfg = self.cfg
         self.total_img = round(cfg.total_kimg * 1000)
-        self.consistency = cfg.objective.kind == "consistency"
+        self.objective = objective_type(cfg.objective)
         self.path: Path | None = None
         """Model file of the last checkpoint."""
         self.notes: list[str] = []
+        self.teacher_digest: str | None = None
         self._seconds, self._since = 0.0, time.monotonic()
         self.precision = precision.resolve(cfg.precision, self.device)
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
-        self.spec, self.net = self._build()
+        saved = None if cfg.resume is None else checkpoint.Checkpoints.load(cfg.resume)
+        self.spec, self.net = self._build(saved)
+        self.teacher = self._teacher() if self.objective.wants_teacher else None
         checking, ops = self_check.wanted(cfg.self_check, self.device), Recorder()
         with ops if checking else nullcontext():
             plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
@@ -84,26 +94,27 @@ class Trainer:
         # A copy of now, with the memory order that the weights have now: else each call of it would convert them.
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
         stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
-        self.step = train_step(replace(cfg, batch_per_device=plan.batch_per_device), self.state, stream, self.world)
+        cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
+        self.step = train_step(cfg_of_step, self.state, stream, self.world, self.teacher)
         self.notes += [str(plan), self.state.note(), stream.note]
         self.tally = Tally(torch.zeros((), device=self.device))
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
-        self.fingerprint = checkpoint.data_fingerprint(self.dataset.images, self.dataset.labels)
-        if cfg.resume is not None:
-            self._resume(cfg.resume)
+        self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
+        if saved is not None:
+            self._resume(saved)
         self.checked = self_check.run(self.step, ops.calls, self.nimg, self._stage()) if checking else []
         """What the self-check found, as lines for log and report."""
         self.notes += self.checked
-        if self.precision.half is not None and self.consistency:
+        if self.precision.half is not None and self.objective.staged:
             self.notes.append(signal_noise.note(self.net, self.precision.name, self.dataset))
 
-    def _build(self) -> tuple[dict[str, Any], EDMPrecond]:
-        """The network in train mode: of the checkpoint's architecture with --init-from, else new."""
+    def _build(self, saved: checkpoint.Saved | None) -> tuple[dict[str, Any], EDMPrecond]:
+        """The network in train mode: of the checkpoint's architecture with --resume and --init-from, else new."""
         cfg = self.cfg
-        if cfg.resume is not None:
-            spec = checkpoint.read_model(checkpoint.Checkpoints.load(cfg.resume)[2]).spec
+        if saved is not None:
+            spec = checkpoint.read_spec(saved[2])
             return spec, build(spec).to(self.device).train()
-        precond = "ECMPrecond" if self.consistency else "EDMPrecond"
+        precond = self.objective.precond
         augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
         if cfg.init_from is None:
             spec = network_spec(cfg.net, precond, self.dataset, augment_dim)
@@ -124,6 +135,24 @@ class Trainer:
         self.notes += checkpoint.load_weights(net, snapshot)
         self.notes.append(f"architecture and sigma_data are those of {cfg.init_from}; of --net only the dropouts count")
         return spec, net.to(self.device).train()
+
+    def _teacher(self) -> EDMPrecond:
+        """The frozen network of --init-from, which a resume reads again."""
+        source = self.cfg.init_from
+        if source is None:
+            raise UserError(
+                "--objective.target teacher: there is no teacher; give a diffusion model with --init-from, or train one "
+                "before, with --pretrain PRESET"
+            )
+        net, _ = checkpoint.load_model(source, device=self.device)
+        if isinstance(net, ECMPrecond):
+            raise UserError(
+                f"--objective.target teacher: --init-from {source} is a consistency model, whose answers give no ODE; give a "
+                "diffusion model, or tune this one with --objective.target self"
+            )
+        self.notes.append(f"the frozen teacher is {source}")
+        self.teacher_digest = weights_fingerprint(net)
+        return frozen(self.cfg, net)
 
     @property
     def seconds(self) -> float:
@@ -159,7 +188,7 @@ class Trainer:
 
             if due(every.stats_kimg):
                 row = self.row(stage, step_seconds / (self.nimg - row_nimg) * 1000)
-                shown = {"loss": row["loss"], "stage": stage} if self.consistency else {"loss": row["loss"]}
+                shown = {"loss": row["loss"], "stage": stage} if self.objective.staged else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
             self.log.step(self.nimg, **shown)
             if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
@@ -193,7 +222,7 @@ class Trainer:
 
     def samplers(self) -> Sequence[Sampler]:
         """How this phase's network is sampled for its grids."""
-        return consistency_samplers(self.cfg.eval.mid_t) if self.consistency else [Heun(HEUN_STEPS[0])]
+        return self.objective.samplers(self.cfg.eval.mid_t, HEUN_STEPS[:1])
 
     def grids(self) -> None:
         """Sample grids of the first average."""
@@ -238,7 +267,7 @@ class Trainer:
         tensors |= {"tally_loss": tally_loss, "grad_norm": self.state.grad_norm}
         meta = {
             "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
-            "config": to_dict(self.cfg), "data": self.fingerprint,
+            "config": to_dict(self.cfg), "data": self.fingerprint, "teacher": self.teacher_digest,
         }  # fmt: skip
         emas = self.cfg.optim.emas
         (model, about), *more = [(self.state.ema_state_dict(i), {**info, "ema": emas[i]}) for i in range(len(emas))]
@@ -249,20 +278,21 @@ class Trainer:
         state = self.state
         arenas = state.saved_arenas().values() if self.world.size > 1 else ()
         sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas]
-        options, weights = json.dumps(to_dict(self.cfg)), str(sums)
+        options, weights = json.dumps(to_dict(self.cfg)), str([*sums, self.teacher_digest])
         self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
-    def _resume(self, source: Path) -> None:
-        tensors, meta, self.path = checkpoint.Checkpoints.load(source)
-        checkpoint.refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
-        checkpoint.refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
+    def _resume(self, saved: checkpoint.Saved) -> None:
+        tensors, meta, self.path = saved
+        refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
+        refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
+        refuse_changed_teacher(meta.get("teacher"), self.teacher_digest, self.cfg.init_from)
         try:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm.copy_(tensors["grad_norm"])
             self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
         except KeyError as error:
             raise UserError(
-                f"--resume {source}: its training state is damaged, missing {error.args[0]}; resume from another checkpoint of "
-                "the run, or start a new one from its weights with --init-from"
+                f"--resume {self.cfg.resume}: its training state is damaged, missing {error.args[0]}; resume from another "
+                "checkpoint of the run, or start a new one from its weights with --init-from"
             ) from error
         self.nimg, self._seconds = meta["nimg"], meta["seconds"]

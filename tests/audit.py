@@ -2,74 +2,56 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from ect_kernels import dispatch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+from ect.cost.trace import Event, TensorMeta, trace
 from ect.step import TrainStep
 
 Call = tuple[str, Any, Any]
+T = TypeVar("T")
 
 
-class Audit(TorchDispatchMode):
+class Audit:
     """faults: operations that read a value on the host, bring one to the device, or whose shape depends on values. calls: every
     operation with the shapes of its tensors and its numbers. outside: addresses of the memory it used but did not make.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.faults: list[str] = []
         self.calls: list[Call] = []
         self.outside: set[int] = set()
-        self._made: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
-        name, masks = str(func), [t for t in inputs[1:] if t.dtype in (torch.bool, torch.uint8)]
+    def run(self, function: Callable[[], T]) -> T:
+        """The function's result; its operations are looked at."""
+        results: list[T] = []
+        for event in trace(lambda: results.append(function())):
+            self._look_at(event)
+        return results[0]
+
+    def _look_at(self, event: Event) -> None:
+        name, inputs = str(event.op), event.inputs
+        masks = [t for t in inputs[1:] if t.dtype in (torch.bool, torch.uint8)]
         if name.startswith("aten.lift_fresh"):
             self.faults.append(f"host data: {name} {tuple(inputs[0].shape)}")
-        if torch.Tag.data_dependent_output in func.tags:
+        if torch.Tag.data_dependent_output in event.op.tags:
             self.faults.append(f"host read: {name}")
-        by_value = torch.Tag.dynamic_output_shape in func.tags and not name.startswith("aten.index.")
+        by_value = torch.Tag.dynamic_output_shape in event.op.tags and not name.startswith("aten.index.")
         if by_value or (name.startswith(("aten.index.", "aten.index_put", "aten._index_put")) and masks):
             self.faults.append(f"data-dependent shape: {name}")
-        self.calls.append((name, _plain(args), _plain(kwargs)))
-        for storage in (t.untyped_storage() for t in inputs):
-            if storage.data_ptr() and self._made.get(storage._cdata, lambda: None)() is None:
-                self.outside.add(storage.data_ptr())
-        out = func(*args, **kwargs)
-        outputs = [t for t in _leaves(out) if isinstance(t, Tensor)]
-        devices = {t.device.type for t in [*inputs, *outputs]}
+        devices = {t.device.type for t in [*inputs, *event.outputs]}
         if len(devices) > 1:
             self.faults.append(f"device copy: {name} {sorted(devices)}")
-        given = {t.untyped_storage()._cdata for t in inputs}
-        for storage in (t.untyped_storage() for t in outputs):
-            if storage._cdata not in given:
-                self._made[storage._cdata] = weakref.ref(storage)
-        return out
+        self.calls.append((name, *tree_map_only(TensorMeta, _plain, (event.args, event.kwargs))))
+        self.outside |= {t.storage.address for t in inputs if t.storage.address and not t.storage.made}
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _plain(value: Any) -> Any:
-    """Shapes, strides and dtypes in place of tensors; other values as they are."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
+def _plain(t: TensorMeta) -> tuple[Any, ...]:
+    return tuple(t.shape), t.strides, t.dtype
 
 
 def watch_references(audit: Audit, patch: Callable[[Any, str, Any], None]) -> None:
@@ -79,8 +61,7 @@ def watch_references(audit: Audit, patch: Callable[[Any, str, Any], None]) -> No
 
         def watched(function: Any) -> Any:
             def run(*args: Any) -> Any:
-                with audit:
-                    return function(*args)
+                return audit.run(lambda: function(*args))
 
             return function and run
 
@@ -90,7 +71,7 @@ def watch_references(audit: Audit, patch: Callable[[Any, str, Any], None]) -> No
 
 def faults(step: TrainStep, updates: int = 3) -> list[str]:
     """What is wrong with some updates of a step, at other images, stages and settings each; [] for a step to capture."""
-    audit, found, state = Audit(), [], step.state
+    found, state = [], step.state
     step.update()  # what is set up once belongs to the warm-up before a capture
     first: tuple[list[Call], set[int], list[int]] | None = None
     for i in range(updates):
@@ -99,9 +80,9 @@ def faults(step: TrainStep, updates: int = 3) -> list[str]:
         step.key.fill_((step.seed << 32) | (nimg // step.batch))
         step.stage.fill_(i)
         state.lr, state.ema_betas = 1e-3 / (i + 1), [0.9 + 0.01 * i for _ in state.ema_betas]
-        audit.calls, audit.outside, audit._made = [], set(), {}
-        with audit:
-            step.update()
+        audit = Audit()
+        audit.run(step.update)
+        found += audit.faults
         seen = (audit.calls, audit.outside, [t.untyped_storage().data_ptr() for t in step.tensors()])
         first = first or seen
         if seen[2] != first[2]:
@@ -112,4 +93,4 @@ def faults(step: TrainStep, updates: int = 3) -> list[str]:
             pairs = zip(seen[0], first[0], strict=False)
             change = next((f"{a} after {b}" for a, b in pairs if a != b), "another number of operations")
             found.append(f"another update: {change}")
-    return [*audit.faults, *found]
+    return found

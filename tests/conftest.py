@@ -9,13 +9,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from tests.quick import Quick
+
 if not torch.cuda.is_available():  # before any test imports triton, whose library is interpreted or compiled for good
     os.environ["TRITON_INTERPRET"] = "1"
-
-from ect_kernels.check import unwritten_is_nan
-
-from ect import precision
-from tests.quick import Quick
 
 torch.set_num_threads(1)
 FLAGS = [
@@ -40,6 +37,8 @@ def _fresh_seed() -> None:
 def _exact_products() -> Iterator[None]:
     """fp32 products in fp32, and on a GPU the same algorithm each time, whatever a test before this one asked for: tolerances
     and equal bits are of the code under test, not of cuDNN's choices."""
+    from ect import precision  # here, since coverage of a worker of xdist begins after this file is read
+
     before = [getattr(where, name) for where, name in FLAGS]
     precision.apply(precision.PRECISIONS["fp32"])
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -52,6 +51,8 @@ def _exact_products() -> Iterator[None]:
 def _unwritten_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
     """torch.empty, empty_like and new_empty give NaN: what the code under test forgets to write shows. Not on a GPU, where
     torch would choose other kernels for it."""
+    from ect_kernels.check import unwritten_is_nan
+
     off = torch.cuda.is_available() or request.node.get_closest_marker("unwritten") is not None
     with nullcontext() if off else unwritten_is_nan():
         yield

@@ -3,8 +3,8 @@
     make mutants        (or: python tests/mutants.py --seed 1 --jobs 2; --list shows them and runs nothing)
 
 A mutant is a copy of the tree with one operator, number or condition changed, or one statement left out. The tests of the
-changed file run until one fails, which kills the mutant. The seed and the text of a change and of its function's name alone
-decide which are made: an edit elsewhere in a file leaves the others in place. Ends with status 1 where more than ALLOWED survive.
+changed file run until one fails, which kills the mutant. The seed, and the text of a change and of its function's name, decide
+which are made: an edit elsewhere in a file leaves the others in place. Ends with status 1 where more than ALLOWED survive.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class Mutant:
         return f"{self.file}:{self.line} ({self.function}) {self.change}"
 
 
-def files(pattern: str, root: Path = ROOT) -> list[Path]:
+def files(pattern: str) -> list[Path]:
     """The modules of an area: `pattern`.py, or those of packages of that name."""
-    found = [path for path in root.glob(pattern) if path.is_dir() and path.name != "__pycache__"]
-    return sorted({*root.glob(f"{pattern}.py"), *chain.from_iterable(folder.rglob("*.py") for folder in found)})
+    found = [path for path in ROOT.glob(pattern) if path.is_dir() and path.name != "__pycache__"]
+    return sorted({*ROOT.glob(f"{pattern}.py"), *chain.from_iterable(folder.rglob("*.py") for folder in found)})
 
 
 def changes(node: ast.AST) -> Iterator[str]:
@@ -144,28 +144,28 @@ def ranked(found: list[Mutant], seed: int) -> list[Mutant]:
     return sorted(found, key=keys.__getitem__)
 
 
-def chosen(seed: int, count: int, root: Path = ROOT) -> list[tuple[str, Mutant]]:
+def chosen(seed: int, count: int) -> list[tuple[str, Mutant]]:
     """(area, mutant): as many of each area, taking turns. Those known to be equivalent are left out."""
     rows = []
     for area in AREAS:
-        every = [m for path in files(area, root) for m in mutants(path.relative_to(root).as_posix(), path.read_text())]
+        every = [m for path in files(area) for m in mutants(path.relative_to(ROOT).as_posix(), path.read_text())]
         row = ranked([m for m in every if (m.file, m.function, m.change) not in EQUIVALENT], seed)
         rows.append([(area, mutant) for mutant in row])
     return [pair for turn in zip_longest(*rows) for pair in turn if pair is not None][:count]
 
 
-def files_of_tests(area: str, root: Path = ROOT) -> list[str]:
+def files_of_tests(area: str) -> list[str]:
     """The test files of an area that there are."""
-    found = [path.relative_to(root) for name in AREAS[area] for path in sorted((root / "tests").glob(f"{name}.py"))]
+    found = [path.relative_to(ROOT) for name in AREAS[area] for path in sorted((ROOT / "tests").glob(f"{name}.py"))]
     return [str(path) for path in found]
 
 
-def copy(to: Path, root: Path = ROOT) -> Path:
+def copy(to: Path) -> Path:
     """The tree without what is built or downloaded; the emulator's libraries are shared."""
     skip = (".git", ".venv", "build", "runs", "datasets", "__pycache__", ".*_cache", ".coverage*", "*.egg-info")
-    shutil.copytree(root, to, ignore=shutil.ignore_patterns(*skip))
-    (root / "build").mkdir(exist_ok=True)
-    (to / "build").symlink_to(root / "build")
+    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(*skip))
+    (ROOT / "build").mkdir(exist_ok=True)
+    (to / "build").symlink_to(ROOT / "build")
     return to
 
 

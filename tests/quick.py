@@ -14,7 +14,6 @@ import pytest
 
 SLOW = 2.0  # seconds: what takes longer is to be marked slow, and is named
 REFUSED = 4.0  # seconds: with --quick an error
-FAST = 1.0  # seconds: what is marked slow and takes less is named, too
 SHARE = 0.85  # of all tests: so many are in the quick loop, or it fails
 SECONDS, COUNTS = "processor seconds", "tests in all, of them slow"
 
@@ -32,7 +31,6 @@ class Quick:
         self.whole = config.args == config.getini("testpaths")
         self.started, self.counts = 0.0, (0, 0)
         self.seconds: dict[str, float] = {}
-        self.marked: set[str] = set()
 
     @property
     def too_few(self) -> bool:
@@ -67,10 +65,8 @@ class Quick:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if (seconds := dict(report.user_properties).get(SECONDS)) is not None:
+        if "slow" not in report.keywords and (seconds := dict(report.user_properties).get(SECONDS)) is not None:
             self.seconds[report.nodeid] = seconds
-            if "slow" in report.keywords:
-                self.marked.add(report.nodeid)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:  # xdist: only its workers have collected
@@ -86,11 +82,8 @@ class Quick:
         tests, slow = self.counts
         kept = f"{tests - slow} of {tests} tests are not marked slow"
         lines = [f"{kept}; {SHARE:.0%} must be" if self.too_few else kept] if self.wanted else []
-        for test, seconds in sorted(self.seconds.items(), key=lambda pair: -pair[1]):
-            if test in self.marked and seconds < FAST:
-                lines.append(f"{seconds:5.1f} s, but marked slow: {test}")
-            if test not in self.marked and seconds > SLOW:
-                lines.append(f"{seconds:5.1f} s, not marked slow: {test}")
+        longest = sorted(((seconds, test) for test, seconds in self.seconds.items() if seconds > SLOW), reverse=True)
+        lines += [f"{seconds:5.1f} s, not marked slow: {test}" for seconds, test in longest]
         if lines:
             terminalreporter.section("quick or slow")
             terminalreporter.write("\n".join(lines) + "\n")

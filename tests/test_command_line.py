@@ -78,7 +78,9 @@ def others(kind: Any, value: Any) -> Iterator[Any]:
         yield from (Path("~/with a space/and 'quote'"), Path("-dash"))
     elif typing.get_origin(kind) is tuple:
         items, last = typing.get_args(kind)[:2]
-        if last is Ellipsis:
+        if items is str:
+            yield from ((".5",), (*value, ".25"))
+        elif last is Ellipsis:
             yield from (tuple(v / 2 if items is float else v * 2 for v in value), (), (*value[:1], items(3)))
         else:
             yield tuple(v / 2 for v in value)

@@ -224,7 +224,7 @@ def test_missing_weights_give_dashes_notes_and_status_2(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
     path, _ = model_file(tmp_path / "model.safetensors", data="digits")
     photos = Dataset("photos", torch.zeros(8, 8, 8, 1, dtype=torch.uint8), None)
-    monkeypatch.setattr(evaluate, "load", lambda cfg: photos)
+    monkeypatch.setattr(choice, "load", lambda cfg: photos)
     with pytest.raises(SystemExit):
         evaluate.main(
             [str(path), "--data", "photos", "--no-download", "--run-dir", str(tmp_path / "r"), "--device", "cpu"]

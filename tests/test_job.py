@@ -71,6 +71,7 @@ def test_a_run_leaves_its_files(uninterrupted: Path) -> None:
     assert model.info["nimg"] == 80 and model.info["data"] == "digits" and model.spec["precond"] == "ECMPrecond"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 5, 9])
 def test_resume_continues_bit_for_bit(uninterrupted: Path, stop_at: int, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "run"
@@ -135,6 +136,7 @@ def test_resume_refuses_another_pretraining_by_its_own_name(tmp_path: Path) -> N
         Job(cfg, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_longer_run_remembers_its_length(uninterrupted: Path, tmp_path: Path) -> None:
     folder, optim = tmp_path / "run", OptimConfig(lr=1e-3)
     run(config(optim=optim), folder)
@@ -143,6 +145,7 @@ def test_a_longer_run_remembers_its_length(uninterrupted: Path, tmp_path: Path) 
     assert read_model(folder).info["nimg"] == 96
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_report_is_made_up_for(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "run"
     job = Job(config(run_dir=folder), Console(quiet=True))
@@ -179,6 +182,7 @@ def test_resume_refuses_other_data(uninterrupted: Path, monkeypatch) -> None:  #
         job.run()
 
 
+@pytest.mark.slow
 def test_micro_batches_train_the_same_network(uninterrupted: Path, tmp_path: Path) -> None:
     run(config(batch_per_device=4), tmp_path / "run")
     got, want = final_state(tmp_path / "run"), final_state(uninterrupted)
@@ -211,6 +215,7 @@ def test_init_from_refuses_another_image_size(uninterrupted: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
 @pytest.mark.parametrize("kind", ["consistency", "diffusion"])
 def test_every_network_trains_with_both_objectives_and_every_option(arch: str, kind: str, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from lib import instructions, work
 
+from ect.cost.trace import trace
+
 HALF = torch.float16
 TOY = roofline.Gpu(
     "toy", fp16=2.0, tf32=1.0, fp32=0.5, bandwidth=1000, sheet="", pattern="", arch=80, sms=10, clock=2.0
@@ -66,15 +68,17 @@ def test_a_convolution_by_hand() -> None:
     n, c, k, side = 4, 16, 8, 32
     x = torch.empty(n, c, side, side, device="meta", dtype=HALF, requires_grad=True)
     weight = torch.empty(k, c, 3, 3, device="meta", dtype=HALF, requires_grad=True)
-    counter = work.Counter(n, side)
-    with counter:
+
+    def run() -> None:
         y = F.conv2d(x, weight, padding=1)
         torch.autograd.grad(y, [x, weight], torch.empty_like(y))
+
+    found = work.Counter(n, side).of(trace(run))
     x_bytes, w_bytes, y_bytes = 2 * n * c * side**2, 2 * k * c * 9, 2 * n * k * side**2
-    assert [w.flops for w in counter.found] == [2 * n * k * c * 9 * side**2] * 3
-    assert [w.bytes for w in counter.found] == [x_bytes + w_bytes + y_bytes] * 3
-    assert {w.level for w in counter.found} == {"32x32"}
-    assert {w.kind for w in counter.found} == {"conv"}
+    assert [w.flops for w in found] == [2 * n * k * c * 9 * side**2] * 3
+    assert [w.bytes for w in found] == [x_bytes + w_bytes + y_bytes] * 3
+    assert {w.level for w in found} == {"32x32"}
+    assert {w.kind for w in found} == {"conv"}
 
 
 def test_norm_and_residual_bytes_by_hand() -> None:
@@ -83,12 +87,11 @@ def test_norm_and_residual_bytes_by_hand() -> None:
     n, c, side = 4, 32, 32
     a, skip = (torch.empty(n, side, side, c, device="meta", dtype=HALF).permute(0, 3, 1, 2) for _ in range(2))
     gamma, beta = torch.empty(2, c, device="meta")
-    counter = work.Counter(n, side)
-    with counter:
-        residual_group_norm_silu(a, gamma, beta, 8, 1e-6, skip=skip, skip_scale=0.5)
+    events = trace(lambda: residual_group_norm_silu(a, gamma, beta, 8, 1e-6, skip=skip, skip_scale=0.5))
+    found = work.Counter(n, side).of(events)
     image = 2 * n * c * side**2
-    assert {w.kind: w.bytes for w in counter.found if w.kind == "norm"} == {"norm": 2 * image}
-    (rest,) = [w.bytes for w in counter.found if w.kind == "residual"]
+    assert {w.kind: w.bytes for w in found if w.kind == "norm"} == {"norm": 2 * image}
+    (rest,) = [w.bytes for w in found if w.kind == "residual"]
     assert 2 * image <= rest < 2 * image + 4000  # a and skip, and vectors
 
 

@@ -59,12 +59,12 @@ def test_the_loss_is_the_reference_objective_of_the_prepared_images() -> None:
     step = make(net={"dropout": 0.0})
     captured: dict[str, torch.Tensor] = {}
 
-    class Spy:
+    class Spy(Objective):
         def train_loss(self, denoiser, y, normal, eps, stage):  # type: ignore[no-untyped-def]
             captured.update(y=y, normal=normal, eps=eps)
             return ConsistencyObjective().train_loss(denoiser, y, normal, eps, stage)
 
-    step.objective = Spy()  # type: ignore[assignment]
+    step.objective = Spy()
     put(step, 36, 2)
     got = step.loss(0)
     images, _ = step.stream.batch(0, 12)
@@ -84,12 +84,12 @@ def test_draws_change_with_step_seed_and_sample() -> None:
 def test_every_step_draws_new_noise_levels_and_noise_from_streams_of_their_own() -> None:
     step, seen = make(), []
 
-    class Spy:
+    class Spy(Objective):
         def train_loss(self, denoiser, y, normal, eps, stage):  # type: ignore[no-untyped-def]
             seen.append((normal, eps))
             return y.flatten(1).sum(1)
 
-    step.objective = Spy()  # type: ignore[assignment]
+    step.objective = Spy()
     for number in (0, 1):
         put(step, 12 * number, 0)
         step.loss(0)

@@ -76,8 +76,7 @@ def test_a_batch_is_made_of_what_stays_in_place(resident: bool, labels: bool) ->
     for nimg in (0, 25, 50, 75, 7):
         stream.seek(nimg)
         audit = Audit()
-        with audit:
-            images, given = stream.batch(5, 20)
+        images, given = audit.run(lambda: stream.batch(5, 20))
         assert audit.faults == [] and (given is not None) == labels
         assert torch.equal(images, SMALL.images[want(SMALL, 7, nimg, 25)[5:]])
         audits.append(audit)

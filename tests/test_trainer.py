@@ -11,12 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ect import precision, schedule
 from ect.config import DataConfig, EvalConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
+from ect.cost.categories import GEMMS
+from ect.cost.trace import trace
 from ect.data import ImageStream, load
 from ect.errors import UserError
+from ect.files import checkpoint
 from ect.files.checkpoint import Checkpoints, read_model
 from ect.job import Job
 from ect.metrics import Column, Evaluator
@@ -27,7 +29,7 @@ from ect.show.log import RunLog
 from ect.show.report import strips
 from ect.step import TrainStep
 from ect.trainer import Trainer
-from tests.tiny import config, run
+from tests.tiny import BATCH, STEPS, config, run
 
 EVERYTHING = config(
     seed=5,
@@ -132,6 +134,27 @@ def test_a_lost_pointer_does_not_restart_the_run(tmp_path: Path) -> None:
     for source in (folder, folder / "checkpoint-000000.080.safetensors"):
         run(replace(config(), resume=source), folder)
         assert (folder / "stats.jsonl").read_text() == stats
+
+
+def test_a_resume_reads_and_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    run(config(), folder)
+    read: dict[str, list[str]] = {"_fingerprint": [], "_read_tensors": []}
+    for name, paths in read.items():
+        original = getattr(checkpoint, name)
+
+        def counted(path: Path, *args: Any, original: Any = original, paths: list[str] = paths) -> Any:
+            paths.append(path.name)
+            return original(path, *args)
+
+        monkeypatch.setattr(checkpoint, name, counted)
+    trainer = make(replace(config(), resume=folder), folder)
+    model, state = "checkpoint-000000.080.safetensors", "checkpoint-000000.080.state.safetensors"
+    assert read == {
+        "_fingerprint": [model, state],
+        "_read_tensors": [state, model],
+    }  # of the model its description alone
+    assert trainer.nimg == STEPS * BATCH and trainer.spec == read_model(folder).spec
 
 
 def test_a_damaged_training_state_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,17 +287,11 @@ def test_images_are_made_by_weights_in_the_memory_order_of_training(channels_las
 
 def test_the_noise_of_half_precision_is_measured_without_slow_arithmetic(tmp_path: Path) -> None:
     """GPUs for games do fp64 at a 64th of their speed; only the small difference of two outputs is taken in it."""
-    dtypes: set[torch.dtype] = set()
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func._schema.name.split("::")[1].rstrip("_") in ("convolution", "mm", "addmm", "bmm", "baddbmm"):
-                dtypes.update(a.dtype for a in args if isinstance(a, torch.Tensor))
-            return func(*args, **(kwargs or {}))
-
-    with Products():
-        trainer = make(config(precision="fp16", total_kimg=0.008), tmp_path)
-    assert any("noise of fp16 on the signal" in note for note in trainer.notes)
+    notes: list[str] = []
+    events = trace(lambda: notes.extend(make(config(precision="fp16", total_kimg=0.008), tmp_path).notes))
+    products = [event for event in events if event.name.rstrip("_") in ("convolution", *GEMMS)]
+    dtypes = {t.dtype for event in products for t in event.inputs}
+    assert any("noise of fp16 on the signal" in note for note in notes)
     assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 

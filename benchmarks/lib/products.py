@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
+from ect.cost.trace import TensorMeta, trace
 from lib.work import flop_formula
 
 
-class Products(TorchDispatchMode):
+class Products:
     """The products of one `step`, to be repeated by a call, and nothing else.
 
     They are its convolutions and matrix products, forward and backward, on the same shapes, channels-last, with random
@@ -21,27 +21,21 @@ class Products(TorchDispatchMode):
     """
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any]] = []
         self._operands: dict[tuple[Any, ...], Tensor] = {}
-        with self:
-            step()
+        self.calls = [
+            (event.op, *tree_map_only(TensorMeta, self._operand, (event.args, event.kwargs)))
+            for event in trace(step)
+            if flop_formula(event.op) is not None
+        ]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if flop_formula(func) is not None:
-            self.calls.append((func, *tree_map(self._operand, (args, kwargs or {}))))
-        return func(*args, **(kwargs or {}))
-
-    def _operand(self, value: Any) -> Any:
-        """Return random numbers in place of a tensor, the same ones for the same shape."""
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        key = (value.shape, value.dtype, () if value.dim() == 4 else value.stride())
+    def _operand(self, t: TensorMeta) -> Tensor:
+        """Return random numbers in place of a tensor, the same ones for the same shape; zeros in place of integers."""
+        key = (t.shape, t.dtype, () if t.dim() == 4 else t.strides)
         if key not in self._operands:
-            made = torch.empty_like(
-                value, memory_format=torch.channels_last if value.dim() == 4 else torch.preserve_format
-            )
-            self._operands[key] = made.normal_()
+            like = torch.empty_strided(t.shape, t.strides, dtype=t.dtype, device="meta")
+            order = torch.channels_last if t.dim() == 4 else torch.preserve_format
+            made = torch.zeros_like(like, device=t.device, memory_format=order)
+            self._operands[key] = made.normal_() if t.dtype.is_floating_point else made
         return self._operands[key]
 
     def __call__(self) -> None:

@@ -1,11 +1,12 @@
 """The memory that a run will need, known before it starts, and the batch per device that fits.
 
-What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.cost.footprint); what does
-not is an allowance, each stated below.
+What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.cost.trace); what does not is an
+allowance, each stated below.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from ect import precision
-from ect.assembly import captures, compiles, flat_state, keeps_channels_last, train_step
+from ect.assembly import captures, compiles, flat_state, frozen, keeps_channels_last, objective_type, train_step
 from ect.config import Config
-from ect.cost import footprint
+from ect.cost.footprint import Footprint
+from ect.cost.trace import trace
 from ect.data import Dataset, ImageStream
 from ect.data.stream import RESIDENT_SHARE
 from ect.errors import UserError
@@ -38,9 +40,9 @@ CGROUP = Path("/sys/fs/cgroup")  # of a Linux container
 class Prediction:
     """Peak memory of a run, in bytes.
 
-    state: parameters, gradients, moments, averages, the averaged network, images. update: the most that an update has alive
-    beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the update's memory meanwhile.
-    allowance: for what lies outside of tensors. launches: no memory, but counted on the way: of an update.
+    state: parameters, gradients, moments, averages, the averaged network, a frozen teacher, images. update: the most that an
+    update has alive beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the update's
+    memory meanwhile. allowance: for what lies outside of tensors. launches: no memory, but counted on the way: of an update.
     """
 
     batch_per_device: int
@@ -92,15 +94,17 @@ def predict(
     )  # fmt: skip
     on_ops = gpu or fused.wanted(None, torch.empty(0))
     with torch.device("meta"):
-        net = build(spec).train()
-    net.model.on_ops = on_ops
+        net, teacher = build(spec).train(), None
+        net.model.on_ops = on_ops
+        if objective_type(cfg.objective).wants_teacher:
+            teacher = frozen(traced, copy.deepcopy(net))
     state = flat_state(traced, net)
     stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
-    update = footprint.trace(train_step(traced, state, stream), device.type)
+    update = Footprint.of(trace(train_step(traced, state, stream, teacher=teacher).update, device.type))
     with torch.no_grad():
         images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
-        sampling = footprint.record(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type)
+        sampling = Footprint.of(trace(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type))
     weights = state.params.untyped_storage().nbytes()
     copies = len(state.saved_arenas()) + len(state.emas)  # that a checkpoint makes: of its state and its model files
     transient = update.peak_bytes - update.state_bytes

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from ect_kernels.preconditioning import coefficients
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,7 @@ from ect.data import Dataset
 from ect.data.stream import to_float
 from ect.models import EDMPrecond, MaskKey
 from ect.objective import Denoiser, Mapping
-from ect.precision import PRECISIONS
+from ect.precision import PRECISIONS, round_weights
 
 LEVELS = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0, 40.0)
 TIGHTEST = Mapping("sigmoid", q=256.0)
@@ -85,14 +86,6 @@ def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) 
     return denoiser(twin, labels, emulated_tf32 if emulate else contextlib.nullcontext)
 
 
-def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
-    """Put the named parameters in half precision, in place, and run the network on the ops, which sum in fp32."""
-    for name, p in net.named_parameters():
-        if name in names:
-            p.data = p.data.to(half)
-    net.model.on_ops = True
-
-
 def denoiser(
     net: EDMPrecond, labels: Tensor | None, arithmetic: Callable[[], Any] = contextlib.nullcontext
 ) -> Denoiser:
@@ -119,10 +112,10 @@ def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoise
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         x_, s = x.to(dtype), sigma.to(dtype)
-        total = (s**2 + sigma_data**2).view(-1, 1, 1, 1)
+        c_skip, c_out, c_in = coefficients(s.view(-1, 1, 1, 1), sigma_data)
         given = x_.new_zeros(1, label_dim) if labels is None else labels.to(dtype)
-        F_x = unet(x_ / total.sqrt(), s.log() / 4, given if label_dim else None, None, _mask(x))
-        return sigma_data**2 / total * x_ + s.view(-1, 1, 1, 1) * sigma_data / total.sqrt() * F_x
+        F_x = unet(c_in * x_, s.log() / 4, given if label_dim else None, None, _mask(x))
+        return c_skip * x_ + c_out * F_x
 
     return denoise
 

@@ -29,15 +29,11 @@ from ect.emas import MAX_EMAS
 from ect.errors import UserError
 from ect.files import edm_pickle
 from ect.files.edm_pickle import Snapshot
-from ect.files.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
 from ect.models import EDMPrecond, build
 
-__all__ = [
-    "Checkpoints", "atomic", "data_fingerprint", "load_model", "load_weights", "read_model", "refuse_changed_data",
-    "refuse_changed_maths", "save_model",
-]  # fmt: skip
-
 FORMAT = 1
+Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
+"""(training state, meta, path of the model file) of a checkpoint."""
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
 """Of each weight average."""
@@ -111,6 +107,11 @@ def read_model(path: Path, ema: int | None = None) -> Snapshot:
         kind = kind if ema is None else _average(path.parent, stem, ema)
         _verify(path.parent, stem, (kind,))
     return _read_model_file(path.parent / f"{stem}{kind}")
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """Return the description of the network in a model file of ours, whose weights stay unread. Raises as `read_model`."""
+    return _read_model_file(path, weights=False).spec
 
 
 def _average(folder: Path, stem: str, ema: int) -> str:
@@ -208,8 +209,8 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _read_model_file(path: Path) -> Snapshot:
-    tensors, metadata = _read_tensors(path)
+def _read_model_file(path: Path, weights: bool = True) -> Snapshot:
+    tensors, metadata = _read_tensors(path, weights)
     if "ect" not in metadata:
         hint = "it is the training state of a checkpoint" if "ect_state" in metadata else "it has no 'ect' metadata"
         raise UserError(f"{path}: not a model file of ours: {hint}; make one with python -m ect.convert or ect.train")
@@ -243,12 +244,16 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         temp.chmod(mode)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors, metadata) of a safetensors file. Raises UserError where it is missing, truncated or no such file."""
+def _read_tensors(path: Path, wanted: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors if they are wanted, metadata) of a safetensors file.
+
+    Raises UserError where it is missing, truncated or no such file.
+    """
     try:
         with safe_open(path, "pt") as file:
             # Clones: a mapped file could not be replaced or pruned on Windows while its tensors live.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = file.keys() if wanted else []
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({error})") from error
 
@@ -298,8 +303,8 @@ class Checkpoints:
         return self.run_dir / f"{stem}{_MODEL}"
 
     @staticmethod
-    def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
-        """Return (tensors, meta, path of the model file) of a checkpoint, its checksums verified.
+    def load(path: Path) -> Saved:
+        """Return what a checkpoint holds, its checksums verified.
 
         `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is
         passed over, with a warning, for the one before; a checkpoint that was named raises UserError.

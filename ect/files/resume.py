@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ect.emas import spelled
 from ect.errors import UserError
@@ -65,6 +66,22 @@ def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def weights_fingerprint(net: nn.Module) -> str:
+    """Return the SHA-256 of the names and bytes of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_changed_teacher(saved: str | None, new: str | None, source: Path | None) -> None:
+    """Raise UserError unless both fingerprints of the teacher's weights agree. source: what --init-from says now."""
+    if saved != new:
+        raise UserError(
+            f"--init-from {source}: it is not the teacher that the run was started with; give that one, or start a new run"
+        )
 
 
 def refuse_changed_data(saved: str, new: str, source: str) -> None:

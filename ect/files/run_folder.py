@@ -41,6 +41,19 @@ def new_run_dir(cfg: Config) -> Path:
             number += 1
 
 
+def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None) -> Path:
+    """Create and return `run_dir`, else runs/evaluation-<model>, for a weight average with -ema<i>. Raises UserError."""
+    if run_dir is None:
+        model = model.resolve()
+        name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
+        run_dir = Path("runs") / f"evaluation-{name}{f'-ema{ema}' if ema else ''}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot make this folder ({error.strerror}); choose another") from error
+    return run_dir
+
+
 def run_folder(path: Path) -> Path:
     """Return the run folder of --resume's value, a run folder or a file in one. Raises UserError if it has no config.json."""
     path = path.expanduser()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ect.metrics.choice import make_evaluator
+from ect.metrics.choice import make_evaluator, reference
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.features import digits_distance
 from ect.metrics.fidelity import FidelityOptions
@@ -25,4 +25,5 @@ __all__ = [
     "named",
     "quality_rows",
     "quality_table",
+    "reference",
 ]

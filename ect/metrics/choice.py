@@ -1,18 +1,20 @@
-"""The choice of the metrics of a data set."""
+"""The choice of the metrics of a data set, and of the data set that a model is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ect.config import EvalConfig
-from ect.data import Dataset
+from ect.config import DataConfig, EvalConfig
+from ect.data import Dataset, load
 from ect.errors import UserError
 from ect.metrics.evaluator import Evaluator, Several
 from ect.metrics.features import DigitsEvaluator
 from ect.metrics.fidelity import MIN_IMAGES, FidelityEvaluator, FidelityOptions
+from ect.models import EDMPrecond
 from ect.ranks.device import resolve
 
 EXTRA: list[Callable[[Dataset | None], Evaluator | None]] = []
@@ -51,3 +53,28 @@ def make_evaluator(
         main = FidelityEvaluator(dataset, options, run_dir, device)
     extra = [evaluator for make in EXTRA if (evaluator := make(dataset)) is not None]
     return Several([main, *extra]) if extra else main
+
+
+def reference(
+    net: EDMPrecond, info: dict[str, Any], model: str, source: str | None = None, resolution: int | None = None
+) -> Dataset:
+    """Return the data set that a model's images are compared with, checked against the model.
+
+    Args: info: of the model's file, which may name its data. model: its name in messages. source: as --data.source;
+    None: the digits for a model of the digits. resolution: as --data.resolution. Raises UserError where data is missing
+    or does not fit.
+    """
+    recorded = info.get("data")
+    source = source or ("digits" if recorded == "digits" else None)
+    if source is None:
+        hint = f"it was trained on {recorded!r}" if recorded else "it does not say what it was trained on"
+        raise UserError(f"{model}: {hint}; give those images, --data PATH, or --reference STATISTICS.npz")
+    data = load(DataConfig(source, resolution=resolution))
+    made = f"{net.img_resolution}x{net.img_resolution} with {net.img_channels} channels"
+    found = f"{data.resolution}x{data.resolution} with {data.channels} channels"
+    if made != found:
+        raise UserError(
+            f"--data {source}: images are {found}, the model's are {made}; give the data it was trained on, or for a "
+            f"folder of images --resolution {net.img_resolution}"
+        )
+    return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from ect_kernels.preconditioning import coefficients
 from torch import Tensor, nn
 
 from ect.models.layers import MaskKey
@@ -24,6 +25,11 @@ class EDMPrecond(nn.Module):
     def runs_on_ops(self) -> bool | None:
         """The U-Net's `on_ops`."""
         return self.model.on_ops
+
+    @property
+    def is_edm(self) -> bool:
+        """Whether D_x in training is EDM's, which ect_kernels.consistency_loss has too, and not a subclass's own."""
+        return type(self) in (EDMPrecond, ECMPrecond)
 
     @property
     def img_resolution(self) -> int:
@@ -59,11 +65,7 @@ class EDMPrecond(nn.Module):
             if class_labels is None:  # the unconditional label, as label dropout trains it
                 class_labels = x.new_zeros(1, self.label_dim)
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        total = sigma**2 + self.sigma_data**2
-        shifted = sigma - self.shift()
-        c_skip = self.sigma_data**2 / (shifted**2 + self.sigma_data**2)
-        c_out = shifted * self.sigma_data / total.sqrt()
-        c_in = 1 / total.sqrt()
+        c_skip, c_out, c_in = coefficients(sigma, self.sigma_data, self.shift())
         c_noise = sigma.log().flatten() / 4
         F_x = self.model(c_in * x, c_noise, class_labels if self.label_dim else None, augment_labels, mask)
         return c_skip * x + c_out * F_x.to(torch.float32)
@@ -75,10 +77,6 @@ class ECMPrecond(EDMPrecond):
     def __init__(self, net: UNet, sigma_data: float = 0.5, sigma_min: float = 0.003) -> None:
         super().__init__(net, sigma_data)
         self.sigma_min = sigma_min
-
-    def half_weights(self) -> set[str]:
-        """Name the parameters that a half-precision copy holds in half: the U-Net's own."""
-        return {f"model.{name}" for name in self.model.half_weights()}
 
     def shift(self) -> float:
         return 0.0 if self.training else self.sigma_min

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-from typing import Any
-
 from ect.config import Config
-from ect.options import base, fields
+from ect.options import base, fields, option
 
 
 def describe(cfg: Config) -> str:
@@ -24,20 +20,7 @@ def describe(cfg: Config) -> str:
         if value is None and defaults[name] is None:
             lines.append(f"# --{name} is not set")
             continue
-        lines.append(_option(name, value))
+        lines.append(option(name, value))
         if value != defaults[name] or name in ("preset", "resume"):
             changed.append(lines[-1])
     return "\n".join([*lines, "# python -m ect.train " + " ".join(changed)])
-
-
-def _option(name: str, value: Any) -> str:
-    """Return an option as a shell's command line has it."""
-    if isinstance(value, bool):
-        group, _, last = name.rpartition(".")
-        no = "" if value else "no-"
-        return f"--{group}.{no}{last}" if group else f"--{no}{last}"
-    if isinstance(value, tuple):
-        return " ".join([f"--{name}", *(shlex.quote(str(item)) for item in value)])
-    text = str(value)
-    dash = isinstance(value, (str, Path)) and text.startswith("-")  # or it would be taken for an option
-    return f"--{name}{'=' if dash else ' '}{shlex.quote(text)}"

@@ -1,18 +1,20 @@
-"""The end of a job: samples of every sampler side by side, and one table of their quality and cost."""
+"""The end of a job or an evaluation: samples of every sampler side by side, and a table of their quality and cost."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from ect.files.checkpoint import atomic
-from ect.metrics import Column, QualityRow, quality_table
+from ect.metrics import Column, Evaluator, QualityRow, quality_table
 from ect.show.grid import make_grid
 from ect.show.table import Table
 
@@ -63,3 +65,26 @@ def write(
     text = table(rows, columns).markdown() + "\n" if rows else ""
     with atomic(run_dir / "results.md") as temp:
         temp.write_text("\n\n".join([text + wall_clock(seconds) + ".", *checked]) + "\n", encoding="utf-8")
+
+
+def show_metrics(console: Console, rows: Sequence[QualityRow], evaluator: Evaluator) -> None:
+    """Print the table of an evaluation, and below it why columns are missing."""
+    console.print(Table(*quality_table(rows, evaluator.columns)))
+    for note in evaluator.notes:
+        console.print(Text(f"- {note}"))
+
+
+def write_metrics(
+    path: Path, model: dict[str, Any], rows: Sequence[QualityRow], evaluator: Evaluator, arithmetic: str
+) -> None:
+    """Write metrics.json, atomically. model: what was rated, JSON-able. arithmetic: `ect.precision.products` of the device."""
+    found = {
+        "format": 2,
+        "model": model,
+        "products": arithmetic,
+        "used": evaluator.used,
+        "missing": {column.name: column.missing for column in evaluator.columns if column.missing is not None},
+        "rows": [row.as_json() for row in rows],
+    }
+    with atomic(path) as temp:
+        temp.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

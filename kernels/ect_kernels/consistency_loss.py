@@ -20,6 +20,7 @@ from torch import Tensor
 from ect_kernels import native
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass, backends
+from ect_kernels.preconditioning import coefficients
 from ect_kernels.tensors import check_shapes, nhwc, wide
 
 DRAM = {
@@ -60,22 +61,38 @@ def _output(i: Inputs) -> Output:
     return Output(i.F_t.new_empty(i.F_t.shape[0], dtype=i.wide), dF)
 
 
+def distance(difference: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """Return (sqrt(s + c^2) - c, the root) of s = ||difference||^2 for each sample, [N, ...] -> [N] and [N]."""
+    s = difference.square().flatten(1).sum(1)
+    radicand = s + c * c
+    root = torch.where(radicand == 0, torch.ones_like(radicand), radicand).sqrt()
+    return s / (root + c), root
+
+
+def pseudo_huber(difference: Tensor, c: float) -> Tensor:
+    """Return sqrt(||difference||^2 + c^2) - c for each sample: [N, ...] -> [N].
+
+    Its gradient is 0 at distance 0, also for c = 0.
+    """
+    return distance(difference, c)[0]
+
+
 def reference_fwd(i: Inputs) -> Output:
-    n, sd = i.F_t.shape[0], i.sigma_data
+    def by_image(v: Tensor) -> Tensor:
+        return v.view(-1, 1, 1, 1)
 
     def denoised(F: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        total = (sigma**2 + sd**2).view(n, 1, 1, 1)
-        return sd**2 / total * x + (sigma * sd).view(n, 1, 1, 1) / total.sqrt() * F.to(i.wide)
+        c_skip, c_out, _ = coefficients(by_image(sigma), i.sigma_data)
+        return c_skip * x + c_out * F.to(i.wide)
 
-    has_teacher = (i.r > 0).view(n, 1, 1, 1)
-    d = denoised(i.F_t, i.x_t, i.t) - torch.where(has_teacher, denoised(i.F_r, i.x_r, i.r), i.x_r)
-    s = d.square().flatten(1).sum(1)
-    radicand = s + i.c * i.c
-    root = torch.where(radicand == 0, torch.ones_like(radicand), radicand).sqrt()
-    slope = i.weight * (i.t * sd / (i.t**2 + sd**2).sqrt()) / root + (s - s)  # s - s: 0, or NaN where s overflowed
+    target = torch.where(by_image(i.r > 0), denoised(i.F_r, i.x_r, i.r), i.x_r)
+    d = denoised(i.F_t, i.x_t, i.t) - target
+    value, root = distance(d, i.c)
+    _, c_out, _ = coefficients(i.t, i.sigma_data)
+    slope = i.weight * c_out / root + (value - value)  # value - value: 0, or NaN where the sum overflowed
     out = _output(i)
-    out.dF.copy_(slope.view(n, 1, 1, 1) * d)
-    return out._replace(loss=i.weight * (s / (root + i.c)))
+    out.dF.copy_(by_image(slope) * d)
+    return out._replace(loss=i.weight * value)
 
 
 def _limits(i: Inputs) -> str | None:

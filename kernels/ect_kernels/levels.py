@@ -52,11 +52,29 @@ def _room(i: Inputs) -> Output:
     return Output(*(i.seed.new_empty(i.batch, dtype=dtype) for dtype in dtypes))
 
 
+def noise_level(normal: Tensor, P_mean: float, P_std: float) -> Tensor:
+    """Return t = exp(P_mean + P_std z) of standard normal numbers z of any shape."""
+    return (P_mean + P_std * normal).exp()
+
+
+def gap(t: Tensor, k: float, b: float) -> Tensor:
+    """Return n(t) = 1 + k sigmoid(-b t), the shape of the gap t - r over t; 1 everywhere for k = 0."""
+    return 1 + k * torch.sigmoid(-b * t)
+
+
+def lower_level(t: Tensor, stage: Tensor | int, q: float, k: float, b: float) -> Tensor:
+    """Return r = max(t (1 - q^-(stage + 1) n(t)), 0) in t's dtype, of levels t [N] > 0 and a stage >= 0.
+
+    The stage is an int or a 0-d tensor.
+    """
+    power = torch.as_tensor(stage, dtype=torch.float64, device=t.device) + 1
+    return (t * (1 - (q**-power).to(t.dtype) * gap(t, k, b))).clamp(min=0)
+
+
 def reference_fwd(i: Inputs) -> Output:
     at = (i.n0, i.batch, 1, i.seed.device)
-    t = (i.P_mean + i.P_std * philox.normal(i.seed, philox.STREAM_T, *at).view(-1)).exp()
-    decay = (i.q ** -(i.stage.double() + 1)).to(t.dtype)
-    r = (t * (1 - decay * (1 + i.k * torch.sigmoid(-i.b * t)))).clamp(min=0)
+    t = noise_level(philox.normal(i.seed, philox.STREAM_T, *at).view(-1), i.P_mean, i.P_std)
+    r = lower_level(t, i.stage, i.q, i.k, i.b)
     flip = philox.uniform(i.seed, philox.STREAM_FLIP, *at).view(-1) < 0.5
     return Output(t, r, t.log() / 4, torch.where(r > 0, r, torch.ones_like(r)).log() / 4, flip)
 

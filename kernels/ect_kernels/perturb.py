@@ -19,6 +19,7 @@ from torch import Tensor
 from ect_kernels import native, philox
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass, backends
+from ect_kernels.preconditioning import coefficients
 from ect_kernels.tensors import check_shapes, nhwc
 
 DRAM = {"forward": "9 B + 2s a value: uint8 read, fp32 x_t, x_r and in_t, in_r written (4 B more where eps is given)"}
@@ -72,8 +73,8 @@ def reference_fwd(i: Inputs) -> Output:
     out = _output(i)
     for sigma, x, scaled in ((i.t, out.x_t, out.in_t), (i.r, out.x_r, out.in_r)):
         x.copy_(y + sigma.view(n, 1, 1, 1) * eps.to(wide))
-        positive = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-        scaled.copy_(x * (1 / (positive**2 + i.sigma_data**2).sqrt()).view(n, 1, 1, 1))
+        _, _, c_in = coefficients(torch.where(sigma > 0, sigma, torch.ones_like(sigma)), i.sigma_data)
+        scaled.copy_(x * c_in.view(n, 1, 1, 1))
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ect.assembly import flat_state, network_spec, train_step
+from ect.assembly import flat_state, frozen, network_spec, objective_type, train_step
 from ect.config import Config
 from ect.data import Dataset, ImageStream
 from ect.models import EDMPrecond, build
@@ -19,7 +19,7 @@ from tests.gpu_paths.pairwise import Case, product
 BATCH, RESOLUTION = 4, 16
 AXES: dict[str, list[Any]] = {
     "arch": ["ddpmpp", "ncsnpp", "adm"],
-    "objective": ["consistency", "diffusion"],
+    "objective": ["consistency", "diffusion", "distillation"],
     "precision": ["fp16", "bf16", "tf32", "fp32"],
     "gpu": ["T4", "A100", "H100", "RTX 5090"],
     "kernels": ["built", "absent"],
@@ -62,8 +62,10 @@ def configuration(**case: Any) -> Config:
         channel_mult=(1,) if case.get("small") else (1, 2),
         attn_resolutions=(RESOLUTION // 2,), label_dropout=0.1 if case.get("labels") else 0.0,
     )  # fmt: skip
+    target: Any = "teacher" if case.get("objective") == "distillation" else "self"
     return replace(
         base, net=net, precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
+        objective=replace(base.objective, target=target),
         batch_per_device=BATCH // 2 if case.get("accumulation") else None,
         data=replace(base.data, augment=0.12 if case.get("augment") else 0.0, xflip=bool(case.get("xflip"))),
         optim=replace(base.optim, clip=1.0 if case.get("clip") else None),
@@ -77,7 +79,7 @@ def dataset(labels: bool = False, count: int = 16) -> Dataset:
 
 
 def network(cfg: Config, data: Dataset, device: str = "cuda") -> EDMPrecond:
-    precond = "ECMPrecond" if cfg.objective.kind == "consistency" else "EDMPrecond"
+    precond = objective_type(cfg.objective).precond
     return build(network_spec(cfg.net, precond, data, 9 if cfg.data.augment else 0)).to(device).train()
 
 
@@ -85,6 +87,7 @@ def step(**case: Any) -> TrainStep:
     """The update of a case, ready to run on the device that torch has now."""
     cfg, data = configuration(**case), dataset(bool(case.get("labels")))
     device = case.get("device", "cuda")
+    teacher = frozen(cfg, network(cfg, data, device)) if objective_type(cfg.objective).wants_teacher else None
     state = flat_state(cfg, network(cfg, data, device))
     resident = {"resident": True, "streamed": False}.get(case.get("images", ""))
-    return train_step(cfg, state, ImageStream(data, cfg.seed, device, cfg.batch, resident))
+    return train_step(cfg, state, ImageStream(data, cfg.seed, device, cfg.batch, resident), teacher=teacher)

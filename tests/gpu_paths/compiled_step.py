@@ -23,7 +23,8 @@ from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_iter, tree_map
 
 from ect.assembly import flat_state, network_spec, train_step
-from ect.cost import footprint
+from ect.cost.footprint import Footprint, bytes_moved, launches
+from ect.cost.trace import Event, trace
 from ect.data import Dataset, ImageStream
 from ect.models import MaskKey, build
 from ect.presets import PRESETS
@@ -88,9 +89,9 @@ def of_graph(graph: torch.fx.GraphModule, backward: bool) -> tuple[Cost, list[Te
         )
         if function is not node.target:
             args, kwargs = args[1:], {}
-        made = [t for t in tree_iter(node.meta["val"]) if isinstance(t, Tensor)]
-        cost.launches[name] += footprint.launches(name, args)
-        cost.bytes[name] += footprint.bytes_moved(function, name, args, kwargs, made)
+        event = Event.of(function, args, kwargs, node.meta["val"])
+        cost.launches[name] += launches(event)
+        cost.bytes[name] += bytes_moved(event)
         runs[name] -= 1
     assert not any(runs.values()), f"in the code, but not in the graph: {+runs}; the other way: {-runs}"
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
@@ -140,9 +141,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         ways = {"forward": of_graph(forward, False)[0]}
         ways["backward"], grads = of_graph(backward, True)
     eager = step("meta", images)
-    eager_cost = footprint.trace(eager)
+    eager_cost = Footprint.of(trace(eager.update))
     eager.net.model = Stub(eager.net.model, grads)
-    rest = footprint.trace(eager)
+    rest = Footprint.of(trace(eager.update))
     total = Cost()
     total.add(ways["forward"], 2)  # the teacher's pass runs the student's graph
     total.add(ways["backward"])

@@ -49,6 +49,7 @@ def test_kernels_run_on_the_device_of_their_tensors() -> None:
         assert gpu.launched_on == {1} and gpu.current == [0]
 
 
+@pytest.mark.slow
 def test_a_capture_holds_one_update_and_a_call_copies_only_the_images() -> None:
     with FakeGpu(GPUS["H100"], archs=cases.BUILT) as gpu:
         step = cases.step(small=True)

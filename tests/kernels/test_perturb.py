@@ -74,7 +74,7 @@ def with_truth(**kwargs: Any) -> tuple[Tensor, ...]:
 # four divide; one value.
 SIZES = [
     (2, 32, 32, 3),
-    (1, 64, 64, 3),
+    pytest.param((1, 64, 64, 3), marks=pytest.mark.slow),
     (5, 8, 8, 1),
     (2, 40, 10, 5),
     (3, 13, 29, 3),

@@ -12,8 +12,8 @@ import torch
 from ect_kernels import dispatch
 from ect_kernels.radam_ema import F64, I64, new_state, radam_ema, reference
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ect.cost.trace import trace
 from tests.kernels.conftest import load_emulated
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -248,15 +248,9 @@ def test_opcheck_and_compile() -> None:
 
 
 def test_reference_reads_nothing_on_the_host() -> None:
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            names.add(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    names: set[str] = set()
     run = Run(("cpu", "reference"), 16, {"clip": 1.0, "loss_scale": 8.0})
-    with Record():
-        reference(run.params, run.grads, run.exp_avg, run.exp_avg_sq, run.averages, run.shadow, run.f64, run.i64)
+    arenas = (run.params, run.grads, run.exp_avg, run.exp_avg_sq, run.averages, run.shadow)
+    names = {event.name for event in trace(lambda: reference(*arenas, run.f64, run.i64))}
     assert "lerp_" in names and not names & {"_local_scalar_dense", "item", "equal", "nonzero"}
 
 

@@ -1,10 +1,11 @@
 """Builds the .cu files of csrc/ with g++ and the CPU runtime of tests/emulator, for backend 'emulated' (from a source tree).
 
-A library is made once per content of its source and the headers, and kept under build/emulator.
+A library is made once per content of its source and the headers, and kept under build/emulator; who needs it meanwhile waits.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -62,14 +63,17 @@ def build(kind: str, *files: Path, defines: Sequence[str] = ()) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("the emulator needs g++ 12 or newer")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temp = out.with_name(f"{out.name}.{os.getpid()}")
     common = ["-std=c++20", "-g1", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off"]
     folders = (cuda_include(), ROOT / "csrc", ROOT / "csrc" / "common", ROOT / "tests" / "emulator")
     include = [f"-I{folder}" for folder in folders]
     inputs = [word for file in files for word in ("-x", "c++", str(file))]
-    subprocess.run([compiler, *common, *flags, *include, *inputs, "-o", str(temp)], check=True)
-    temp.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temp = out.with_name(f"{out.name}.{os.getpid()}")
+    with out.with_name(f"{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            subprocess.run([compiler, *common, *flags, *include, *inputs, "-o", str(temp)], check=True)
+            temp.rename(out)
     return out
 
 

@@ -1,0 +1,1 @@
+"""Objectives beside those of ect.objective, one file each."""
