@@ -9,9 +9,11 @@ demo: .venv/.installed
 	$(BIN)/python -m ect.train
 
 quick: .venv/.test-installed  # the tests that take at most two seconds each; what takes longer and hides it fails
+	$(BIN)/python -m ect_kernels.testing.emulator
 	$(BIN)/python -m pytest -q --quick -n auto --dist worksteal
 
 test: .venv/.test-installed
+	$(BIN)/python -m ect_kernels.testing.emulator
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 	$(BIN)/python tests/gpu_paths/report.py
 

@@ -40,7 +40,9 @@ AREAS: dict[str, list[str]] = {
     "ect/files/checkpoint": ["test_checkpoint", "test_weights", "test_resume"],
 }
 # Changes after which the code does the same: {(file, function, "old -> new"): why}. Another change takes the place of each.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("ect/files/checkpoint.py", "_fingerprint", "20 -> 21"): "a digest does not depend on how much is read at a time",
+}
 
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

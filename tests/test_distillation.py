@@ -175,6 +175,7 @@ def test_memory_has_room_for_the_teacher() -> None:
     assert size <= both.state - alone.state < 2 * size  # storages are rounded up to blocks
 
 
+@pytest.mark.slow
 def test_a_run_distils_its_own_pretraining_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.016, objective=TEACHER)
     run(cfg, tmp_path / "whole")
@@ -193,6 +194,7 @@ def test_a_run_distils_its_own_pretraining_and_resumes_bit_for_bit(tmp_path: Pat
     assert any(str(folder / "pretrain") in note for note in trainer.notes)
 
 
+@pytest.mark.slow
 def test_a_resume_wants_the_same_teacher(tmp_path: Path) -> None:
     diffusion_only = config(objective=ObjectiveConfig(kind="diffusion"), total_kimg=0.008)
     run(diffusion_only, tmp_path / "one")

@@ -31,7 +31,7 @@ LAST = "checkpoint-000000.080"
 
 
 class MeanPixel(Evaluator):
-    columns, used = (Column("mean", "lower"),), {}
+    columns, used = (Column("mean"),), {}
 
     def evaluate(self, images: Any) -> dict[str, float]:
         return {"mean": torch.cat(list(images)).double().mean().item()}

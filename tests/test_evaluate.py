@@ -16,13 +16,12 @@ from ect.metrics import (
     Column,
     QualityRow,
     choice,
-    digits_distance,
     make_evaluator,
     quality_rows,
     quality_table,
 )
 from ect.metrics.evaluator import Evaluator, Several
-from ect.metrics.features import DigitsEvaluator
+from ect.metrics.features import DigitsEvaluator, DigitsStatistics
 from ect.metrics.fidelity import FidelityEvaluator
 from ect.models import EDMPrecond, build
 from ect.sampler import Consistency, Heun, consistency_samplers, generate
@@ -55,7 +54,7 @@ def digits_model(tmp_path: Path) -> Path:
 class MeanPixel(Evaluator):
     """Figures that a test can compute by itself."""
 
-    columns = (Column("mean", "lower"), Column("absent", "higher", missing="no reason"))
+    columns = (Column("mean"), Column("absent", missing="no reason"))
     used = {"what": "pixels"}  # noqa: RUF012
 
     def evaluate(self, images: Any) -> dict[str, float]:
@@ -97,7 +96,7 @@ def test_rows_rate_the_images_of_their_seeds(tmp_path: Path) -> None:
 
 def test_nothing_is_sampled_where_nothing_can_be_rated(tmp_path: Path) -> None:
     class Blind(MeanPixel):
-        columns = (Column("absent", "higher", missing="no reason"),)
+        columns = (Column("absent", missing="no reason"),)
 
     _, net = model_file(tmp_path / "model.safetensors")
     assert quality_rows(net, Blind(), consistency_samplers([]), samples=5, on_images=pytest.fail) == []
@@ -182,7 +181,7 @@ def test_digits_figures_are_those_of_the_generated_images(
     assert two["sampler"]["sigmas"] == [80.0, 1.5]
     _, net = model_file(tmp_path / "again.safetensors")
     images = torch.cat(list(generate(net, range(30), Consistency((80.0, 1.5)))))
-    fdc, fdp = digits_distance(images, load(DataConfig("digits")).images)
+    fdc, fdp = DigitsStatistics.of(images).distance(DigitsStatistics.of(load(DataConfig("digits")).images))
     assert two["mean"]["FDc"] == pytest.approx(fdc, rel=1e-6)
     assert two["mean"]["FDp"] == pytest.approx(fdp, rel=1e-6)
 

@@ -11,7 +11,7 @@ from ect_kernels.radam_ema import F64
 
 from ect.models import ECMPrecond, SongUNet
 from ect.objective import ConsistencyObjective, Mapping
-from ect.optim import FlatState
+from ect.optim import Arenas, FlatState
 from tests.golden_data import MANIFEST, load, part
 
 
@@ -247,3 +247,10 @@ def test_loss_scale_skips_overflow_and_survives_a_round_trip(half: torch.dtype) 
 def test_impossible_values_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         FlatState(mlp(), **{name: value})
+
+
+def test_weights_keep_their_layout_where_no_other_is_asked_for() -> None:
+    net = torch.nn.Conv2d(3, 4, 3)
+    before = net.weight.detach().clone()
+    Arenas(net)
+    assert net.weight.is_contiguous() and torch.equal(net.weight, before)

@@ -16,7 +16,7 @@ from ect.ranks import device
 from ect.sampler import Consistency, Heun
 from ect.show import report
 
-COLUMNS = (Column("FDc", "lower"), Column("FID", "lower", missing="no weights"))
+COLUMNS = (Column("FDc"), Column("FID", missing="no weights"))
 ROWS = [
     QualityRow(Consistency((80.0,)), 100, (0,), ({"FDc": 123.456},), 2.0),
     QualityRow(Heun(2), 100, (0,), ({"FDc": 0.5},), 4.0),

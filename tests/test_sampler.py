@@ -144,7 +144,7 @@ class Restart:
 
 
 class MeanPixel(Evaluator):
-    columns = (Column("mean", "lower"),)
+    columns = (Column("mean"),)
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
         return {"mean": torch.cat(list(images)).double().mean().item()}

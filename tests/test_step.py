@@ -306,3 +306,10 @@ def test_all_micro_batches_share_one_compiled_graph(objective: Objective) -> Non
     step.compiled = True
     step(0, 0)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_rank_draws_for_its_own_images(rank: int) -> None:
+    """Also where it has one alone: the second rank's is the second of the batch."""
+    step = make(batch=3, world=World(rank, 3))
+    assert list(map(int, step.firsts)) == [rank]

@@ -207,7 +207,7 @@ def test_images_are_made_and_rated_in_tf32_but_trained_on_as_asked(
     seen: dict[str, set[Flags]] = {"step": set(), "sample": set(), "rate": set()}
 
     class Rater(Evaluator):
-        columns, used = (Column("mean", "lower"),), {}
+        columns, used = (Column("mean"),), {}
 
         def evaluate(self, images: Any) -> dict[str, float]:
             seen["rate"].add(flags())

@@ -30,10 +30,10 @@ class Products:
 
     def _operand(self, t: TensorMeta) -> Tensor:
         """Return random numbers in place of a tensor, the same ones for the same shape; zeros in place of integers."""
-        key = (t.shape, t.dtype, () if t.dim() == 4 else t.strides)
+        key = (t.shape, t.dtype, () if len(t.shape) == 4 else t.strides)
         if key not in self._operands:
             like = torch.empty_strided(t.shape, t.strides, dtype=t.dtype, device="meta")
-            order = torch.channels_last if t.dim() == 4 else torch.preserve_format
+            order = torch.channels_last if len(t.shape) == 4 else torch.preserve_format
             made = torch.zeros_like(like, device=t.device, memory_format=order)
             self._operands[key] = made.normal_() if t.dtype.is_floating_point else made
         return self._operands[key]

@@ -55,7 +55,7 @@ def nbytes(tensors: Iterable[TensorMeta]) -> float:
 def _rows(kernel: str, tensors: list[TensorMeta]) -> dict[str, Any]:
     """Return the fields of Work for a kernel of ours: it handles its largest tensor once."""
     largest = max(tensors, key=lambda t: nbytes([t]))
-    return {"kernel": kernel, "rows": largest.numel() / 8, "bits": 8 * largest.element_size()}
+    return {"kernel": kernel, "rows": largest.shape.numel() / 8, "bits": 8 * largest.dtype.itemsize}
 
 
 @register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
@@ -92,7 +92,7 @@ class Counter:
         return [work for event in events for work in self._work(event)]
 
     def _work(self, event: Event) -> Iterator[Work]:
-        name, inputs, outputs = event.name, event.inputs, [t for t in event.outputs if t.numel()]
+        name, inputs, outputs = event.name, event.inputs, [t for t in event.outputs if t.shape.numel()]
         if event.op.is_view or name in _FREE:
             return
         if name.startswith("_scaled_dot_product"):
@@ -115,9 +115,9 @@ class Counter:
         sides, possible = [], {self.resolution >> i for i in range(3)}
         for t in tensors:
             pixels = 0
-            if t.dim() == 4 and t.shape[0] == self.batch:  # [N, C, H, W], or q, k, v: [N, heads, H W, C / heads]
+            if len(t.shape) == 4 and t.shape[0] == self.batch:  # [N, C, H, W], or q, k, v: [N, heads, H W, C / heads]
                 pixels = t.shape[2] ** 2 if t.shape[2] <= self.resolution else t.shape[2]
-            elif t.dim() == 2 and t.shape[0] % self.batch == 0:
+            elif len(t.shape) == 2 and t.shape[0] % self.batch == 0:
                 pixels = t.shape[0] // self.batch
             if math.isqrt(pixels) in possible:
                 sides.append(math.isqrt(pixels))
@@ -135,7 +135,7 @@ class Counter:
 
         Its instructions are shared out like the bytes.
         """
-        name, computes = event.name, event.result[0].numel() > 0
+        name, computes = event.name, event.result[0].shape.numel() > 0
         total, largest = nbytes(tensors), max(t.nbytes for t in tensors)
         residual, backward = name.startswith("residual"), name.endswith("_bwd")
         own = min((3 if backward else 2) * largest if residual else total, total)

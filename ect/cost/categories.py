@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 from ect.cost.trace import Event
 
 CATEGORIES = (
@@ -35,39 +33,26 @@ _SUMS = ("add", "mul", "div", "sub")
 
 def category(event: Event) -> str:
     """Return the line of CATEGORIES that an operation belongs to."""
-    place, name = _of_place(event), event.name.rstrip("_")
+    *places, operation = rows(event)
+    place = next((TABLE[row] for row in places if row), "other")
+    name = event.name.rstrip("_")
     if place in ("optimizer", "dropout") or (place == "conv 1x1 as gemm" and name in GEMMS):
         return place
-    if (row := _of_name(event)) is not None:
-        return TABLE[row]
-    if place != "data/loss" and name in _SUMS and [*event.made, *event.inputs][0].dim() == 4:
+    if operation:
+        return TABLE[operation]
+    if place != "data/loss" and name in _SUMS and len([*event.made, *event.inputs][0].shape) == 4:
         return "residual"
     return "other" if place == "conv 1x1 as gemm" else place
 
 
-def rows(event: Event) -> Iterator[str]:
-    """Return the rows of TABLE that an operation falls under, which of them decides or not."""
-    yield from (name for name in (_of_function(event), _of_module(event), _of_name(event)) if name is not None)
+def rows(event: Event) -> tuple[str, str, str]:
+    """Return the rows of TABLE that an operation falls under: of a function, a module, its name; '' for none."""
+    calls = [call.rpartition(":")[0] for call in event.site]
+    modules = [call.rsplit(".", n)[0] for call in calls for n in range(1, call.count("."))]
+    operation = event.op.overloadpacket._qualified_op_name
+    known = [row for row in TABLE if operation.startswith(row)]
+    return _first(calls), _first(modules), max(known, key=len, default="")
 
 
-def _of_place(event: Event) -> str:
-    row = _of_function(event) or _of_module(event)
-    return "other" if row is None else TABLE[row]
-
-
-def _of_function(event: Event) -> str | None:
-    return _first(f"{frame.module}.{frame.function}" for frame in event.site)
-
-
-def _of_module(event: Event) -> str | None:
-    parts = (frame.module.split(".") for frame in event.site)
-    return _first(".".join(names[:n]) for names in parts for n in range(len(names), 1, -1))
-
-
-def _of_name(event: Event) -> str | None:
-    name = event.op.overloadpacket._qualified_op_name
-    return max((row for row in TABLE if name.startswith(row)), key=len, default=None)
-
-
-def _first(names: Iterable[str]) -> str | None:
-    return next((name for name in names if name in TABLE), None)
+def _first(names: list[str]) -> str:
+    return next((name for name in names if name in TABLE), "")

@@ -67,13 +67,13 @@ class Footprint:
             if (moved := bytes_moved(event)) > 0:
                 cost._add(event, launches(event), _kernels(event), moved)
         given = {t.storage for event in events for t in event.inputs if not t.storage.made}
-        cost.state_bytes = sum(storage.block_bytes for storage in given)
+        cost.state_bytes = sum(storage.size for storage in given)
         cost.peak_bytes = cost.state_bytes + max((event.alive for event in events), default=0)
         return cost
 
     def _add(self, event: Event, *counts: int) -> None:
         """Count one more operation; counts: launches, kernels and bytes."""
-        line, site = category(event), " < ".join(map(str, event.site[:3])) or "autograd"
+        line, site = category(event), " < ".join(event.site[:3]) or "autograd"
         self.by_category[line].add(*counts)
         self.by_op.setdefault(f"{line}: {event.name}", Line()).add(*counts)
         self.by_site.setdefault(f"{event.name} {site}", Line()).add(*counts)
@@ -145,7 +145,7 @@ def _kernels(event: Event) -> int:
     if name == "convolution_backward":
         return sum(args[10]) + _relayouts(args[:3])
     if name == "addmm":
-        return 1 + (args[0].dim() == 2)  # a matrix to be added is copied into the output first
+        return 1 + (len(args[0].shape) == 2)  # a matrix to be added is copied into the output first
     if name in ("sum_rows", "join_columns"):
         return -(-len(args[0]) // _CAT) + (name == "sum_rows")
     if name.startswith("_foreach"):
@@ -167,9 +167,9 @@ def foreach_kernels(name: str, *lists: Sequence[Any], tensors: int = 64, blocks:
     limits are those of CUDA 12; CUDA 13 has 448 and 2,240.
     """
     if not _foreach_is_fast(lists, cast=name == "_foreach_copy_"):
-        return sum(t.numel() > 0 for t in lists[0])
+        return sum(t.shape.numel() > 0 for t in lists[0])
     count = waiting = held = 0  # launches; blocks and tensors of the one that is being filled
-    for size in (t.numel() for t in lists[0] if t.numel()):
+    for size in (t.shape.numel() for t in lists[0] if t.shape.numel()):
         chunks = -(-size // chunk)
         held += 1
         for i in range(chunks):

@@ -22,27 +22,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-BLOCK = 512
-"""Bytes to which the CUDA allocator rounds a tensor's memory up."""
+BLOCK = 512  # bytes: to a multiple of them the CUDA allocator rounds a tensor's memory up
 
 
 class Storage(NamedTuple):
-    """Memory that tensors share. made: under the trace, not given to it. address: 0 on the meta device."""
+    """Memory that tensors share. size: in the allocator's blocks. made: under the trace. address: 0 on the meta device."""
 
     number: int
-    nbytes: int
-    made: bool
-    address: int
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes that the allocator takes for it."""
-        return -(-self.nbytes // BLOCK) * BLOCK
+    size: int = 0
+    made: bool = False
+    address: int = 0
 
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """A tensor without its values; it answers as the tensor would, and keeps no memory alive."""
+    """A tensor without its values; it keeps no memory alive."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -53,20 +47,11 @@ class TensorMeta:
 
     @staticmethod
     def of(t: Tensor, storage: Storage | None = None) -> TensorMeta:
-        storage = storage or Storage(t.untyped_storage()._cdata, t.untyped_storage().nbytes(), False, 0)
+        storage = storage or Storage(t.untyped_storage()._cdata)
         return TensorMeta(t.shape, t.stride(), t.dtype, t.device, int(t.storage_offset()), storage)
 
     def stride(self) -> tuple[int, ...]:
         return self.strides
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -75,31 +60,20 @@ class TensorMeta:
         return self.dtype.itemsize * torch.Size(sizes).numel()
 
 
-class Frame(NamedTuple):
-    """A call in one of our modules."""
-
-    module: str
-    function: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.module}:{self.line}"
-
-
 @dataclass(frozen=True)
 class Event:
     """One operation that was run.
 
     args, kwargs, result: as the operation's, with a TensorMeta for each tensor. site: the calls in our modules that led to it,
-    innermost first; for a backward operation those of its forward, none where autograd made it up. alive: bytes of all storages
-    made under the trace that exist after it, in the allocator's blocks.
+    as module.function:line, innermost first; for a backward operation those of its forward, none where autograd made it up.
+    alive: bytes of all storages made under the trace that exist after it.
     """
 
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
-    site: tuple[Frame, ...] = ()
+    site: tuple[str, ...] = ()
     backward: bool = False
     alive: int = 0
 
@@ -111,8 +85,7 @@ class Event:
     @property
     def name(self) -> str:
         """The operation's, without namespace and overload."""
-        name: str = self.op.overloadpacket.__name__
-        return name
+        return str(self.op.overloadpacket.__name__)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -152,7 +125,7 @@ class _Tracer(TorchDispatchMode):
         self.events: list[Event] = []
         self.alive = self.seen = 0
         self._known: dict[int, tuple[Storage, weakref.ref[Any]]] = {}
-        self._origins: dict[int, tuple[Frame, ...]] = {}
+        self._origins: dict[int, tuple[str, ...]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,19 +141,19 @@ class _Tracer(TorchDispatchMode):
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            address = 0 if t.device.type == "meta" else storage.data_ptr()
-            new = Storage(self.seen, storage.nbytes(), made, address)
+            size = -(-storage.nbytes() // BLOCK) * BLOCK
 
             def died(_: object) -> None:
                 del self._known[key]
-                self.alive -= new.block_bytes * made
+                self.alive -= size * made
 
-            self._known[key] = new, weakref.ref(storage, died)
+            address = 0 if t.device.type == "meta" else storage.data_ptr()
+            self._known[key] = Storage(self.seen, size, made, address), weakref.ref(storage, died)
             self.seen += 1
-            self.alive += new.block_bytes * made
+            self.alive += size * made
         return TensorMeta.of(t, self._known[key][0])
 
-    def _origin(self) -> tuple[tuple[Frame, ...], bool]:
+    def _origin(self) -> tuple[tuple[str, ...], bool]:
         """Return (site, backward) of the operation that runs now."""
         node = torch._C._current_autograd_node()
         if node is not None:
@@ -191,40 +164,30 @@ class _Tracer(TorchDispatchMode):
         return site, False
 
 
-def _frames(frame: FrameType | None) -> Iterator[Frame]:
+def _frames(frame: FrameType | None) -> Iterator[str]:
     """Yield a frame and its callers, as far as they are ours."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("ect.", "ect_kernels.")) and module != __name__:
-            yield Frame(module, frame.f_code.co_name, frame.f_lineno)
+            yield f"{module}.{frame.f_code.co_name}:{frame.f_lineno}"
         frame = frame.f_back
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Return the operation's result; of convolutions of meta tensors, which are never channels-last, with cuDNN's strides."""
-    aten = torch.ops.aten
-    if func is aten.convolution_backward.default and args[0].device.type == "meta":
-        return _convolution_backward(*args)
-    out = func(*args, **kwargs)
-    if func is aten.convolution.default and out.device.type == "meta":
-        return torch.empty_like(out, memory_format=_layout(*args[:2]))
-    return out
+    """Return the operation's result.
 
-
-def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any) -> list[Tensor | None]:
-    layout = _layout(x, weight)
-    of_x, of_weight, of_bias = rest[-1]
-    return [
-        torch.empty_like(x, memory_format=layout) if of_x else None,
-        torch.empty_like(weight, memory_format=layout) if of_weight else None,
-        dy.new_empty(weight.shape[0]) if of_bias else None,
-    ]
-
-
-def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """Return cuDNN's choice for a convolution: channels-last where x or the weights are."""
+    Of convolutions of meta tensors it has cuDNN's strides, channels-last where x or weights are.
+    """
+    forward = func is torch.ops.aten.convolution.default
+    if not (forward or func is torch.ops.aten.convolution_backward.default) or args[0].device.type != "meta":
+        return func(*args, **kwargs)
+    x, weight = args[:2] if forward else args[1:3]
     nhwc = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    return torch.channels_last if nhwc else torch.contiguous_format
+    order = torch.channels_last if nhwc else torch.contiguous_format
+    if forward:
+        return torch.empty_like(func(*args, **kwargs), memory_format=order)
+    made = [torch.empty_like(t, memory_format=order) for t in (x, weight)] + [args[0].new_empty(weight.shape[0])]
+    return [t if wanted else None for t, wanted in zip(made, args[-1], strict=True)]
 
 
 class _Attention(TorchFunctionMode):

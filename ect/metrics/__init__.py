@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ect.metrics.choice import make_evaluator, reference
 from ect.metrics.evaluator import Column, Evaluator
-from ect.metrics.features import digits_distance
 from ect.metrics.fidelity import FidelityOptions
 from ect.metrics.quality import (
     QualityRow,
@@ -20,7 +19,6 @@ __all__ = [
     "FidelityOptions",
     "QualityRow",
     "RemoteEvaluator",
-    "digits_distance",
     "make_evaluator",
     "named",
     "quality_rows",

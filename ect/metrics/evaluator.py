@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +15,7 @@ class Column:
     """One figure of the table."""
 
     name: str
-    better: Literal["lower", "higher"]
-    missing: str | None = None
+    missing: str | None = field(default=None, kw_only=True)
     """Why this evaluator cannot compute it, and the remedy; None where it can."""
 
 

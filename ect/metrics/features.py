@@ -58,11 +58,6 @@ def pixel_features(images: Images) -> Array:
     return pixels
 
 
-def digit_features(images: Images) -> Array:
-    """Return the network's 64 penultimate features, float64 [N, 64]; images are uint8 [N, 8, 8, 1]."""
-    return _features(pixel_features(images))
-
-
 @dataclass(frozen=True)
 class DigitsStatistics:
     """Statistics of a set of digits from which the figures follow; two of them merge exactly, so a set may come in chunks."""
@@ -96,17 +91,10 @@ class DigitsStatistics:
         return float(np.abs(self.classes / self.classes.sum() - 0.1).sum() / 2)
 
 
-def digits_distance(samples: Images, reference: Images | DigitsStatistics) -> tuple[float, float]:
-    """Return (FDc, FDp) of uint8 [N, 8, 8, 1] against the reference, usually all 1797 digits; N >= 2."""
-    if not isinstance(reference, DigitsStatistics):
-        reference = DigitsStatistics.of(reference)
-    return DigitsStatistics.of(samples).distance(reference)
-
-
 class DigitsEvaluator(Evaluator):
     """FDc, FDp and the imbalance of the classes of generated digits; reference: uint8 [N, 8, 8, 1]."""
 
-    columns = (Column("FDc", "lower"), Column("FDp", "lower"), Column("imbalance", "lower"))
+    columns = (Column("FDc"), Column("FDp"), Column("imbalance"))
 
     def __init__(self, reference: Images) -> None:
         self._reference = DigitsStatistics.of(reference)

@@ -46,7 +46,6 @@ _KEYS = {
     "FD-DINOv2": "frechet_inception_distance",
 }
 _FLAGS = {"FID": "fid", "KID": "kid", "IS": "isc", "precision": "prc", "recall": "prc", "FD-DINOv2": "fid"}
-_HIGHER = {"IS", "precision", "recall"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class FidelityEvaluator(Evaluator):
                 self.used["torch_fidelity"] = library.__version__
             except Unavailable as error:
                 missing |= dict.fromkeys(wanted, str(error))
-        return tuple(Column(name, "higher" if name in _HIGHER else "lower", missing.get(name)) for name in names)
+        return tuple(Column(name, missing=missing.get(name)) for name in names)
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
         """Return the available figures of at least 4 images; without any, the images are not even asked for."""

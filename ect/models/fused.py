@@ -41,7 +41,7 @@ class Pending:
     """An activation between two layers: the sum (a + bias + skip_bias + skip) * scale until a norm computes it, then `a`.
 
     Biases are [C] or rows [N, C]; absent parts are None. summed: `a` has the other parts in it, but its gradient is still that
-    of one term of the sum. kept: it is read again after that norm, so its gradient does not come through the norm alone.
+    of one term of the sum. kept: it is read again after the next norm, so its gradient does not come through that norm alone.
     spent: it was read by a norm and not kept.
     """
 
@@ -61,7 +61,7 @@ class Pending:
     def settle(self, x: Tensor) -> None:
         """Be x, which is this sum, computed: whoever holds it, as a skip connection does, now holds a tensor."""
         self.a, self.bias, self.skip, self.skip_bias, self.scale, self.summed = x, None, None, None, 1.0, False
-        self.spent = not self.kept
+        self.spent, self.kept = not self.kept, False
 
     def check_unspent(self) -> None:
         """Raise RuntimeError where a gradient would be lost."""
@@ -137,20 +137,14 @@ class Fused:
         inputs, scale = self.blocks[layer.layer], layer.style.skip_scale
         rows, other = inputs.rows, None if skip is None else skip.value()
         concatenated = layer.skip is None and other is not None
+        dx = x.kept or concatenated
         value, h, joined = read(
-            x,
-            layer.norm0,
-            inputs.norm("norm0"),
-            layer.dtype,
-            other,
-            dx=x.kept or concatenated,
-            djoined=not concatenated,
+            x, layer.norm0, inputs.norm("norm0"), layer.dtype, other, dx=dx, djoined=not concatenated
         )
         x.settle(value)
         h = self.norm1(layer, layer.conv0(h, bias=False), inputs)
         h = layer.conv1(h, bias=False)
-        if concatenated:
-            assert other is not None
+        if layer.skip is None and other is not None:
             out = Pending(h, rows["conv1.bias"], torch.cat([value, other], dim=1), None, scale)  # `joined` has no data
         elif layer.skip is None:
             out = Pending(h, rows["conv1.bias"], joined, None, scale)

@@ -197,7 +197,8 @@ class SongUNet(UNet):
             if isinstance(layer, UNetBlock):
                 h = run.block(layer, h, skips.pop() if h.shape[1] != layer.in_channels else None)
             elif isinstance(layer, GroupNorm):
-                normed = run.norm_silu(layer, h if layer is norms[-1] else run.keep(h))
+                last = layer is norms[-1]  # else the next level reads h again
+                normed = run.norm_silu(layer, h if last else run.keep(h))
             elif name.endswith("aux_up"):
                 out = layer(out)
             elif name.endswith("aux_conv"):

@@ -24,6 +24,8 @@ from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
 from tests.gpu_paths.pairwise import Case, cover, name
 from tests.tiny import config, run
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = {
     "arch": ["ddpmpp", "ncsnpp", "adm"],
     "labels": [False, True],
@@ -54,7 +56,7 @@ def test_sampling_waits_for_the_device_once_a_batch(case: Case) -> None:
 class Counting(Evaluator):
     """Rates by counting."""
 
-    columns = (Column("images", "higher"),)
+    columns = (Column("images"),)
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
         made = list(images)

@@ -77,3 +77,19 @@ def test_kernels_pass_the_sanitizers(source: Path, kind: str) -> None:
     assert main.is_file(), f"no sanitizer main {main.name} for {source.name}"
     result = run(kind, source, main)
     assert result.returncode == 0, (result.stdout + result.stderr)[:4000]
+
+
+def test_the_libraries_are_built_or_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[tuple[str, Path]] = []
+    monkeypatch.setattr(emulator, "build", lambda kind, file: built.append((kind, file)))
+    emulator.main()
+    assert sorted(built) == [("plain", file) for file in emulator.sources()] and capsys.readouterr().out == ""
+
+    def absent(kind: str, file: Path) -> None:
+        raise FileNotFoundError("the emulator needs g++")
+
+    monkeypatch.setattr(emulator, "build", absent)
+    emulator.main()
+    assert capsys.readouterr().out == "the emulator needs g++\n"

@@ -1,6 +1,8 @@
 """Builds the .cu files of csrc/ with g++ and the CPU runtime of tests/emulator, for backend 'emulated' (from a source tree).
 
 A library is made once per content of its source and the headers, and kept under build/emulator; who needs it meanwhile waits.
+
+    python -m ect_kernels.testing.emulator      makes all of them, as many at a time as there are CPUs
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ect_kernels import native
@@ -82,3 +85,16 @@ def load(*names: str) -> None:
     files = [ROOT / "csrc" / f"{name}.cu" for name in names] or sources()
     for file in files:
         native.load_emulator(build("plain", file))
+
+
+def main() -> None:
+    """Build every library before the tests ask for them. Where that is not possible it says why: the tests skip."""
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda file: build("plain", file), sources()))
+    except FileNotFoundError as error:
+        print(error)
+
+
+if __name__ == "__main__":
+    main()
