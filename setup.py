@@ -35,7 +35,7 @@ Paths = Sequence[Path]
 
 
 class CannotBuild(Exception):
-    """Why there is no extension, with the remedy, in one line."""
+    """The reason why there is no extension, with the remedy, in one line."""
 
 
 class Toolkit:
@@ -56,7 +56,7 @@ class Toolkit:
         self.cxx = Path(shutil.which(name) or name)
 
     def known(self) -> list[int]:
-        """The architectures that nvcc can compile for."""
+        """Return the architectures that nvcc can compile for."""
         try:
             said = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:
@@ -65,7 +65,7 @@ class Toolkit:
 
 
 def cuda_home() -> Path:
-    """The toolkit: CUDA_HOME, else of where nvcc on PATH lies and /usr/local/cuda the first with headers, else with nvcc."""
+    """Return the toolkit: CUDA_HOME, else of nvcc's on PATH and /usr/local/cuda the first with headers, else with nvcc."""
     named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     places = [Path(named)] if named else [*([Path(nvcc).resolve().parents[1]] if nvcc else []), USUAL]
     homes = [home.absolute() for home in places if (home / "bin/nvcc").is_file()]
@@ -77,7 +77,10 @@ def cuda_home() -> Path:
 
 
 def _folders(home: Path, kind: str, file: str) -> Paths:
-    """Where a toolkit keeps its headers or libraries, as NVIDIA, conda and Debian install it: the one with `file`, if any."""
+    """Return the folder where a toolkit keeps its headers or libraries, if one has `file`.
+
+    NVIDIA, conda and Debian install them in different places.
+    """
     patterns = (f"{kind}64", kind, f"targets/*/{kind}", f"{kind}/*-linux-gnu")
     return [path for pattern in patterns for path in sorted(home.glob(pattern)) if (path / file).is_file()][:1]
 
@@ -105,7 +108,7 @@ class BuildCuda(build_ext):
         print(f"ect: built the CUDA kernels for {names}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """After an editable or in-place build: the extension, or the reason, replaces what an earlier build left there."""
+        """Put the extension, or the reason, in the place of what an earlier editable or in-place build left there."""
         package = Path(self.get_finalized_command("build_py").get_package_dir("ect_kernels"))
         for ext in self.extensions:
             built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
@@ -132,7 +135,7 @@ class BuildCuda(build_ext):
 
 
 def ninja_file(toolkit: Toolkit, chosen: Sequence[targets.Target]) -> str:
-    """The rules: an object a .cu file, one of the bindings, and _C.so of them all."""
+    """Return the rules: an object for each .cu file, one of the bindings, and _C.so of them all."""
     try:
         import pybind11
     except ImportError as error:
@@ -183,7 +186,7 @@ def _command(words: Sequence[object]) -> str:
 
 
 def _escaped(path: Path) -> str:
-    """A path as ninja reads it."""
+    """Return a path as ninja reads it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
@@ -206,7 +209,7 @@ def _run_ninja(folder: Path) -> None:
 
 
 def _say(*lines: str) -> None:
-    """Loudly, among the many lines of an install."""
+    """Print lines loudly, among the many of an install."""
     print("", *(f"*** ect: {line} ***" for line in lines), "", sep="\n", file=sys.stderr)
 
 

@@ -53,7 +53,7 @@ class Options:
 
 
 def stretch(cfg: Config, factor: float) -> Config:
-    """The same recipe over `factor` times as many images."""
+    """Return the same recipe over `factor` times as many images."""
     optim, objective = cfg.optim, cfg.objective
     return replace(
         cfg,
@@ -97,7 +97,7 @@ def one_seed(seed: int, folder: Path) -> Result:
 
 
 def claims(result: Result) -> dict[str, bool]:
-    """What must hold for each seed, with room against the spread between seeds."""
+    """Return what must hold for each seed, with room against the spread between seeds."""
     ect = result["ECT, 2 NFE"]
     few = {k: v for k, v in result.items() if k.startswith("diffusion") and v["nfe"] <= MAX_NFE}
     scratch = result["scratch, tuning's steps, 2 NFE"]
@@ -114,12 +114,12 @@ def claims(result: Result) -> dict[str, bool]:
 
 
 def short(value: float, digits: int) -> str:
-    """`digits` significant digits, never an exponent."""
+    """Return `digits` significant digits, never an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
 def table(lines: list[dict[str, Any]]) -> Table:
-    """One row a model and sampler: mean +- standard deviation over seeds."""
+    """Return one row a model and sampler: mean +- standard deviation over seeds."""
     cells = []
     for name in lines[0]["result"]:
         row = [name]

@@ -1,4 +1,4 @@
-"""The first hour on a GPU: python benchmarks/first_hour.py, or make gpu. For a machine with torch and nvcc and no network.
+r"""The first hour on a GPU: python benchmarks/first_hour.py, or make gpu. For a machine with torch and nvcc and no network.
 
 Two parts of at most --budget seconds each, what tells most first; each stage is a process of its own with a limit of its own,
 and goes on where others failed. --out gets a log a stage, all figures, and report.md, written anew after each stage; its folder
@@ -9,8 +9,8 @@ and goes on where others failed. --out gets a log a stage, all figures, and repo
 
 Python packages that the machine lacks are taken from --wheels, a folder filled where there is a network:
 
-    python -m pip download --only-binary=:all: --no-deps -d wheels \\
-        tyro typeguard docstring-parser typing-extensions safetensors pybind11 ninja \\
+    python -m pip download --only-binary=:all: --no-deps -d wheels \
+        tyro typeguard docstring-parser typing-extensions safetensors pybind11 ninja \
         rich pygments markdown-it-py mdurl pytest-xdist execnet pytest-timeout
 
 with --python-version 3.12 --platform manylinux2014_x86_64 or the like where that machine differs. A stage whose packages are
@@ -45,8 +45,11 @@ GRACE = 8.0  # seconds between asking a process to stop and killing it
 
 @dataclass(frozen=True)
 class Stage:
-    """One process. seconds: at most. needs: packages, by the names they are imported by. fresh: a folder of an earlier call,
-    removed before."""
+    """One process of the first hour.
+
+    seconds: at most. needs: packages, by the names they are imported by. fresh: a folder of an earlier call, removed
+    before.
+    """
 
     name: str
     part: int
@@ -69,7 +72,7 @@ class Outcome:
 
 
 def stages(device: str, out: Path) -> list[Stage]:
-    """All of them, in order; on a CPU at small sizes."""
+    """Return all stages, in order; on a CPU at small sizes."""
     gpu, work, py = device != "cpu", out / "work", sys.executable
     where = ["--device", device.partition(":")[0]]  # the environment shows the stages one GPU alone
     cifar, run, check, demo = work / "cifar-10-python.tar", work / "run", work / "check", work / "digits"
@@ -126,8 +129,10 @@ def stages(device: str, out: Path) -> list[Stage]:
 
 
 def gpu_tests(folder: str) -> list[str]:
-    """The files under a folder, those under tests/kernels only for itself, with a test that needs a GPU: others may import
-    what this machine has not."""
+    """Return the files under a folder that have a test which needs a GPU.
+
+    Those under tests/kernels are returned for that folder only: other ones may import what this machine has not.
+    """
     files = sorted((ROOT / folder).rglob("test_*.py"))
     kernels = ROOT / "tests" / "kernels"
     wanted = [path for path in files if (kernels in path.parents) == (ROOT / folder == kernels)]
@@ -135,21 +140,24 @@ def gpu_tests(folder: str) -> list[str]:
 
 
 def plugins(device: str, environment: dict[str, str]) -> list[str]:
-    """Options of pytest for the plugins that are there: on a GPU several tests at a time, and a limit for each."""
+    """Return the options of pytest for the plugins that are there: on a GPU several tests at a time, and a limit for each."""
     absent, workers = missing("xdist pytest_timeout", environment), "0" if device == "cpu" else "8"
     limit = [] if "pytest_timeout" in absent else ["--timeout", "120"]
     return [*([] if "xdist" in absent else ["-n", workers]), *limit]
 
 
 def missing(packages: str, environment: dict[str, str]) -> list[str]:
-    """Those that a stage's Python cannot import."""
+    """Return those packages that a stage's Python cannot import."""
     code = "import sys, importlib.util as u; print(*(n for n in sys.argv[1:] if u.find_spec(n) is None))"
     command = [sys.executable, "-c", code, *packages.split()]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 
 
 def environment(device: str, out: Path) -> dict[str, str]:
-    """Of every stage: this checkout, and the packages of --wheels before the machine's own. Nothing is fetched."""
+    """Return the environment of every stage: this checkout, and the packages of --wheels before the machine's own.
+
+    Nothing is fetched.
+    """
     paths = [out / "work" / "site", ROOT, ROOT / "kernels", ROOT / "benchmarks"]
     found = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     found["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -230,7 +238,7 @@ def slug(name: str) -> str:
 
 
 def earlier(out: Path) -> list[Outcome]:
-    """What other calls with the same folder did."""
+    """Return the outcomes of other calls with the same folder."""
     path = out / "stages.json"
     return [Outcome(**found) for found in json.loads(path.read_text())] if path.is_file() else []
 

@@ -1,13 +1,14 @@
-"""What the compiler made of every kernel, with no GPU: python benchmarks/kernel_report.py [--check].
+"""A report of every compiled kernel, with no GPU: python benchmarks/kernel_report.py [--check].
 
 For sm_80, 86, 89, 90, 100 and 120. Triton: every case of lib/triton_cases.py. CUDA: every instantiation in csrc/, with
 the threads and the dynamic shared memory that the launchers ask for at DDPM++/NCSN++ shapes (lib/launches.py) on such a
-device. --check holds the kernels that those shapes use to the bars and fails on a miss that EXCEPTIONS does not explain; of
-Triton's cases and of the norms in csrc/ it compiles no others. --rows-of-eight counts the instructions of the norms' loops
-alone (benchmarks/lib/row_loops.py).
+device. --check holds the kernels that those shapes use to the bars and fails on a miss that EXCEPTIONS does not
+explain; of Triton's cases and of the norms in csrc/ it compiles no others. --rows-of-eight counts the instructions of
+the norms' loops alone (benchmarks/lib/row_loops.py).
 
 The bar on random bits: in every loop's body that draws (and in the code outside of loops, if that does), a thread calls
-Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become noise).
+Philox at most once for eight elements of every tensor that it reads or writes there (for four where the bits become
+noise).
 
 DRAM traffic is what the ops' modules declare; tests/kernels/test_dram.py counts every access and holds them to it.
 """
@@ -100,7 +101,7 @@ class Row:
         return sass.ctas_per_sm(self.arch, self.usage.registers, self.threads, self.shared) if self.threads else 0
 
     def access(self) -> sass.Widths:
-        """Accesses to global memory by parameter name: {"load x": {128}}."""
+        """Return the accesses to global memory by parameter name: {"load x": {128}}."""
         named: sass.Widths = {}
         for key, bits in self.usage.access.items():
             verb, _, parameter = key.partition(" ")
@@ -109,11 +110,11 @@ class Row:
         return named
 
     def is_tensor(self, name: str) -> bool:
-        """No vector by channel, sample or group, nor workspace of that size, nor a pointer that is null here."""
+        """Return whether it is a tensor: no vector by channel, sample or group, no workspace, no pointer that is null here."""
         return name not in self.small and not name[0].isdigit()
 
     def drawn(self) -> list[tuple[int, float]]:
-        """(calls of Philox, elements of a tensor that a thread handles) of each place that draws."""
+        """Return (calls of Philox, elements of a tensor that a thread handles) of each place that draws."""
         found = []
         for draws in self.usage.draws:
             counts = []
@@ -129,7 +130,7 @@ class Row:
 
 
 def bars(row: Row) -> dict[str, str]:
-    """{bar: what was found} of each bar that the kernel misses."""
+    """Return {bar: what was found} of each bar that the kernel misses."""
     access = [(key, key.partition(" ")[2], bits) for key, bits in row.access().items()]
     narrow = {key: sorted(bits) for key, name, bits in access if row.is_tensor(name) and bits != {128}}
     lost = [key for key, name, _ in access if name == "?"]  # such as a global access to shared memory, which faults
@@ -153,7 +154,7 @@ def bars(row: Row) -> dict[str, str]:
 
 
 def excuse(row: Row, bar: str, text: str) -> str | None:
-    """Why what was found may be so, or None."""
+    """Return why what was found may be so, or None."""
     pattern, reason = EXCEPTIONS.get((row.op, row.form, bar), ("", ""))
     return reason if reason and re.fullmatch(pattern, text) else None
 
@@ -173,7 +174,7 @@ def judge(rows: list[Row], console: Console) -> bool:
 
 
 def triton_cases(op: str, every: bool) -> list[int]:
-    """Numbers of op's Triton cases, without `every` those of DDPM++ and NCSN++ alone; none where triton is missing."""
+    """Return the numbers of op's Triton cases, without `every` those of DDPM++ and NCSN++ alone; none without triton."""
     if importlib.util.find_spec("triton") is None:
         return []
     from lib import triton_cases
@@ -212,8 +213,10 @@ def triton_row(op: str, number: int, arch: int) -> Row:
 
 
 def cuda_usages(op: str, arch: int, only: Sequence[str] = ()) -> tuple[dict[str, sass.Usage], list[row_loops.RowLoop]]:
-    """The usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16. only: see
-    sass.compiled."""
+    """Return the usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16.
+
+    only: see sass.compiled.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), only)
         listing = sass.disassembled(cubin)
@@ -222,7 +225,7 @@ def cuda_usages(op: str, arch: int, only: Sequence[str] = ()) -> tuple[dict[str,
 
 
 def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
-    """Of the fp16 kernels of csrc/<op>.cu, compiled for nothing else."""
+    """Return the row loops of the fp16 kernels of csrc/<op>.cu, compiled for nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, _ = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), bits=16)
         listing = sass.disassembled(cubin)
@@ -230,7 +233,7 @@ def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
 
 
 def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str, launches.Launch]) -> list[Row]:
-    """Rows of every kernel instantiation of csrc/<op>.cu; those that a DDPM++/NCSN++ shape launches are held to the bars."""
+    """Return a row for every kernel instantiation of csrc/<op>.cu; those that a DDPM++/NCSN++ shape launches have bars."""
     plain, rows = launches.demangle(list(usages)), []
     if lost := {kernel for kernel in used if kernel.startswith(op)} - set(plain.values()):
         raise RuntimeError(f"launched, but not compiled for sm_{arch}: {', '.join(sorted(lost))}")
@@ -251,8 +254,10 @@ def cuda_rows(op: str, arch: int, usages: dict[str, sass.Usage], used: dict[str,
 def compile_all(
     ops: Sequence[str], archs: Sequence[int], every: bool, quick: bool
 ) -> tuple[list[Row], list[row_loops.RowLoop]]:
-    """The rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; compiled by several processes. every:
-    not only what DDPM++ and NCSN++ launch; quick: for some architectures the CUDA norms alone."""
+    """Return the rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; several processes compile.
+
+    every: not only what DDPM++ and NCSN++ launch. quick: for some architectures the CUDA norms alone.
+    """
     written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if sass.available("nvcc") else []
     some = [arch for arch in archs if arch in QUICK] if quick else archs
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""What a machine has that matters to a run: python benchmarks/machine_facts.py [FILE.json]. Needs none of it.
+"""The facts of a machine that matter to a run: python benchmarks/machine_facts.py [FILE.json]. Needs none of what it names.
 
 Prints a line a fact; with a file, writes them as JSON.
 """
@@ -33,7 +33,7 @@ GPU = (
 
 
 def said(command: list[str]) -> str:
-    """What a command prints, in one line; why there is nothing where it is missing or fails."""
+    """Return what a command prints, in one line, or why there is nothing: it is missing or fails."""
     if shutil.which(command[0]) is None:
         return f"no {command[0]} on PATH"
     try:
@@ -52,7 +52,7 @@ def version(package: str) -> str | None:
 
 
 def of_torch() -> str:
-    """What torch makes of the GPU."""
+    """Return what torch says about the GPU."""
     try:
         import torch
 

@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def times(bench: cases.Bench, backend: str, device: torch.device) -> Iterator[tuple[str, float, int]]:
-    """(pass, seconds, bytes) of forward and, where there is one, backward."""
+    """Yield (pass, seconds, bytes) of forward and, where there is one, backward."""
     kwargs, function = bench.case.make(device), bench.timed or bench.function
     with torch.no_grad():
         seconds = measure.seconds(lambda: function(**kwargs, backend=backend), device)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(bench: cases.Bench, backend: str, device: torch.device) -> tuple[list[list[str]], str, bool]:
-    """(cells from "pass" on, a row for each pass; why there are none, or not all; whether that is a fault of the backend)."""
+    """Return (cells from "pass" on, a row for each pass; why there are none, or not all; whether the backend is at fault)."""
     rows: list[list[str]] = []
     try:
         figures = truth.check(bench.function, backend, bench.case, device)

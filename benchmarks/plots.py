@@ -36,7 +36,7 @@ holds from step to step, with the most that a step has alive beside it. Launches
 
 
 def waterfall(line: dict[str, Any], path: Path) -> None:
-    """One bar a row, split by category; the floor is a line."""
+    """Plot one bar a row, split by category; the floor is a line."""
     rows = {name: row for name, row in line["rows"].items() if row["ms"] is not None}
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
     left = [0.0] * len(rows)
@@ -57,7 +57,7 @@ def waterfall(line: dict[str, Any], path: Path) -> None:
 
 
 def course(lines: list[dict[str, Any]], path: Path) -> None:
-    """The ratio of each row to the first, line by line."""
+    """Plot the ratio of each row to the first, line by line."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     labels = ["\n".join((line["commit"].replace("-dirty", "\nchanged"), line["time"][:10])) for line in lines]
     for name in lines[-1]["rows"]:
@@ -74,7 +74,7 @@ def course(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def section(lines: list[dict[str, Any]], folder: Path, stem: str) -> Iterator[str]:
-    """Markdown of one device and network, whose plots are written to `folder`."""
+    """Yield the Markdown of one device and network, whose plots are written to `folder`."""
     line = lines[-1]
     clocks = ", ".join(f"{name} {value}" for name, value in line["clocks"].items())
     driver = f", driver {line['driver']}" if line["driver"] else ""

@@ -1,12 +1,12 @@
-"""What each arithmetic makes of the training signal: the relative error of D(x_t, t) - D(x_r, r), r/t = 1 - n(t)/256.
+"""The error of each arithmetic on the training signal D(x_t, t) - D(x_r, r), relative, with r/t = 1 - n(t)/256.
 
     python benchmarks/precision.py                       # the shipped digits model
     python benchmarks/precision.py checkpoint.safetensors --data.source datasets/cifar-10-python.tar.gz --samples 64
     python benchmarks/precision.py --check               # and exit 1 unless fp16 is at most 1.3 times TF32 at every t
 
-Medians over images, against fp64 with the same weights, images, noise and dropout masks; the network is in train mode. On a
-CPU the arithmetic is emulated: TF32 rounds the operands of convolutions and matrix products to 10 mantissa bits, to nearest;
-the halves round weights and activations where a GPU stores them, and sum in fp32.
+Medians over images, against fp64 with the same weights, images, noise and dropout masks; the network is in train mode.
+On a CPU the arithmetic is emulated: TF32 rounds the operands of convolutions and matrix products to 10 mantissa bits,
+to nearest; the halves round weights and activations where a GPU stores them, and sum in fp32.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Options:
 
 
 def all_in_fp16(net: EDMPrecond, labels: torch.Tensor | None = None) -> Denoiser:
-    """Both ends in fp16 as well: every convolution, and the network's input and output."""
+    """Put both ends in fp16 as well: every convolution, and the network's input and output."""
     twin = copy.deepcopy(net)
     convolutions = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, Conv2d)}
     round_weights(twin, convolutions, torch.float16)
@@ -66,7 +66,7 @@ def all_in_fp16(net: EDMPrecond, labels: torch.Tensor | None = None) -> Denoiser
 
 
 def measure(net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Row]:
-    """{arithmetic: {t: error}} of uint8 images [N, H, W, C]. An arithmetic that fails is left out and says so."""
+    """Return {arithmetic: {t: error}} of uint8 images [N, H, W, C]. An arithmetic that fails is left out and says so."""
     rows: dict[str, tuple[str, Callable[[], Denoiser]]] = {
         "TF32 everywhere": ("tf32", lambda: in_precision(net, "tf32", labels)),
         "fp16 everywhere": ("fp16", lambda: all_in_fp16(net, labels)),
@@ -86,7 +86,7 @@ def measure(net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None) 
 
 
 def worst(found: dict[str, Row]) -> tuple[float, float]:
-    """(the largest ratio of fp16 with fp32 ends to TF32, its level)."""
+    """Return (the largest ratio of fp16 with fp32 ends to TF32, its level)."""
     ours, tf32 = found["fp16, fp32 ends"], found["TF32 everywhere"]
     return max((ours[t] / tf32[t], t) for t in tf32)
 
@@ -102,7 +102,7 @@ def show(found: dict[str, Row], as_markdown: bool) -> None:
 
 
 def load_all(options: Options) -> tuple[EDMPrecond, Dataset]:
-    """The network, on its device, and the data; raises UserError where they do not fit."""
+    """Return the network, on its device, and the data; raises UserError where they do not fit."""
     where = device.resolve(options.device)
     if where.type == "cpu":
         device.set_threads(1 if options.checkpoint == DIGITS else None)  # more threads slow so small a network down

@@ -62,7 +62,7 @@ class Options:
 
 
 def read(options: Options) -> dict[tuple[int, str], Line]:
-    """The latest line of each seed and precision asked for, of runs of this length."""
+    """Return the latest line of each seed and precision asked for, of runs of this length."""
     if not options.results.is_file():
         return {}
     lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
@@ -74,7 +74,7 @@ def read(options: Options) -> dict[tuple[int, str], Line]:
 
 
 def teacher(cfg: Config, path: Path) -> Path:
-    """The model file of the diffusion phase of cfg, trained unless it is there."""
+    """Return the model file of the diffusion phase of cfg, which is trained unless it is there."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -83,7 +83,7 @@ def teacher(cfg: Config, path: Path) -> Path:
 
 
 def tune(seed: int, precision: Name, options: Options) -> Line:
-    """One tuning from the seed's teacher, judged."""
+    """Run one tuning from the seed's teacher, and judge it."""
     kimg = options.kimg
     cfg = replace(PRESETS["digits"], seed=seed, total_kimg=kimg, pretrain_kimg=kimg, precision="fp32")
     start = teacher(cfg, options.folder / f"teacher-{kimg:g}-kimg-seed{seed}.safetensors")
@@ -101,12 +101,12 @@ def tune(seed: int, precision: Name, options: Options) -> Line:
 
 
 def values(lines: dict[tuple[int, str], Line], precision: str, nfe: int, metric: str) -> list[float]:
-    """The metric of every seed."""
+    """Return the metric of every seed."""
     return [line["result"][f"{nfe} NFE"][metric] for (_, p), line in sorted(lines.items()) if p == precision]
 
 
 def paired(lines: dict[tuple[int, str], Line], precision: str, nfe: int) -> list[float]:
-    """FDc less that of the same seed in fp32, for every seed that has both."""
+    """Return the FDc less that of the same seed in fp32, for every seed that has both."""
     return [
         line["result"][f"{nfe} NFE"]["FDc"] - lines[seed, "fp32"]["result"][f"{nfe} NFE"]["FDc"]
         for (seed, p), line in sorted(lines.items())
@@ -115,14 +115,14 @@ def paired(lines: dict[tuple[int, str], Line], precision: str, nfe: int) -> list
 
 
 def equal(a: list[float], b: list[float]) -> tuple[bool, float, float]:
-    """(whether two precisions agree, the difference of their means, the difference allowed), over at least two seeds."""
+    """Return (whether two precisions agree, the difference of their means, the difference allowed), over at least two seeds."""
     difference = abs(statistics.fmean(a) - statistics.fmean(b))
     allowed = math.sqrt(2) * max(statistics.stdev(a), statistics.stdev(b))
     return difference <= allowed, difference, allowed
 
 
 def table(lines: dict[tuple[int, str], Line], options: Options) -> Table:
-    """One row a precision and NFE: mean +- standard deviation over seeds, each seed's value, and its FDc less that in fp32."""
+    """Return one row a precision and NFE: mean +- standard deviation over seeds, each seed's value, and its FDc less fp32's."""
     cells = []
     for precision in options.precisions:
         for nfe in NFES:

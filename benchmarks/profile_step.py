@@ -39,7 +39,7 @@ MOST = 60  # kernels that are kept
 
 @dataclass(frozen=True)
 class Way:
-    """How the step runs. options: of the configuration. kernels: as --kernels."""
+    """A way to run the step. options: of the configuration. kernels: as --kernels."""
 
     name: str
     options: dict[str, Any]
@@ -47,7 +47,7 @@ class Way:
 
 
 def ways(device: torch.device) -> list[Way]:
-    """The trainer's own first."""
+    """Return the ways to run the step, the trainer's own first."""
     if device.type != "cuda":
         return [Way("as the trainer runs it", {"compile": False})]
     captured = {"precision": "fp16", "channels_last": True, "compile": False, "graph": True}
@@ -59,7 +59,7 @@ def ways(device: torch.device) -> list[Way]:
 
 
 def profiled(way: Way, case: waterfall.Case, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
-    """What is known of a way to run the step, more each time."""
+    """Yield what is known of a way to run the step, more each time."""
     gpu, start = device.type == "cuda", time.perf_counter()
     half = "fp16" if gpu else "fp32"
     row = waterfall.Row(way.name, half, waterfall._own(**way.options), captured=bool(way.options.get("graph")))
@@ -93,7 +93,7 @@ def profiled(way: Way, case: waterfall.Case, device: torch.device, rounds: int) 
 
 
 def kernels(runner: waterfall.Runner, device: torch.device) -> list[tuple[str, int, float]]:
-    """(name, calls, ms) of a step's kernels, on a CPU of its operations, the longest first."""
+    """Return (name, calls, ms) of a step's kernels, on a CPU of its operations, the longest first."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as trace:
         runner()
@@ -108,8 +108,10 @@ def kernels(runner: waterfall.Runner, device: torch.device) -> list[tuple[str, i
 
 
 def _memory(way: Way, case: waterfall.Case, device: torch.device) -> dict[str, Any]:
-    """Bytes at the peak, measured and predicted. The benchmark has no averaged network and samples nothing; a prediction for
-    it leaves both out."""
+    """Return the bytes at the peak, measured and predicted.
+
+    The benchmark has no averaged network and samples nothing; a prediction for it leaves both out.
+    """
     spec = network_spec(case.cfg.net, "ECMPrecond", case.dataset, 0)
     cfg = dataclasses.replace(case.cfg, **way.options)
     plan = memory.predict(cfg, spec, case.dataset, device, case.cfg.batch)
@@ -125,7 +127,7 @@ def _memory(way: Way, case: waterfall.Case, device: torch.device) -> dict[str, A
 
 
 def run(case: waterfall.Case, device: torch.device, rounds: int, out: Path | None) -> dict[str, Any]:
-    """All ways, and what they are measured against."""
+    """Return all ways, and what they are measured against."""
     result: dict[str, Any] = {
         **measure.machine(device), "net": case.name, "batch": case.cfg.batch, "floor": None, "sheet": None, "ways": [],
     }  # fmt: skip
@@ -160,7 +162,7 @@ def run(case: waterfall.Case, device: torch.device, rounds: int, out: Path | Non
 
 
 def table(result: dict[str, Any], rows: int) -> Iterator[Table]:
-    """The kernels of the first way that ran, and one line for each way."""
+    """Yield a table of the ways to run the step, a line each, then the kernels of the first that ran."""
     ran = [way for way in result["ways"] if "kernels" in way]
     lines = []
     for way in result["ways"]:

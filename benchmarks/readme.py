@@ -1,7 +1,7 @@
 """Put a finished digits run where it is shown: python benchmarks/readme.py runs/readme (see make readme).
 
-Copies its picture to benchmarks/results/digits.png and its checkpoint to ect/models/digits.safetensors, and writes its table
-and that of benchmarks/digits_quality.py --report between the markers of README.md.
+Copies its picture to benchmarks/results/digits.png and its checkpoint to ect/models/digits.safetensors. Writes its table
+between the markers of README.md, and that of benchmarks/digits_quality.py --report between the markers of docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from ect.errors import UserError
 from ect.files.checkpoint import read_model, save_model
 
 ROOT = Path(__file__).parents[1]
+PLACES = {"digits": ROOT / "README.md", "seeds": ROOT / "docs/recipes.md"}
 
 
 def insert(text: str, name: str, block: str) -> str:
-    """`text` with `block` between the markers of `name`."""
-    head, _, rest = text.partition(f"<!-- {name}: written by make readme -->\n")
-    _, _, tail = rest.partition(f"<!-- /{name} -->")
-    return f"{head}<!-- {name}: written by make readme -->\n{block.strip()}\n<!-- /{name} -->{tail}"
+    """Return `text` with `block` between the markers of `name`. Raises ValueError where a marker is missing."""
+    begin, end = f"<!-- {name}: written by make readme -->\n", f"<!-- /{name} -->"
+    head, found, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"the markers of {name!r} are missing: {begin.strip()} and {end}")
+    return f"{head}{begin}{block.strip()}\n{end}{tail}"
 
 
 @command
@@ -41,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_model(ROOT / "ect/models/digits.safetensors", model.state, model.spec, info)
     report = [sys.executable, str(ROOT / "benchmarks/digits_quality.py"), "--report", "--markdown"]
     seeds = subprocess.run(report, capture_output=True, text=True, check=True).stdout
-    path = ROOT / "README.md"
-    text = insert(path.read_text(encoding="utf-8"), "digits", (run_dir / "results.md").read_text(encoding="utf-8"))
-    path.write_text(insert(text, "seeds", seeds), encoding="utf-8")
+    blocks = {"digits": (run_dir / "results.md").read_text(encoding="utf-8"), "seeds": seeds}
+    for name, path in PLACES.items():
+        path.write_text(insert(path.read_text(encoding="utf-8"), name, blocks[name]), encoding="utf-8")
     return 0
 
 

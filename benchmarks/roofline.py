@@ -45,8 +45,11 @@ LANES = 32
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates by the vendor's data sheet, dense (no sparsity), fp16 with fp32 sums: TFLOP/s and GB/s. fp32: outside of the
-    tensor cores. pattern: of the name that torch gives the device. sms, clock: SMs and boost clock in GHz."""
+    """Peak rates by the vendor's data sheet, dense (no sparsity), fp16 with fp32 sums: TFLOP/s and GB/s.
+
+    fp32: outside of the tensor cores. pattern: of the name that torch gives the device. sms, clock: SMs and boost clock
+    in GHz.
+    """
 
     name: str
     fp16: float
@@ -101,13 +104,15 @@ GPUS = (
 
 
 def known(device: str) -> Gpu | None:
-    """The data sheet of a device by torch's name for it."""
+    """Return the data sheet of a device by torch's name for it."""
     return next((gpu for gpu in GPUS if re.search(gpu.pattern, device)), None)
 
 
 def limits(item: work.Work, gpu: Gpu, precision: str) -> dict[str, float]:
-    """Milliseconds by each limit: 'arithmetic', 'DRAM' and, where its instructions are known, 'issue'. What stays fp32 in an
-    fp16 step runs outside of the tensor cores."""
+    """Return the milliseconds by each limit: 'arithmetic', 'DRAM' and, where its instructions are known, 'issue'.
+
+    What stays fp32 in an fp16 step runs outside of the tensor cores.
+    """
     rate = gpu.fp16 if item.dtype == torch.float16 else gpu.tf32 if precision == "tf32" else gpu.fp32
     found = {"arithmetic": item.flops / (rate * 1e9), "DRAM": item.bytes / (gpu.bandwidth * 1e6)}
     counts = instructions.counts(gpu.arch) if item.kernel else None
@@ -117,7 +122,7 @@ def limits(item: work.Work, gpu: Gpu, precision: str) -> dict[str, float]:
 
 
 def milliseconds(item: work.Work, gpu: Gpu, precision: str) -> float:
-    """By the limit that rules."""
+    """Return the milliseconds by the limit that rules."""
     return max(limits(item, gpu, precision).values())
 
 
@@ -126,7 +131,7 @@ def note() -> str:
 
 
 def floor(gpu: Gpu, precision: str = "fp16", batch: int = BATCH) -> dict[str, float]:
-    """Predicted milliseconds of a step by kind, and their sum as 'step'."""
+    """Return the predicted milliseconds of a step by kind, and their sum as 'step'."""
     times = dict.fromkeys(KINDS, 0.0)
     for item in work.ddpmpp_step(batch, PRECISIONS[precision]):
         times[item.kind] += milliseconds(item, gpu, precision)
@@ -134,7 +139,7 @@ def floor(gpu: Gpu, precision: str = "fp16", batch: int = BATCH) -> dict[str, fl
 
 
 def grouped(items: Iterable[work.Work]) -> dict[tuple[str, str], list[work.Work]]:
-    """By (level, kind), in the order of the network's levels."""
+    """Group by (level, kind), in the order of the network's levels."""
     groups: dict[tuple[str, str], list[work.Work]] = {}
     for item in items:
         groups.setdefault((item.level, item.kind), []).append(item)
@@ -143,7 +148,7 @@ def grouped(items: Iterable[work.Work]) -> dict[tuple[str, str], list[work.Work]
 
 
 def table(precision: str) -> Table:
-    """Floors per level and kind of operation."""
+    """Return the floors per level and kind of operation."""
     items = work.ddpmpp_step(BATCH, PRECISIONS[precision])
 
     def row(level: str, kind: str, part: Sequence[work.Work]) -> list[str]:
@@ -164,7 +169,7 @@ def table(precision: str) -> Table:
 
 
 def issue_table(precision: str) -> Table:
-    """Of our kernels, a step's time by DRAM and by issue slots."""
+    """Return a table of our kernels: a step's time by DRAM and by issue slots."""
     groups: dict[tuple[str, str], list[work.Work]] = {}
     for item in work.ddpmpp_step(BATCH, PRECISIONS[precision]):
         if item.kernel:
@@ -190,7 +195,7 @@ def assumptions() -> Table:
 
 
 def compared(lines: Iterable[dict[str, Any]]) -> Table:
-    """Measured rows of step_time's lines over their floors."""
+    """Return the measured rows of step_time's lines over their floors."""
     rows = []
     for line in lines:
         for name, row in line["rows"].items():

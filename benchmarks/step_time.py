@@ -35,7 +35,10 @@ from ect.show.table import Table
 
 
 def teacher(case: waterfall.Case, device: torch.device, count: int) -> str:
-    """What it costs that the compiled teacher runs the student's graph, which keeps what a backward would need; in a line."""
+    """Return, in a line, what it costs that the compiled teacher runs the student's graph.
+
+    That graph keeps what a backward would need.
+    """
     runners = {row.name: waterfall.Runner(row, case, device) for row in waterfall.teacher_rows(device)}
     for runner in runners.values():
         runner(), runner()  # compiles
@@ -50,7 +53,7 @@ def teacher(case: waterfall.Case, device: torch.device, count: int) -> str:
 
 
 def tables(line: dict[str, Any]) -> list[Table]:
-    """The waterfall, and its split by category."""
+    """Return the waterfall, and its split by category."""
     net, floor = f"{line['net']}, batch {line['batch']}", line["floor"]
     title = f"{net}: {line['clock']}" + (f"; floor {floor['ms']:.1f} ms, {floor['what']}" if floor["ms"] else "")
     times: list[list[str]] = []
@@ -84,7 +87,7 @@ def tables(line: dict[str, Any]) -> list[Table]:
 
 
 def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace, console: Console) -> bool:
-    """Measure, print, compare and record a case; False where it got slower or nothing ran."""
+    """Measure, print, compare and record a case; return False where it got slower or nothing ran."""
     line: dict[str, Any] = {
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(),
@@ -123,7 +126,10 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
 
 @contextmanager
 def empty_compiler_cache() -> Iterator[None]:
-    """As a machine has it that compiles a network for the first time: else a row's start depends on what ran before."""
+    """Give the block an empty compiler cache, as a machine has it that compiles a network for the first time.
+
+    With another one a row's start would depend on what ran before.
+    """
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

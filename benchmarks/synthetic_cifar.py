@@ -19,7 +19,7 @@ FOLDER, BATCHES, ROWS, DISTINCT = "cifar-10-batches-py", 5, 10_000, 2_000
 
 
 def images(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [DISTINCT, 3 * 32 * 32] in planes, and their classes [DISTINCT]."""
+    """Return uint8 [DISTINCT, 3 * 32 * 32] in planes, and their classes [DISTINCT]."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, DISTINCT)
     x, y = np.meshgrid(np.linspace(0, 2 * np.pi, 32), np.linspace(0, 2 * np.pi, 32))

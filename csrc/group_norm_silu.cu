@@ -13,10 +13,10 @@ template <class T, int V, bool RESIDENT> __global__ void __launch_bounds__(gn::T
 
 extern "C" int group_norm_silu_fwd(const void* x, const float* gamma, const float* beta, const float* v, const float* scale,
     const float* shift, const int64_t* seed, const int64_t* n0, void* y, float* mean, float* rstd, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_rows, int64_t rows, double eps, double inv_keep, void* stream) {
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_stride, int64_t stride, double eps, double inv_keep, void* stream) {
   gn::Forward f{};
   f.drop = gn::drop(seed, n0, threshold, layer, inv_keep);
-  f.affine = {gamma, beta, scale, shift, v, v_rows, rows};
+  f.affine = {gamma, beta, scale, shift, v, v_stride, stride};
   f.act = act != 0; f.eps = float(eps);
   f.x = x; f.y = y; f.mean = mean; f.rstd = rstd;
   const int size = gn::dtype_size(dtype);
@@ -30,10 +30,10 @@ extern "C" int group_norm_silu_fwd(const void* x, const float* gamma, const floa
 extern "C" int group_norm_silu_bwd(const void* dy, const void* x, const float* gamma, const float* beta, const float* v,
     const float* scale, const float* shift, const int64_t* seed, const int64_t* n0, const float* mean, const float* rstd, void* dx, float* dv,
     float* dscale, float* dshift, float* partials, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_rows, int64_t rows, double inv_keep, void* stream) {
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_stride, int64_t stride, double inv_keep, void* stream) {
   gn::Backward f{};
   f.drop = gn::drop(seed, n0, threshold, layer, inv_keep);
-  f.affine = {gamma, beta, scale, shift, v, v_rows, rows};
+  f.affine = {gamma, beta, scale, shift, v, v_stride, stride};
   f.act = act != 0; f.n = n;
   f.dy = dy; f.x = x; f.mean = mean; f.rstd = rstd;
   f.dx = dx; f.dv = dv; f.dscale = dscale; f.dshift = dshift; f.partials = partials;

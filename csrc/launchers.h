@@ -5,18 +5,18 @@
 extern "C" {
 int group_norm_silu_fwd(const void* x, const float* gamma, const float* beta, const float* v, const float* scale,
     const float* shift, const int64_t* seed, const int64_t* n0, void* y, float* mean, float* rstd, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_rows, int64_t rows, double eps, double inv_keep, void* stream);
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_stride, int64_t stride, double eps, double inv_keep, void* stream);
 int group_norm_silu_bwd(const void* dy, const void* x, const float* gamma, const float* beta, const float* v,
     const float* scale, const float* shift, const int64_t* seed, const int64_t* n0, const float* mean, const float* rstd, void* dx, float* dv, float* dscale, float* dshift, float* partials, int64_t n, int64_t hw, int64_t c, int64_t groups,
-    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_rows, int64_t rows, double inv_keep, void* stream);
+    int64_t dtype, int64_t act, int64_t threshold, int64_t layer, int64_t v_stride, int64_t stride, double inv_keep, void* stream);
 int residual_group_norm_silu_fwd(const void* a, const float* bias, const void* skip, const float* skip_bias,
     const void* other, const float* gamma, const float* beta, const int64_t* seed, const int64_t* n0, void* x, void* y, float* mean, float* rstd,
     int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype, int64_t groups, int64_t dtype_of_a, int64_t act,
     int64_t threshold, int64_t layer, double skip_scale, double eps, double inv_keep, void* stream);
 int residual_group_norm_silu_bwd(const void* dy, const void* dx, const void* djoined, const void* x, const void* other,
     const float* gamma, const float* beta, const int64_t* seed, const int64_t* n0, const float* mean, const float* rstd, void* da, void* dother,
-    float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype_of_a,
-    int64_t groups, int64_t dtype, int64_t act, int64_t threshold, int64_t layer, double skip_scale, double inv_keep, void* stream);
+    float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype,
+    int64_t groups, int64_t dtype_of_a, int64_t act, int64_t threshold, int64_t layer, double skip_scale, double inv_keep, void* stream);
 int perturb_fwd(const uint8_t* images, const float* t, const float* r, const int64_t* seed, const uint8_t* flip,
     const float* eps, const int64_t* n0, void* in_t, void* in_r, float* x_t, float* x_r, int64_t n, int64_t h, int64_t w, int64_t c, int64_t dtype,
     double sigma_data, void* stream);

@@ -43,8 +43,8 @@ extern "C" int residual_group_norm_silu_fwd(const void* a, const float* bias, co
 
 extern "C" int residual_group_norm_silu_bwd(const void* dy, const void* dx, const void* djoined, const void* x, const void* other,
     const float* gamma, const float* beta, const int64_t* seed, const int64_t* n0, const float* mean, const float* rstd, void* da, void* dother,
-    float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype_of_a,
-    int64_t groups, int64_t dtype, int64_t act, int64_t threshold, int64_t layer, double skip_scale, double inv_keep, void* stream) {
+    float* partials, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype,
+    int64_t groups, int64_t dtype_of_a, int64_t act, int64_t threshold, int64_t layer, double skip_scale, double inv_keep, void* stream) {
   gn::Backward f{};
   f.drop = gn::drop(seed, n0, threshold, layer, inv_keep);
   f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};

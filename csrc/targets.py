@@ -1,6 +1,6 @@
-"""Which GPUs csrc/ is compiled for: those asked for or present, less what the kernels or this nvcc cannot do.
+"""The GPUs that csrc/ is compiled for: those asked for or present, less what the kernels or this nvcc cannot do.
 
-setup.py's; standard library only. Nothing here raises: what has to be left out becomes a sentence.
+setup.py uses it: standard library only. Nothing here raises: what has to be left out becomes a sentence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
 
 def present() -> list[str]:
-    """What nvidia-smi says about the compute capability of each GPU; empty where it is absent, fails or hangs."""
+    """Return the compute capability of each GPU as nvidia-smi says it; nothing where it is absent, fails or hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -47,7 +47,7 @@ def present() -> list[str]:
 
 
 def wanted(text: str) -> tuple[list[Target], list[str]]:
-    """ECT_CUDA_ARCHS as (targets in order, sentences about what cannot be read).
+    """Return ECT_CUDA_ARCHS as (targets in order, sentences about what cannot be read).
 
     text: such as "80;90", "8.9+PTX", "90a" or "native"; empty is native: the GPUs present, else DEFAULT. +PTX adds the PTX of
     that target; where nobody says it the newest target has it, so that newer GPUs can compile it for themselves.
@@ -70,7 +70,7 @@ def wanted(text: str) -> tuple[list[Target], list[str]]:
 
 
 def buildable(targets: Iterable[Target], known: Sequence[int]) -> tuple[list[Target], list[str]]:
-    """Of `targets` what nvcc, which knows the architectures `known`, can build for; and a sentence on each of the rest.
+    """Return those of `targets` that nvcc, which knows the architectures `known`, can build for; and a sentence on each other.
 
     A GPU that nvcc does not know gets the code of the nearest older one, with PTX, which its driver compiles.
     """
@@ -90,6 +90,6 @@ def buildable(targets: Iterable[Target], known: Sequence[int]) -> tuple[list[Tar
 
 
 def _read(words: Iterable[str]) -> list[tuple[int, bool]]:
-    """(compute capability, whether PTX is asked for) of each word that is one."""
+    """Return (compute capability, whether PTX is asked for) of each word that is one."""
     found = [_CAPABILITY.fullmatch(word) for word in words]
     return [(10 * int(match[1]) + int(match[2]), match[3] is not None) for match in found if match]

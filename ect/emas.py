@@ -11,7 +11,7 @@ POWER = "rel:"
 
 
 def beta_of(entry: str) -> float:
-    """The decay per step of an entry such as ".9999"; nan where it is no number."""
+    """Return the decay per step of an entry such as ".9999"; nan where it is no number."""
     try:
         return float(entry)
     except ValueError:
@@ -19,26 +19,26 @@ def beta_of(entry: str) -> float:
 
 
 def emas_of(ema_beta: float) -> tuple[str, ...]:
-    """The entry of one average with this decay per step, exactly."""
+    """Return the entry of one average with this decay per step, exactly."""
     return (spelled(str(ema_beta)),)
 
 
 def spelled(entry: str) -> str:
-    """One spelling for all that mean the same: .9999 for 0.9999 and 9999e-4."""
+    """Return one spelling for all that mean the same: .9999 for 0.9999 and 9999e-4."""
     text = str(beta_of(entry))
     return entry if text == "nan" else text[1:] if text.startswith("0.") else text
 
 
 def are_few(entries: Sequence[str]) -> bool:
-    """Whether a run can keep so many averages, each of them once."""
+    """Return whether a run can keep so many averages, each of them once."""
     return 1 <= len({spelled(entry) for entry in entries}) == len(entries) <= MAX_EMAS
 
 
 def have_no_power(entries: Sequence[str]) -> bool:
-    """Whether no entry asks for a power-function profile (Karras et al., 2024), which no version has yet."""
+    """Return whether no entry asks for a power-function profile (Karras et al., 2024), which no version has yet."""
     return not any(entry.startswith(POWER) for entry in entries)
 
 
 def are_decays(entries: Sequence[str]) -> bool:
-    """Whether every entry is a decay per step: from 0, the weights themselves, to below 1, which never moves."""
+    """Return whether every entry is a decay per step: from 0, the weights themselves, to below 1, which never moves."""
     return all(0 <= beta_of(entry) < 1 for entry in entries)

@@ -1,4 +1,4 @@
-"""What the README and --dry-run print is taken back: switches, every field of the configuration, every command shown."""
+"""What --dry-run prints is taken back: switches, and every field of the configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from ect.options import check, parse
 from ect.presets import PRESETS
 from ect.show.dry_run import describe
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -181,57 +180,6 @@ def test_every_switch_takes_no_value(command: str, path: tuple[str, ...]) -> Non
 
 def test_the_switches_of_speed_are_among_them() -> None:
     assert {("ect.train", (name,)) for name in ("compile", "graph", "channels_last")} < set(SWITCHES)
-
-
-def spans() -> list[str]:
-    """The lines of README.md's code blocks, and what its prose has between backquotes."""
-    prose, blocks = (README.split("```")[i::2] for i in (0, 1))
-    return [
-        *itertools.chain.from_iterable(map(str.splitlines, blocks)),
-        *re.findall("`([^`]+)`", "".join(prose)),
-    ]
-
-
-def shown(module: str) -> list[list[str]]:
-    """The arguments of every command of README.md that runs a module."""
-    words = [shlex.split(span, comments=True) for span in spans() if f"-m {module}" in span]
-    return [
-        found[found.index(module) + 1 :] for found in words if module in found and len(found) > found.index(module) + 1
-    ]
-
-
-@pytest.mark.parametrize("module", COMMANDS)
-def test_the_commands_of_the_readme_parse(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = shown(module)
-    assert commands
-    monkeypatch.chdir(tmp_path)
-    for args in commands:
-        if "--resume" in args:
-            folder = Path(args[args.index("--resume") + 1])
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
-        options = parse(args) if module == "ect.train" else tyro.cli(COMMANDS[module], args=args)
-        assert isinstance(options, COMMANDS[module])
-
-
-def options() -> list[str]:
-    """Options of ect.train that README.md shows by themselves: `--compile --channels-last`, `--batch 256`."""
-    kinds = {"--" + ".".join(path).replace("_", "-"): kind for path, kind in fields(Config)}
-    switches = {name for name, kind in kinds.items() if bool in (kind, *typing.get_args(kind))}
-    switches |= {re.sub(r"^(--.*\.|--)", r"\1no-", name) for name in switches}
-    shown = {span for span in spans() if span.startswith("--")}
-    named = {span for span in shown if span in kinds and span not in switches}  # without a value
-    return sorted(span for span in shown - named if span.split()[0] in kinds.keys() | switches)
-
-
-@pytest.mark.parametrize("shown", options())
-def test_the_options_of_the_readmes_prose_parse(shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = shlex.split(shown)
-    monkeypatch.chdir(tmp_path)
-    if "--resume" in words:
-        Path(words[-1]).mkdir(parents=True)
-        (Path(words[-1]) / "config.json").write_text(json.dumps(to_dict(PRESETS["cifar10-1h"])))
-    assert parse(words)
 
 
 def test_a_long_run_compiles_on_a_gpu_and_a_short_one_does_not() -> None:

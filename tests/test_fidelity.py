@@ -306,7 +306,7 @@ def test_missing_torch_fidelity_is_explained(clean: Tensor, tmp_path: Path, monk
     evaluator = FidelityEvaluator(Dataset("x", clean, None), FidelityOptions(), tmp_path)
     (note,) = evaluator.notes
     assert note.startswith("FID, KID, IS, precision, recall: torch-fidelity cannot be imported")
-    assert "pip install 'ect[eval]'" in note
+    assert f"pip install torch-fidelity, and the torchvision that belongs to torch {torch.__version__}" in note
 
 
 def test_a_path_that_does_not_exist_is_an_error(clean: Tensor, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,15 +118,6 @@ def test_one_closed_reader_touches_pickles() -> None:
         }
         assert used <= {"UnpicklingError"}, name  # what torch.load(weights_only=True) raises
         assert not any(found.startswith("pickle.") for found in imports(path)), name
-
-
-def test_every_package_is_installed() -> None:
-    """pyproject.toml lists each folder of Python files of ect/ and kernels/ as a package of the distribution."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.findall('"([^"]+)"', text.partition("\npackages = [")[2].partition("]")[0])
-    modules = {**ECT, **KERNELS}.items()
-    found = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules}
-    assert sorted(listed) == sorted(found)
 
 
 @pytest.mark.parametrize("folder", ["ect", "kernels", "benchmarks", "tests"])

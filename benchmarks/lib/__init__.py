@@ -1,1 +1,1 @@
-"""What the commands in benchmarks/ share."""
+"""Libraries that the commands in benchmarks/ share."""

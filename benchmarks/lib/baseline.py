@@ -37,7 +37,7 @@ class Updates:
         self.optimizer = torch.optim.RAdam(self.parameters, lr=lr, betas=betas, foreach=True)
 
     def step(self) -> None:
-        """From the gradients in .grad."""
+        """Update the parameters from the gradients in .grad."""
         with record_function("optimizer"), torch.no_grad():
             for p in self.parameters:
                 if p.grad is not None:
@@ -47,7 +47,7 @@ class Updates:
                 average.copy_(p.detach().lerp(average, self.ema_beta))
 
     def tensors(self) -> list[Tensor]:
-        """Everything that lives from step to step."""
+        """Return everything that lives from step to step."""
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         grads = [p.grad for p in self.parameters if p.grad is not None]
         return [*self.parameters, *self.ema, *moments, *grads]
@@ -94,9 +94,10 @@ class PlainStep:
 
 
 class ParameterState:
-    """What ect.step.TrainStep needs of an optimizer state, in the public design: the `+fused ops` row, before the flat arenas.
+    """An optimizer state for ect.step.TrainStep in the public design: the `+fused ops` row, before the flat arenas.
 
-    Args: net: as for FlatState. half: dtype of the `core` weights in `compute`, a twin; they are rounded anew after each step.
+    Args: net: as for FlatState. half: dtype of the `core` weights in `compute`, a twin; they are rounded anew after
+    each step.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class ParameterState:
 
 
 def torch_dropout(net: EDMPrecond) -> EDMPrecond:
-    """The network with F.dropout, which draws from torch's generators, in place of its counter-based masks, in place."""
+    """Replace the network's counter-based masks, in place, by F.dropout, which draws from torch's generators."""
     for block in net.modules():
         if isinstance(block, UNetBlock) and block.dropout > 0:
             p, block.dropout = block.dropout, 0.0

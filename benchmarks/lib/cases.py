@@ -32,7 +32,7 @@ class Bench:
 
 
 def benches(op: str, n: int, dtype: torch.dtype, quick: bool = False) -> Iterator[Bench]:
-    """Cases of an op for n images; quick: the first two shapes only."""
+    """Yield the cases of an op for n images; quick: the first two shapes only."""
     function = getattr(importlib.import_module(f"ect_kernels.{op}"), op)
     makers = {
         "group_norm_silu": _group_norm_silu,
@@ -152,7 +152,7 @@ def _radam_ema(function: Callable[..., Any], n: int, dtype: torch.dtype, shapes:
         function(**arenas, emas=[ema], shadow=None, state_f64=f64, state_i64=i64, backend=backend)
 
     def step(backend: str, **arenas: Tensor) -> tuple[Tensor, ...]:
-        """The step out of place, so that it can be checked."""
+        """Run the step out of place, so that it can be checked."""
         new = {name: value.clone() for name, value in arenas.items()}
         in_place(**new, backend=backend)
         return new["params"], new["exp_avg"], new["exp_avg_sq"], new["ema"]

@@ -1,8 +1,8 @@
-"""Where the time of a step goes, by torch.profiler: every operation or kernel belongs to one category.
+"""The time of a step by category, from torch.profiler: every operation or kernel belongs to one.
 
-On a CPU an operation takes the category of the outermost enclosing one whose name says something (aten::add_ within RAdam's
-step is the optimizer's), with its self time; on a GPU a kernel is classified by its name. Names that inductor makes list the
-operations fused into a kernel. What no name places is `other`; the time in which nothing runs is `host`.
+On a CPU an operation takes the category of the outermost enclosing one whose name says something (aten::add_ within
+RAdam's step is the optimizer's), with its self time; on a GPU a kernel is classified by its name. Names that inductor
+makes list the operations fused into a kernel. What no name places is `other`; the time in which nothing runs is `host`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ _FREE = re.compile(
 
 @dataclass
 class Profile:
-    """A step under the profiler. share: of its wall clock, by category. launches: kernels on a GPU; on a CPU, the operations
-    that call no other and move data. transient: most bytes allocated above what lived before the step (CPU only)."""
+    """A step under the profiler.
+
+    share: of its wall clock, by category. launches: kernels on a GPU; on a CPU, the operations that call no other and
+    move data. transient: most bytes allocated above what lived before the step (CPU only).
+    """
 
     share: dict[str, float]
     launches: int
@@ -55,7 +58,7 @@ class Profile:
 
 
 def category(name: str) -> str | None:
-    """The category of an operation's or kernel's name, None where the name says nothing."""
+    """Return the category of an operation's or kernel's name, None where the name says nothing."""
     return next((category for category, pattern in _PATTERNS if pattern.search(name)), None)
 
 
@@ -69,7 +72,7 @@ def take(step: Callable[[], Any], device: torch.device, calls: int = 1) -> Profi
 
 
 def _once(step: Callable[[], Any], device: torch.device) -> tuple[float, Profile]:
-    """Microseconds of one call, and its profile."""
+    """Return the microseconds of one call, and its profile."""
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
     whole = torch.profiler.record_function("whole step")
@@ -93,7 +96,7 @@ def _gpu(events: Iterable[Any]) -> Iterable[tuple[str, float]]:
 
 
 def _is_kernel(event: Any) -> bool:
-    """A kernel, copy or fill on the device; record_function ranges are mirrored there, too, and are none."""
+    """Return whether this is a kernel, copy or fill on the device; ranges of record_function are none."""
     return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
@@ -116,7 +119,7 @@ def _cpu(events: Iterable[Any]) -> Iterable[tuple[str, float]]:
 
 
 def _is_frame(name: str) -> bool:
-    """A range that encloses operations and does nothing itself."""
+    """Return whether this is a range that encloses operations and does nothing itself."""
     return not name.startswith(("aten::", "ect::", "mkldnn::", "autograd::", "graph_", "cpp_"))
 
 
@@ -134,7 +137,7 @@ def _launches(events: Iterable[Any], gpu: bool) -> int:
 
 
 def _transient(trace: profile) -> int:
-    """Peak of the running sum of allocations and releases."""
+    """Return the peak of the running sum of allocations and releases."""
     assert trace.profiler is not None
     results: Any = trace.profiler.kineto_results
     steps = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")

@@ -21,7 +21,7 @@ def write(out: Path, outcomes: Sequence[Json], notes: Sequence[str]) -> None:
 
 
 def telling(log: str) -> str:
-    """The line of a log that says most: its last error, else its last line."""
+    """Return the line of a log that says most: its last error, else its last line."""
     lines = [ANSI.sub("", line).strip(" │╭╮╰╯─━") for line in log.splitlines()]
     lines = [line for line in lines if line]
     errors = [
@@ -31,14 +31,14 @@ def telling(log: str) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """In Markdown, the first column left, the others right."""
+    """Return a table in Markdown, the first column left, the others right."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (headers, *rows)]
     cells.insert(1, ["---", *["---:"] * (len(headers) - 1)])
     return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
 
 
 def _json(path: Path) -> Json:
-    """A JSON object, empty where there is none or a kill tore it."""
+    """Return a JSON object, empty where there is none or a kill tore it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,7 +47,7 @@ def _json(path: Path) -> Json:
 
 
 def _lines(path: Path) -> list[Json]:
-    """The objects of a file that has one a line; a torn one is left out."""
+    """Return the objects of a file that has one a line; a torn one is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -127,7 +127,7 @@ def _times(way: Json, floor: Json | None) -> list[tuple[str, str, str, str]]:
 
 
 def _memory(way: Json) -> list[tuple[str, str, str, str]]:
-    """The profile has neither the averaged network nor sampling, which a run's prediction has."""
+    """Report the memory of the profile, which has neither the averaged network nor sampling, as a run's prediction has."""
     memory = way["memory"]
     predicted = memory["predicted"]
     step = (predicted["state"] + predicted["update"]) / 1e9
@@ -146,12 +146,12 @@ def _memory(way: Json) -> list[tuple[str, str, str, str]]:
 
 
 def _launches(way: Json) -> tuple[str, str, str, str]:
-    """Counted: a convolution, product or attention is one, whatever the library makes of it."""
+    """Report the launches as they are counted: a convolution, product or attention is one, whatever the library makes of it."""
     return _against("launches", way["launches"], way["memory"]["predicted"].get("launches"), "d")
 
 
 def _rows(out: Path) -> Iterator[str]:
-    """step_time's line, or what a killed run left of it."""
+    """Yield step_time's line, or what a killed run left of it."""
     paths = sorted((out / "results").glob("*.jsonl")) + sorted((out / "results").glob("*.partial"))
     for line in [lines[-1] for path in paths if (lines := _lines(path))]:
         unfinished = f" (not finished: {line['partial']})" if "partial" in line else ""
@@ -205,7 +205,7 @@ def _training(out: Path, outcomes: Sequence[Json]) -> Iterator[str]:
 
 
 def _predicted(log: Path | None) -> str:
-    """The prediction that a run printed when it began."""
+    """Return the prediction that a run printed when it began."""
     text = (
         " ".join(log.read_text(encoding="utf-8", errors="replace").split()) if log is not None and log.is_file() else ""
     )
@@ -214,7 +214,7 @@ def _predicted(log: Path | None) -> str:
 
 
 def _pictures(folder: Path, to: Path, name: str) -> list[Path]:
-    """The last picture of each kind, copied beside the report: the run's folder is large, and need not be kept."""
+    """Copy the last picture of each kind beside the report: the run's folder is large, and need not be kept."""
     copied = []
     for kind in PICTURES:
         found = sorted(folder.glob(f"{kind}*.png"))

@@ -16,7 +16,7 @@ TOLERANCE = 0.05
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The step_time lines of a file; none where it does not exist. A line that a kill tore is passed by."""
+    """Return the step_time lines of a file; none where it does not exist. A line that a kill tore is passed by."""
     found = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -34,7 +34,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def partial(path: Path, line: dict[str, Any]) -> Path:
-    """Where a run's line stands until the run is over."""
+    """Return the file where a run's line stands until the run is over."""
     return path.with_name(f"{path.stem}-{line['net']}-{line['batch']}.partial")
 
 
@@ -47,15 +47,17 @@ def keep(path: Path, line: dict[str, Any]) -> None:
 
 
 def last(path: Path, line: dict[str, Any]) -> dict[str, Any] | None:
-    """The latest earlier line of the same device, network, batch and number of threads."""
+    """Return the latest earlier line of the same device, network, batch and number of threads."""
     same = ("device", "net", "batch", "threads")
     found = [old for old in read(path) if all(old[key] == line[key] for key in same)]
     return found[-1] if found else None
 
 
 def regressions(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """What got slower by more than TOLERANCE: a row's time on a GPU; on a CPU, which other work disturbs, its ratio to the
-    first row of the same run."""
+    """Return what got slower by more than TOLERANCE.
+
+    On a GPU that is a row's time; on a CPU, which other work disturbs, its ratio to the first row of the same run.
+    """
     key, unit = ("ratio", "of the first row") if new["device"].startswith("cpu") else ("ms", "ms")
     for name, row in new["rows"].items():
         before, now = old["rows"].get(name, {}).get(key), row.get(key)

@@ -1,8 +1,8 @@
-"""How many instructions a warp issues in the loops of our CUDA kernels for a row of eight elements a lane, from their SASS.
+"""A count of the instructions that a warp issues in our CUDA kernels' loops for a row of eight elements a lane, from SASS.
 
-A loop's count is that of the longest way through its body, without the dropout where none is asked for. What a kernel does
-outside of its loops is left out, but for radam_ema's update, which has none and is counted whole, as with three averages.
-Compiling takes a while: the counts of a version of csrc/ are kept under build/sass.
+A loop's count is that of the longest way through its body, without the dropout where none is asked for. What a kernel
+does outside of its loops is left out, but for radam_ema's update, which has none and is counted whole, as with three
+averages. Compiling takes a while: the counts of a version of csrc/ are kept under build/sass.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ Counts = dict[str, float]
 
 @cache
 def counts(arch: int) -> dict[int, Counts] | None:
-    """{bits of an element: {kernel: instructions}}; None where they cannot be had, as without nvcc or nvdisasm. Kernels:
-    'radam_ema', 'perturb', 'consistency_loss' and a norm's, named by `norm`."""
+    """Return {bits of an element: {kernel: instructions}}; None where they cannot be had, as without nvcc or nvdisasm.
+
+    Kernels: 'radam_ema', 'perturb', 'consistency_loss' and a norm's, named by `norm`.
+    """
     if not (sass.available("nvcc") and sass.available("nvdisasm")):
         return None
     try:
@@ -54,13 +56,13 @@ def _counts(arch: int) -> dict[int, Counts]:
 
 
 def norm(op: str, backward: bool, drops: bool, computes: bool = False) -> str:
-    """A norm's key in the counts: computes, if a residual norm's forward adds up its x rather than being given it."""
+    """Return a norm's key in the counts; computes: a residual norm's forward adds up its x rather than being given it."""
     words = (f"{op}_{'bwd' if backward else 'fwd'}", "dropout" if drops else "", "computed" if computes else "")
     return " ".join(word for word in words if word)
 
 
 def _digest() -> str:
-    """Of all that the counts depend on."""
+    """Return a digest of all that the counts depend on."""
     files = [
         *sorted((ROOT / "csrc").rglob("*.cu*")),
         *(Path(m.__file__ or "") for m in (sass, row_loops)),
@@ -81,7 +83,7 @@ def _of_op(arch: int, op: str, bits: int) -> Counts:
 
 
 def of_norm(op: str, loops: Iterable[row_loops.RowLoop]) -> Counts:
-    """Of the loops of a norm's kernels; of each kind the one that takes the most."""
+    """Count the loops of a norm's kernels; of each kind the one that takes the most."""
     loops = list(loops)
 
     def most(kind: str, way: str, direction: str) -> float:
@@ -101,7 +103,7 @@ def of_norm(op: str, loops: Iterable[row_loops.RowLoop]) -> Counts:
 
 
 def of_elementwise(listing: dict[str, str], bits: int) -> float:
-    """Of an op that handles one element like any other: the sum over its kernels' loops."""
+    """Count an op that handles one element like any other: the sum over its kernels' loops."""
     total = 0.0
     for name, text in listing.items():
         types = row_loops.types(name)
@@ -116,8 +118,10 @@ def of_elementwise(listing: dict[str, str], bits: int) -> float:
 
 
 def _of_loop(graph: list[row_loops.Block], header: int, body: frozenset[int], bits: int) -> float:
-    """For eight elements; 0 where a loop handles none. Its elements follow from the calls of Philox, else from the accesses of
-    16 bytes: to shared memory as fp32."""
+    """Count a loop's instructions for eight elements; 0 where it handles none.
+
+    Its elements follow from the calls of Philox, else from the accesses of 16 bytes: to shared memory as fp32.
+    """
     way = partial(row_loops.longest_way, graph, header, body)
     elements = NORMALS * (way(row_loops.multiplies) // sass.PHILOX_MULTIPLIES)
     if not elements:

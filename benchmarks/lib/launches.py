@@ -1,4 +1,7 @@
-"""What each CUDA launcher asks for at the shapes of DDPM++/NCSN++: kernels, threads, dynamic shared memory. Runs no kernel."""
+"""The launches of each CUDA launcher at the shapes of DDPM++/NCSN++: kernels, threads, dynamic shared memory.
+
+It runs no kernel.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,13 @@ class Launch:
 
 
 def image(channels: int, height: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    """A channels-last tensor of N images, its memory untouched."""
+    """Return a channels-last tensor of N images, its memory untouched."""
     x = torch.empty(N, height, height, channels, dtype=dtype).permute(0, 3, 1, 2)
     return x.requires_grad_(grad)
 
 
 def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(shape, arguments) of an op's public function as the networks call it; memory is not initialised."""
+    """Yield (shape, arguments) of an op's public function as the networks call it; memory is not initialised."""
     seed = torch.zeros((), dtype=torch.int64)
     sigma = torch.ones(N)
     if op == "group_norm_silu":
@@ -101,7 +104,7 @@ def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def run(function: Any, arguments: dict[str, Any]) -> None:
-    """Forward, and backward where an argument has a gradient."""
+    """Run forward, and backward where an argument has a gradient."""
     outputs = function(**arguments, backend="emulated")
     outputs = [
         out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out is not None and out.requires_grad
@@ -116,8 +119,10 @@ DEVICES = {99: 0, 163: 1, 227: 2}
 
 
 def record(op: str, kilobytes: int | None = None) -> dict[str, Launch]:
-    """{kernel: Launch} of csrc/<op>.cu at the shapes of `calls`; the kernel's name as `demangle` writes it. kilobytes: of
-    shared memory that a block may have on the device; default: on the emulator's current one."""
+    """Return {kernel: Launch} of csrc/<op>.cu at the shapes of `calls`, under the kernels' names as `demangle` writes them.
+
+    kilobytes: of shared memory that a block may have on the device; default: on the emulator's current one.
+    """
     chosen = {} if kilobytes is None else {"CUDA_HOST_DEVICE": str(DEVICES[kilobytes])}
     with mock.patch.dict(os.environ, chosen):
         return _record(op)
@@ -157,7 +162,7 @@ def _record(op: str) -> dict[str, Launch]:
 
 
 def pointers(values: list[str], args: dict[str, native.Argument]) -> dict[str, tuple[str, bool]]:
-    """Which of the launcher's tensors each 8-byte word of a kernel's arguments (in hex) points into."""
+    """Return which of the launcher's tensors each 8-byte word of a kernel's arguments (in hex) points into."""
     tensors = {name: value for name, value in args.items() if isinstance(value, Tensor) and value.numel()}
     largest = max((value.numel() for value in tensors.values()), default=0)
     found = {}
@@ -172,7 +177,7 @@ def pointers(values: list[str], args: dict[str, native.Argument]) -> dict[str, t
 
 
 def arguments_of(launcher: str) -> list[str]:
-    """Names of a launcher's arguments, without the stream, as csrc/*.cu declares them."""
+    """Return the names of a launcher's arguments, without the stream, as csrc/*.cu declares them."""
     for source in emulator.sources():
         found = re.search(rf"\bint {launcher}\((.*?)\)\s*\{{", source.read_text(encoding="utf-8"), re.S)
         if found:
@@ -181,7 +186,7 @@ def arguments_of(launcher: str) -> list[str]:
 
 
 def symbols(library: Path) -> dict[int, str]:
-    """{offset: demangled name} of a library's functions."""
+    """Return {offset: demangled name} of a library's functions."""
     lines = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
     parts = [line.split() for line in lines if len(line.split()) == 3]
     names = demangle([name for _, _, name in parts])
@@ -189,7 +194,7 @@ def symbols(library: Path) -> dict[int, str]:
 
 
 def demangle(mangled: list[str]) -> dict[str, str]:
-    """{symbol: "kernel<template arguments>"}, the same for nvcc's and g++'s symbols."""
+    """Return {symbol: "kernel<template arguments>"}, the same for nvcc's and g++'s symbols."""
     lines = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     names = {}
     for symbol, line in zip(mangled, lines.splitlines(), strict=True):
@@ -199,13 +204,13 @@ def demangle(mangled: list[str]) -> dict[str, str]:
 
 
 def demangled(listing: dict[str, str]) -> dict[str, str]:
-    """Texts by symbol, by the names of `demangle` instead."""
+    """Return the texts by symbol, by the names of `demangle` instead."""
     names = demangle(list(listing))
     return {names[symbol]: text for symbol, text in listing.items()}
 
 
 def _head(line: str) -> str:
-    """A demangled function without its parameter list: up to the first '(' outside of <>."""
+    """Return a demangled function without its parameter list: up to the first '(' outside of <>."""
     depth = 0
     for i, letter in enumerate(line):
         depth += (letter == "<") - (letter == ">")

@@ -24,7 +24,7 @@ FLUSH = 512 << 20  # bytes written before every run: several times any L2
 
 
 def device_option(name: str) -> torch.device:
-    """--device of a benchmark, as the trainer reads it."""
+    """Read --device of a benchmark, as the trainer reads it."""
     try:
         return resolve(name)
     except UserError as error:
@@ -32,7 +32,7 @@ def device_option(name: str) -> torch.device:
 
 
 def header(device: torch.device) -> str:
-    """The machine and the software of a measurement, in one line."""
+    """Return the machine and the software of a measurement, in one line."""
     found = machine(device)
     where = found["device"] if device.type == "cuda" else f"{found['device']}, {os.cpu_count()} cores"
     clocks = ", ".join(f"{name} {value}" for name, value in found["clocks"].items())
@@ -41,7 +41,7 @@ def header(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, driver, the clocks at this moment, torch, CUDA and commit: what a timing depends on."""
+    """Return what a timing depends on: device, driver, the clocks at this moment, torch, CUDA and commit."""
     git = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty"]
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "commit": _output(git) or "unknown"}
     if device.type != "cuda":
@@ -54,12 +54,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def slug(device: str) -> str:
-    """A device's name as a file name."""
+    """Return a device's name as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-")
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; nothing where it fails or is missing."""
+    """Return what a command prints; nothing where it fails or is missing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def _megahertz() -> str:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, least: float = 0.2
 ) -> dict[str, list[float]]:
-    """Seconds of a call, a value for each round."""
+    """Return the seconds of a call, a value for each round."""
 
     def failed(name: str, error: Exception) -> None:
         raise error
@@ -95,11 +95,11 @@ def turns(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int,
     failed: Callable[[str, Exception], None], least: float = 0.2,
 ) -> Iterator[dict[str, list[float]]]:  # fmt: skip
-    """After each round the seconds of a call so far, a value a round. Every round times all functions one after another, so
-    that a machine which slows down slows them all.
+    """Yield after each round the seconds of a call so far, a value a round.
 
-    The functions have run before. failed: is told of one that raises; it has no further turn and no figure, and the others
-    go on, unless the device was lost with it: then no round follows. least: seconds that a value averages over.
+    Every round times all functions one after another, so that a machine which slows down slows them all. The functions
+    have run before. failed: is told of one that raises; it has no further turn and no figure, and the others go on,
+    unless the device was lost with it: then no round follows. least: seconds that a value averages over.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls: dict[str, int] = {}
@@ -132,18 +132,18 @@ def turns(
 
 
 def once(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     return _clock(function, device, 1)
 
 
 def reason(error: BaseException) -> str:
-    """An exception's type and first line."""
+    """Return an exception's type and first line."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def lost(device: torch.device) -> str | None:
-    """Why the device takes no more work of this process, None where it does: after an illegal access every call fails."""
+    """Return why the device takes no more work of this process, or None: after an illegal access every call fails."""
     try:
         _synchronize(device)
     except RuntimeError as error:
@@ -152,7 +152,7 @@ def lost(device: torch.device) -> str | None:
 
 
 def _clock(function: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Seconds of one of `calls` calls in a row, of the host and the device together, by `clock`."""
+    """Return the seconds of one of `calls` calls in a row, of the host and the device together, by `clock`."""
     now = clock(device)[1]
     _synchronize(device)
     start = now()
@@ -163,7 +163,7 @@ def _clock(function: Callable[[], Any], device: torch.device, calls: int) -> flo
 
 
 def clock(device: torch.device) -> tuple[str, Callable[[], float]]:
-    """What `interleaved` reads: the wall clock, but for one CPU thread its processor time, which excludes other work."""
+    """Return what `interleaved` reads: the wall clock, but for one CPU thread its processor time, which excludes other work."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return "CPU time", time.process_time
     return "wall clock", time.perf_counter
@@ -180,7 +180,10 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 
 
 def seconds(function: Callable[[], Any], device: torch.device, runs: int = 0) -> float:
-    """Median time of one call. runs: 0 means 20 on a GPU and, on the CPU, 3, or 1 that takes over a second (interpreters)."""
+    """Return the median time of one call.
+
+    runs: 0 means 20 on a GPU and, on the CPU, 3, or 1 that takes over a second (interpreters).
+    """
     if device.type != "cuda":
         times: list[float] = []
         while len(times) < (runs or (1 if sum(times) > 1 else 3)):
@@ -204,7 +207,7 @@ def seconds(function: Callable[[], Any], device: torch.device, runs: int = 0) ->
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy on the device."""
+    """Return the bytes per second, read and written, of a large copy on the device."""
     source = torch.empty(FLUSH, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * FLUSH / seconds(lambda: target.copy_(source), device)

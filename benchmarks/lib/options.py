@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks share: bad input ends with status 2 and one sentence that names value and remedy."""
+"""Command lines of the benchmarks: bad input ends with status 2 and one sentence that names value and remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """A command's main whose UserError is printed alone, and makes its status 2."""
+    """Make of a command's main one whose UserError is printed alone, with status 2."""
     from ect.errors import UserError  # not earlier: benchmarks/first_hour.py runs where ect may be missing
 
     @wraps(main)
@@ -36,7 +36,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
-    """A type of argparse's options: a number that is not below `least`."""
+    """Return a type of argparse's options: a number that is not below `least`."""
 
     def number(text: str) -> Any:
         try:
@@ -51,7 +51,7 @@ def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
 
 
 def new_file(text: str) -> Path:
-    """A type of argparse's options: a file that can be written, in a folder that is there or can be made."""
+    """Read a type of argparse's options: a file that can be written, in a folder that is there or can be made."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: is a folder; name a file")
@@ -60,7 +60,7 @@ def new_file(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """A type of argparse's options: a folder that is there or can be made."""
+    """Read a type of argparse's options: a folder that is there or can be made."""
     path = Path(text)
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():

@@ -11,8 +11,10 @@ from ect.config import Config
 
 
 def steps(rows: Mapping[str, dict[str, Any]], before: str, after: str) -> dict[str, Any]:
-    """Of step_time's rows without and with torch.compile: {"rows", "steps", "why"}. steps: None where it never pays, or where
-    a row has no figures, as "why" says."""
+    """Return {"rows", "steps", "why"} of step_time's rows without and with torch.compile.
+
+    steps: None where it never pays, or where a row has no figures, as "why" says.
+    """
     plain, compiled = rows.get(before, {}), rows.get(after, {})
     found: dict[str, Any] = {"rows": [before, after], "steps": None, "why": ""}
     for name, row in ((before, plain), (after, compiled)):
@@ -26,7 +28,7 @@ def steps(rows: Mapping[str, dict[str, Any]], before: str, after: str) -> dict[s
 
 
 def sentence(found: Mapping[str, Any], cfg: Config) -> str:
-    """For the terminal, beside the recipe's length and the estimate that the trainer goes by."""
+    """Return the answer for the terminal, beside the recipe's length and the estimate that the trainer goes by."""
     before, after = found["rows"]
     length = round(cfg.total_kimg * 1000 / cfg.batch)
     answer = found["why"] if found["steps"] is None else f"after {found['steps']:,} steps ({found['why']})"

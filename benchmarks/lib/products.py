@@ -14,8 +14,11 @@ from lib.work import flop_formula
 
 
 class Products:
-    """Calling it repeats every operation of one `step` that multiplies: convolutions and matrix products, forward and backward,
-    on the same shapes, channels-last, with random data, and nothing else."""
+    """The products of one `step`, to be repeated by a call, and nothing else.
+
+    They are its convolutions and matrix products, forward and backward, on the same shapes, channels-last, with random
+    data.
+    """
 
     def __init__(self, step: Callable[[], Any]) -> None:
         self._operands: dict[tuple[Any, ...], Tensor] = {}
@@ -26,7 +29,7 @@ class Products:
         ]
 
     def _operand(self, t: TensorMeta) -> Tensor:
-        """Random numbers in place of a tensor, the same ones for the same shape; zeros in place of integers."""
+        """Return random numbers in place of a tensor, the same ones for the same shape; zeros in place of integers."""
         key = (t.shape, t.dtype, () if len(t.shape) == 4 else t.strides)
         if key not in self._operands:
             like = torch.empty_strided(t.shape, t.strides, dtype=t.dtype, device="meta")

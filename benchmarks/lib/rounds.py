@@ -50,7 +50,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def reason(error: BaseException, limit: float) -> str:
-    """Why a row is left out, in a line."""
+    """Say in a line why a row is left out."""
     if isinstance(error, Overtime):
         return f"over {limit:g} s to start"
     if isinstance(error, torch.OutOfMemoryError):
@@ -59,8 +59,10 @@ def reason(error: BaseException, limit: float) -> str:
 
 
 class Measurement:
-    """Of one case: `run` prepares the rows, times them, and returns a line's "rows", "floor" and the complete "rounds"; 0:
-    every row's figure is that of one step."""
+    """The measurement of one case: `run` prepares the rows, times them, and returns a line's "rows", "floor" and "rounds".
+
+    Complete "rounds" are counted; 0: every row's figure is that of one step.
+    """
 
     def __init__(self, case: waterfall.Case, device: torch.device, rounds: int, limit: float, report: Report) -> None:
         self.case, self.device, self.rounds, self.limit, self.report = case, device, rounds, limit, report
@@ -88,7 +90,7 @@ class Measurement:
         return self.result()
 
     def prepare(self, row: waterfall.Row) -> None:
-        """A row's first steps, its profile, and the time of one step, which stands until the rounds."""
+        """Run a row's first steps and its profile, and take the time of one step, which stands until the rounds."""
         if (lost := measure.lost(self.device)) is not None:
             self.leave_out(row.name, f"the device was lost before: {lost}")
             return
@@ -108,7 +110,7 @@ class Measurement:
         self.report(self.result(), f"{row.name}: {1e3 * once:.2f} ms once, ready after {seconds:.1f} s")
 
     def take_turns(self) -> None:
-        """The rounds. A row that fails in one is left out; where it takes the device along, all else stays as it was."""
+        """Run the rounds. A row that fails in one is left out; where it takes the device along, all else stays as it was."""
         if self.device.type != "cuda":
             self._prepare_products()
 
@@ -139,8 +141,10 @@ class Measurement:
         return {name: row for name, row in self.found.items() if row["ms"] is not None}
 
     def update(self, times: dict[str, list[float]]) -> None:
-        """Figures from the seconds of each row, a value a round; ratios are to the first row: the plain one, or the first that
-        runs."""
+        """Make figures of the seconds of each row, a value a round.
+
+        Ratios are to the first row: the plain one, or the first that runs.
+        """
         first = next(iter(times.values()))
         for name, values in times.items():
             ratios = [value / base for value, base in zip(values, first, strict=True)]
@@ -162,8 +166,10 @@ class Measurement:
 def prepared(
     row: waterfall.Row, case: waterfall.Case, device: torch.device, profiled: int
 ) -> tuple[waterfall.Runner, Result]:
-    """A row's runner after its first steps, with the seconds these took, its launches, memory, and split by category over
-    `profiled` steps."""
+    """Return a row's runner after its first steps.
+
+    Beside it: the seconds these took, its launches, memory, and split by category over `profiled` steps.
+    """
     gpu, peak, start = device.type == "cuda", 0, time.perf_counter()
     others = torch.cuda.memory_allocated(device) if gpu else 0
     runner = waterfall.Runner(row, case, device)
@@ -182,7 +188,7 @@ def prepared(
 
 
 def figures(seconds: list[float], case: waterfall.Case) -> Result:
-    """Median and quartiles of a step in ms, throughput, and the minutes the recipe would take at it (predicted)."""
+    """Return the median and quartiles of a step in ms, throughput, and the minutes the recipe would take at it (predicted)."""
     step = statistics.median(seconds)
     sec_per_kimg = step / case.cfg.batch * 1000
     return {
@@ -192,7 +198,7 @@ def figures(seconds: list[float], case: waterfall.Case) -> Result:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """First and third."""
+    """Return the first and the third quartile."""
     if len(values) < 2:
         return [values[0], values[0]]
     q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -200,7 +206,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def floor(case: waterfall.Case, gpu: torch.device) -> Result:
-    """From the data sheet of a known GPU."""
+    """Return the floor from the data sheet of a known GPU."""
     sheet = roofline.known(torch.cuda.get_device_name(gpu))
     if sheet is None or case.name != "ddpmpp":
         return {"ms": None, "what": "none: no data sheet for this device and network"}

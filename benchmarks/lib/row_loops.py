@@ -30,14 +30,14 @@ class Instruction:
 
     @property
     def row_bits(self) -> int:
-        """Of an access of 16 bytes or more, else 0."""
+        """Return the bits of an access of 16 bytes or more, else 0."""
         kind = self.opcode.split(".")[0]
         bits = sass.width(self.opcode) if kind in ACCESSES else 0
         return bits if bits >= 128 else 0
 
     @property
     def draws(self) -> bool:
-        """Whether this is one of Philox's multiplications."""
+        """Return whether this is one of Philox's multiplications."""
         return self.opcode.startswith(("IMAD", "UIMAD")) and any(word in self.operands for word in PHILOX)
 
 
@@ -69,7 +69,7 @@ BARS = {"Welford": 88, "apply": 192, "forward": 280, "backward 1": 289, "backwar
 
 
 def blocks(text: str) -> list[Block]:
-    """A kernel's control flow graph from its SASS; the first block is the entry."""
+    """Return a kernel's control flow graph from its SASS; the first block is the entry."""
     code: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
     for guard, opcode, operands, label in LINE.findall(text):
@@ -99,7 +99,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def innermost(graph: list[Block]) -> list[tuple[int, frozenset[int]]]:
-    """(header, blocks) of each loop that holds no other."""
+    """Return (header, blocks) of each loop that holds no other."""
     before: list[list[int]] = [[] for _ in graph]
     for k, block in enumerate(graph):
         for target in block.after:
@@ -113,7 +113,10 @@ def innermost(graph: list[Block]) -> list[tuple[int, frozenset[int]]]:
 
 
 def _loop(before: list[list[int]], header: int, end: int) -> frozenset[int]:
-    """Blocks from which `end` is reached without passing `header`; none where the entry is among them: no loop, then."""
+    """Return the blocks from which `end` is reached without passing `header`.
+
+    There are none where the entry is among them: no loop, then.
+    """
     found, todo = {header}, [end]
     while todo:
         block = todo.pop()
@@ -127,8 +130,10 @@ Weight = Callable[[Block], float]
 
 
 def longest_way(graph: list[Block], header: int, body: Collection[int], weight: Weight) -> float:
-    """The most that one way through `body` weighs, from the header back to it or to an end of the kernel; no way leads through
-    a block of weight -inf."""
+    """Return the most that one way through `body` weighs, from the header back to it or to an end of the kernel.
+
+    No way leads through a block of weight -inf.
+    """
     best: dict[int, float] = {}
     begun: set[int] = set()  # no way passes a block twice
     todo = [header]
@@ -148,7 +153,7 @@ def longest_way(graph: list[Block], header: int, body: Collection[int], weight: 
 
 
 def moved(kind: str, block: Block) -> float:
-    """Of a block's row accesses of one kind; of those under opposite guards, one side."""
+    """Return what a block's row accesses of one kind move; of those under opposite guards, one side."""
     here = [(i.guard, i.row_bits) for i in block.code if i.opcode.split(".")[0] == kind]
     return max(sum(bits for guard, bits in here if not guard or ("!" in guard) == side) for side in (False, True))
 
@@ -170,7 +175,7 @@ def unstored(block: Block) -> float:
 
 
 def row_loops(kernel: str, arch: int, text: str, element_bits: int = 16) -> Iterator[RowLoop]:
-    """The row loops of a forward or backward kernel (its name says which: 'fwd' or 'bwd')."""
+    """Return the row loops of a forward or backward kernel (its name says which: 'fwd' or 'bwd')."""
     graph = blocks(text)
     backward = "bwd" in kernel
     for header, body in innermost(graph):
@@ -196,18 +201,20 @@ def row_loops(kernel: str, arch: int, text: str, element_bits: int = 16) -> Iter
 
 
 def types(name: str) -> set[str]:
-    """Those that a kernel is instantiated with."""
+    """Return the types that a kernel is instantiated with."""
     return set(re.findall(r"__half|__nv_bfloat16|float", name))
 
 
 def resident(text: str) -> bool:
-    """Whether a kernel keeps its rows in shared memory: it copies them there, past the registers."""
+    """Return whether a kernel keeps its rows in shared memory: it copies them there, past the registers."""
     return re.search(r"\bLDGSTS\S*\.128\b", text) is not None
 
 
 def of_kernels(functions: dict[str, str], arch: int, element_bits: int = 16) -> list[RowLoop]:
-    """Of kernels by their demangled names: of those in one type alone (fp16 or fp32), with an activation, that keep their rows
-    in shared memory."""
+    """Return the row loops of kernels by their demangled names.
+
+    They are of those in one type alone (fp16 or fp32), with an activation, that keep their rows in shared memory.
+    """
     wanted = sass.TYPES[element_bits][1]
     found: list[RowLoop] = []
     for name, text in functions.items():
@@ -217,7 +224,7 @@ def of_kernels(functions: dict[str, str], arch: int, element_bits: int = 16) -> 
 
 
 def per_row(loops: Iterable[RowLoop]) -> dict[str, float]:
-    """Instructions of the body by kind of loop, of each kind the most among the loops; and of the forward's two together."""
+    """Return the instructions of the body by kind of loop, of each kind the most; and of the forward's two together."""
     most: dict[str, float] = {}
     for loop in loops:
         most[loop.kind] = max(most.get(loop.kind, 0.0), loop.body)
@@ -227,7 +234,7 @@ def per_row(loops: Iterable[RowLoop]) -> dict[str, float]:
 
 
 def missed(loops: Iterable[RowLoop]) -> list[str]:
-    """Of group_norm_silu on sm_80: what is over its bar, and what is in no loop."""
+    """Return where group_norm_silu on sm_80 is over its bar, and what of it is in no loop."""
     held = [loop for loop in loops if loop.arch == 80 and loop.kernel.startswith("group_norm_silu_")]
     found: set[str] = set()
     out = []

@@ -18,8 +18,10 @@ PHILOX_MULTIPLIES = 18  # high halves of products: 20 in a call, two of which a 
 
 @dataclass(frozen=True)
 class Sm:
-    """What an SM holds at once, by the CUDA programming guide's table of compute capabilities. shared: bytes, of which one CTA
-    may have all but 1 KiB. Every SM has 64 K registers."""
+    """The limits of an SM, by the CUDA programming guide's table of compute capabilities.
+
+    shared: bytes, of which one CTA may have all but 1 KiB. Every SM has 64 K registers.
+    """
 
     shared: int
     threads: int
@@ -44,9 +46,10 @@ Widths = dict[str, frozenset[int]]  # "load x" -> bits
 
 @dataclass
 class Draws:
-    """Where a thread draws random bits, and what it does there: one loop's body, or all that is in no loop.
+    """A place where a thread draws random bits, and what it does there: one loop's body, or all that is in no loop.
 
-    multiplies: Philox's, for the high half. bits: "load x" -> of all such accesses; "shared" -> of stores to shared memory.
+    multiplies: Philox's, for the high half. bits: "load x" -> of all such accesses; "shared" -> of stores to shared
+    memory.
     """
 
     multiplies: int = 0
@@ -60,7 +63,7 @@ class Draws:
 
 @dataclass
 class Usage:
-    """What one compiled kernel takes. static_shared and stack in bytes; spills: count of local-memory instructions."""
+    """The resources of one compiled kernel. static_shared and stack in bytes; spills: count of local-memory instructions."""
 
     registers: int
     stack: int
@@ -76,7 +79,7 @@ class Usage:
 
 @cache
 def tool(name: str) -> str:
-    """Path of nvcc, cuobjdump or nvdisasm: the toolkit's, else Triton's own. Raises FileNotFoundError."""
+    """Return the path of nvcc, cuobjdump or nvdisasm: the toolkit's, else Triton's own. Raises FileNotFoundError."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
     try:
         import triton
@@ -103,8 +106,10 @@ TYPES = {16: ("F16", "__half"), 32: ("F32", "float")}
 def compiled(
     source: Path, arch: int, folder: Path, only: Collection[str] = (), bits: int | None = None
 ) -> tuple[Path, str]:
-    """The cubin of a file of csrc/, made by nvcc in a folder, and its PTX. only: of a norm's kernels these alone; bits: those
-    of fp16 or fp32."""
+    """Return the cubin of a file of csrc/, made by nvcc in a folder, and its PTX.
+
+    only: of a norm's kernels these alone. bits: those of fp16 or fp32.
+    """
     file = source
     if only or bits:
         file = folder / "part.cu"
@@ -124,13 +129,16 @@ def compiled(
 
 
 def disassembled(cubin: Path) -> dict[str, str]:
-    """SASS of each kernel of a cubin by its (mangled) name."""
+    """Return the SASS of each kernel of a cubin by its (mangled) name."""
     # -ndf: no analysis of the data flow, which takes a third of the time and changes no instruction.
     return functions(_output("nvdisasm", "-c", "-ndf", str(cubin)))
 
 
 def read(cubin: Path, ptx: str, arch: int, listing: dict[str, str] | None = None) -> dict[str, Usage]:
-    """Usage of each kernel of a cubin by its (mangled) name. ptx: the text it was assembled from; listing: `disassembled`."""
+    """Return the usage of each kernel of a cubin by its (mangled) name.
+
+    ptx: the text it was assembled from. listing: `disassembled`.
+    """
     usage = resources(_output("cuobjdump", "-res-usage", str(cubin)))
     if arch >= 90:  # there the figure includes the 1 KiB that the system keeps
         for kernel in usage.values():
@@ -144,7 +152,7 @@ def read(cubin: Path, ptx: str, arch: int, listing: dict[str, str] | None = None
 
 
 def available(name: str) -> bool:
-    """Whether there is such a tool."""
+    """Return whether there is such a tool."""
     try:
         tool(name)
     except FileNotFoundError:
@@ -157,7 +165,7 @@ def _output(name: str, *args: str) -> str:
 
 
 def resources(text: str) -> dict[str, Usage]:
-    """`cuobjdump -res-usage`."""
+    """Return the text of `cuobjdump -res-usage`."""
     usage = {}
     for name, line in re.findall(r"Function (\S+):\n\s*(REG:.*)", text):
         value = {key: int(number) for key, number in re.findall(r"([A-Z]+):(\d+)", line)}
@@ -166,7 +174,7 @@ def resources(text: str) -> dict[str, Usage]:
 
 
 def functions(sass: str) -> dict[str, str]:
-    """`nvdisasm -c`, split by kernel."""
+    """Return the text of `nvdisasm -c`, split by kernel."""
     parts = re.split(r"^\.text\.(\S+):$", sass, flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -176,7 +184,7 @@ MEMORY = re.compile(r"(LDG|STG|LDGSTS|LDS|STS|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG|
 
 
 def width(opcode: str) -> int:
-    """Bits of a memory instruction: LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
+    """Return the bits of a memory instruction: LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
     found = re.search(r"\.[USB]?(8|16|32|64|128|256)\b", opcode)
     return int(found[1]) if found else 32
 
@@ -192,7 +200,7 @@ def count_instructions(usage: Usage, sass: str) -> None:
 
 
 def entries(ptx: str) -> dict[str, tuple[int, str]]:
-    """(most threads of a CTA or 0, body) of each kernel of a PTX file."""
+    """Return (most threads of a CTA or 0, body) of each kernel of a PTX file."""
     found = {}
     for part in re.split(r"\.entry\s+", ptx)[1:]:
         name = re.match(r"[\w$]+", part)
@@ -211,7 +219,7 @@ STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+([^;]*)", re.S)
 
 
 def _statements(body: str) -> list[tuple[str, str]]:
-    """(opcode, operands) in order; a label is the opcode "label"."""
+    """Return (opcode, operands) in order; a label is the opcode "label"."""
     statements = []
     for text in re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", body, flags=re.M).split(";"):
         # Labels, and braces of inline assembly, may precede an instruction.
@@ -225,16 +233,15 @@ def _statements(body: str) -> list[tuple[str, str]]:
 
 @lru_cache(1)
 def _parsed(body: str) -> tuple[list[tuple[str, str]], dict[str, frozenset[str]]]:
-    """Statements, and the parameters that each 64-bit register may point to."""
+    """Return the statements, and the parameters that each 64-bit register may point to."""
     statements = _statements(body)
     return statements, _origins(statements)
 
 
 def accesses(body: str) -> Widths:
-    """Bits of every access to global memory, by kernel parameter: {"load 0": {128}, "store 3+8": {32}, "atomic 2": {32}}.
+    """Return the bits of every access to global memory, by kernel parameter.
 
-    An address is followed back through 64-bit arithmetic to the parameters it comes from, over all paths at once; '?' where it
-    comes from none.
+    An example: {"load 0": {128}, "store 3+8": {32}, "atomic 2": {32}}.
     """
     found: dict[str, set[int]] = {}
     statements, origin = _parsed(body)
@@ -245,7 +252,7 @@ def accesses(body: str) -> Widths:
 
 
 def _accessed(opcode: str, operands: str, origin: dict[str, frozenset[str]]) -> list[tuple[str, int]]:
-    """("load 0", bits) for each parameter that an instruction's address may come from."""
+    """Return ("load 0", bits) for each parameter that an instruction's address may come from."""
     access = _access(opcode, operands)
     if access is None:
         return []
@@ -254,7 +261,7 @@ def _accessed(opcode: str, operands: str, origin: dict[str, frozenset[str]]) -> 
 
 
 def draws(body: str) -> list[Draws]:
-    """`Draws` of each innermost loop of a kernel's PTX that calls Philox, and of the code outside of loops if that does."""
+    """Return `Draws` of each innermost loop of a kernel's PTX that calls Philox, and of the rest if that does."""
     statements, origin = _parsed(body)
     place = {name: k for k, (opcode, name) in enumerate(statements) if opcode == "label"}
     # A loop is what lies between a label and the last branch back to it.
@@ -279,7 +286,7 @@ def draws(body: str) -> list[Draws]:
 
 
 def _origins(statements: list[tuple[str, str]]) -> dict[str, frozenset[str]]:
-    """{64-bit register: kernel parameters whose pointer it may hold, "3" or "3+8" inside a struct}."""
+    """Return {64-bit register: kernel parameters whose pointer it may hold, "3" or "3+8" inside a struct}."""
     places: dict[str, frozenset[Place]] = {}  # registers that hold the address of a parameter
     origin: dict[str, frozenset[str]] = {}
     grew = True
@@ -308,8 +315,10 @@ def _origins(statements: list[tuple[str, str]]) -> dict[str, frozenset[str]]:
 
 
 def _places(opcode: str, source: str, places: dict[str, frozenset[Place]]) -> frozenset[Place]:
-    """(parameter, offset in bytes) that an operand names: "[kernel_param_0+16]", "kernel_param_0", "[%rd1+8]", "%rd1, 8"; for
-    selp, those of both its registers."""
+    """Return each (parameter, offset in bytes) that an operand names; for selp, those of both its registers.
+
+    Operands are "[kernel_param_0+16]", "kernel_param_0", "[%rd1+8]", "%rd1, 8".
+    """
     if found := re.search(r"_param_(\d+)(?:\+(\d+))?\]?\s*$", source):
         return frozenset({(found[1], int(found[2] or 0))})
     if opcode.startswith("selp"):
@@ -321,7 +330,7 @@ def _places(opcode: str, source: str, places: dict[str, frozenset[Place]]) -> fr
 
 
 def _base(opcode: str, operands: str) -> list[str]:
-    """Registers whose pointer an instruction hands on; indices are multiplied or shifted before they are added to one."""
+    """Return the registers whose pointer an instruction hands on; indices are multiplied or shifted before they are added."""
     registers = re.findall(r"%rd\d+", operands)
     verb = opcode.split(".")[0]
     if verb in ("add", "mov", "cvta", "selp", "or", "min", "max"):
@@ -332,7 +341,7 @@ def _base(opcode: str, operands: str) -> list[str]:
 
 
 def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
-    """(verb, bits, address register) of an access to global memory, else None."""
+    """Return (verb, bits, address register) of an access to global memory, else None."""
     verb = {"ld": "load", "st": "store", "atom": "atomic", "red": "atomic", "cp": "load"}.get(opcode.split(".")[0])
     addresses = re.findall(r"\[\s*(%rd\d+)", operands)
     if verb is None or not addresses or any(s in opcode for s in (".param", ".local", ".const")):
@@ -346,7 +355,7 @@ def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
 
 
 def _bits(opcode: str) -> int:
-    """Of a PTX memory instruction: st.global.v4.b32 -> 128."""
+    """Return the bits of a PTX memory instruction: st.global.v4.b32 -> 128."""
     vector = re.search(r"\.v(\d)", opcode)
     element = re.search(r"\.[bsuf](8|16|32|64|128)\b", opcode) or re.search(r"x(2)\b", opcode)
     assert element is not None, f"no element size in {opcode!r}"
@@ -354,7 +363,10 @@ def _bits(opcode: str) -> int:
 
 
 def ctas_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
-    """Resident CTAs by registers (256 at a time, four partitions), threads and shared memory (1 KiB a CTA is kept)."""
+    """Return the resident CTAs by registers, threads and shared memory.
+
+    Registers come 256 at a time, in four partitions; 1 KiB of shared memory is kept for each CTA.
+    """
     sm = SMS[arch]
     if shared > sm.cta_shared:
         return 0

@@ -1,7 +1,8 @@
-"""What the launchers of ect_kernels ask Triton's compiler for, for compilation without a GPU: one function an op.
+"""The cases that the launchers of ect_kernels give Triton's compiler, for compilation without a GPU: one function an op.
 
-Each gives cases (name, kernel, signature, constexprs, attributes, num_warps, num_stages, note). A name or note with "generic"
-says that no network's shape needs it. GroupNorm's are those of DDPM++ and NCSN++ in float16, all with 32 groups.
+Each gives cases (name, kernel, signature, constexprs, attributes, num_warps, num_stages, note). A name or note with
+"generic" says that no network's shape needs it. GroupNorm's are those of DDPM++ and NCSN++ in float16, all with 32
+groups.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ NORMS = [(128, 32), (256, 32), (384, 32), (512, 32), (256, 16), (512, 16), (256,
 
 
 def _aligned(signature: dict[str, str], *whole: str) -> dict[tuple[int], Any]:
-    """Attributes: pointers, and the numbers named in `whole`, are multiples of 16."""
+    """Return attributes: pointers, and the numbers named in `whole`, are multiples of 16."""
     found = [k for k, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in whole]
     return {(k,): [["tt.divisibility", 16]] for k in found}
 
 
 def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -> Case:
-    """A GroupNorm kernel without the arguments named in `absent`; shape: arguments of `options` but `backward`."""
+    """Return a GroupNorm kernel without the arguments named in `absent`; shape: arguments of `options` but `backward`."""
     kernel = gn.backward_kernel if backward else gn.forward_kernel
     c, c2, groups, hw, act, light = shape
     options = norm.options(c, c2, groups, hw, act, backward, light)
@@ -46,8 +47,10 @@ def _norm(name: str, backward: bool, absent: set[str], note: str, *shape: Any) -
 
 
 def group_norm_silu() -> list[Case]:
-    """Each shape of the first norm of a block, and, where a block has them, of the second (v, dropout) and of the attention's
-    (no activation), forward and backward."""
+    """Return each shape of the first norm of a block, forward and backward.
+
+    Where a block has them, also those of the second norm (v, dropout) and of the attention's (no activation).
+    """
     uses = [(c, size, "plain") for c, size in NORMS]
     uses += [(256, size, "dropout") for size in (32, 16, 8)] + [(256, size, "linear") for size in (16, 8)]
     seam = {"a", "bias", "skip", "skip_bias", "skip_scale", "other", "dx", "djoined", "dother", "scale", "shift"}
@@ -60,7 +63,7 @@ def group_norm_silu() -> list[Case]:
 
 
 def residual_group_norm_silu() -> list[Case]:
-    """Forward and backward of each (C, C2) at each size, with and without dropout."""
+    """Return forward and backward of each (C, C2) at each size, with and without dropout."""
     channels = [(128, 0), (256, 0), (256, 128), (128, 256), (256, 256)]
     cases = []
     for hw, (c, c2), drop, backward in itertools.product((1024, 256, 64), channels, (False, True), (False, True)):
@@ -84,7 +87,7 @@ def levels() -> list[Case]:
 
 
 def skip_product() -> list[Case]:
-    """Widths of DDPM++ and NCSN++ (256, a source of 128 or 256), and of others."""
+    """Return the cases of DDPM++'s and NCSN++'s widths (256, a source of 128 or 256), and of others."""
     cases: list[Case] = []
     for name, o, c, c2 in (("256+256", 256, 256, 256), ("256+128", 256, 256, 128), ("generic 24+40", 32, 24, 40)):
         columns = sp.columns(o)
@@ -146,7 +149,7 @@ def consistency_loss() -> list[Case]:
 
 
 def radam_ema() -> list[Case]:
-    """The three launches, the last with each number of averages and each kind of shadow."""
+    """Return the three launches, the last with each number of averages and each kind of shadow."""
     cases: list[Case] = []
 
     def add(name: str, kernel: Any, types: list[str], note: str, **constants: int) -> None:

@@ -56,7 +56,7 @@ class Case:
 
 
 def case(net: str, device: torch.device, batch: int | None = None) -> Case:
-    """'digits' (batch 64), or 'ddpmpp': the network of cifar10-1h on random images (batch 128 on a GPU, 4 on a CPU)."""
+    """Return the case 'digits' (batch 64), or 'ddpmpp', the network of cifar10-1h on random images (128; on a CPU 4)."""
     if net == "digits":
         cfg = PRESETS["digits"]
         dataset = load(DataConfig())
@@ -69,8 +69,11 @@ def case(net: str, device: torch.device, batch: int | None = None) -> Case:
 
 @dataclass(frozen=True)
 class Row:
-    """name: as printed. precision: of the step, and which products torch may take in TF32. build: makes the step of a case on
-    a device. not_on: device types it makes no sense on. captured: into a CUDA graph."""
+    """A row of the waterfall.
+
+    name: as printed. precision: of the step, and which products torch may take in TF32. build: makes the step of a case
+    on a device. not_on: device types it makes no sense on. captured: into a CUDA graph.
+    """
 
     name: str
     precision: str
@@ -92,7 +95,7 @@ class Runner:
         return self.step(next(self.calls) * self.batch, STAGE)
 
     def resident(self) -> int:
-        """Bytes of the state between steps."""
+        """Return the bytes of the state between steps."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.step.tensors()}
         return sum(storages.values())
 
@@ -130,8 +133,10 @@ def _own(**options: Any) -> Callable[[Case, torch.device], Step]:
 
 
 def teacher_rows(device: torch.device) -> list[Row]:
-    """The compiled step with its teacher's pass under no_grad, and as the trainer has it, on the student's graph (ect.step says
-    why)."""
+    """Return the compiled step with its teacher's pass under no_grad, and as the trainer has it, on the student's graph.
+
+    ect.step says why it has it so.
+    """
     half: Literal["fp16", "fp32"] = "fp16" if device.type == "cuda" else "fp32"
 
     def build(on_students: bool) -> Callable[[Case, torch.device], Step]:
@@ -147,8 +152,11 @@ def teacher_rows(device: torch.device) -> list[Row]:
 
 
 def rows(device: torch.device) -> list[Row]:
-    """All rows in order; those that make no sense on `device` say so in not_on. The CPU stays in fp32 and on the plain forward
-    pass: its half precision is emulated, and the ops' CPU form is their reference, written to be read."""
+    """Return all rows in order; those that make no sense on `device` say so in not_on.
+
+    The CPU stays in fp32 and on the plain forward pass: its half precision is emulated, and the ops' CPU form is their
+    reference, written to be read.
+    """
     gpu = device.type == "cuda"
     half = "fp16" if gpu else "fp32"
     options: dict[str, Any] = {"precision": half, "channels_last": True}
@@ -166,5 +174,5 @@ def rows(device: torch.device) -> list[Row]:
 
 
 def compile_rows(device: torch.device) -> tuple[str, str]:
-    """The rows without and with torch.compile, alike in all else."""
+    """Return the rows without and with torch.compile, alike in all else."""
     return "+graph" if device.type == "cuda" else "+flat optimizer", "+compile"

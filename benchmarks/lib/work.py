@@ -1,8 +1,8 @@
-"""The arithmetic and memory traffic of a step, counted: every operation that a step on the fused ops dispatches, on the meta
-device, where tensors have shapes and no data.
+"""The arithmetic and memory traffic of a step, counted.
 
-FLOPs are 2 a multiply-add, by torch.utils.flop_counter's formulas. Bytes are those of each operation's distinct inputs and
-outputs, once each: what it cannot do without if nothing stays on the chip from one operation to the next.
+Every operation that a step on the fused ops dispatches is seen on the meta device, where tensors have shapes and no
+data. FLOPs are 2 a multiply-add, by torch.utils.flop_counter's formulas. Bytes are those of each operation's distinct
+inputs and outputs, once each: what it cannot do without if nothing stays on the chip from one operation to the next.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 
 @dataclass(frozen=True)
 class Work:
-    """One operation. level: '32x32', ... or 'vectors'; kind: a category of benchmarks/lib/categories.py; dtype: of its
-    products, None where it has none; backward: belongs to the backward pass. kernel: of ours, as benchmarks/lib/instructions.py
-    names it, and how many rows of eight elements it handles; bits: of such an element."""
+    """One operation.
+
+    level: '32x32', ... or 'vectors'. kind: a category of benchmarks/lib/categories.py. dtype: of its products, None
+    where it has none. backward: belongs to the backward pass. kernel: of ours, as benchmarks/lib/instructions.py names
+    it, and how many rows of eight elements it handles. bits: of such an element.
+    """
 
     level: str
     kind: str
@@ -45,32 +48,32 @@ class Work:
 
 
 def nbytes(tensors: Iterable[TensorMeta]) -> float:
-    """Of the distinct tensors among `tensors`; an expanded one counts what it stores."""
+    """Return the bytes of the distinct tensors among `tensors`; an expanded one counts what it stores."""
     return sum({(t.storage, t.offset, t.nbytes): t.nbytes for t in tensors}.values())
 
 
 def _rows(kernel: str, tensors: list[TensorMeta]) -> dict[str, Any]:
-    """Of Work, for a kernel of ours: it handles its largest tensor once."""
+    """Return the fields of Work for a kernel of ours: it handles its largest tensor once."""
     largest = max(tensors, key=lambda t: nbytes([t]))
     return {"kernel": kernel, "rows": largest.shape.numel() / 8, "bits": 8 * largest.dtype.itemsize}
 
 
 @register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
 def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) -> int:
-    """Two for each pixel and weight."""
+    """Count two operations for each pixel and weight."""
     n, _, h, w = a
     return 2 * n * h * w * weight[0] * weight[1]
 
 
 def flop_formula(func: Any) -> Any:
-    """torch's formula of an operation that multiplies, None for others; one that writes in place has its twin's."""
+    """Return torch's formula of an operation that multiplies, None for others; one that writes in place has its twin's."""
     name = func.overloadpacket.__name__
     twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if func.namespace == "aten" else None
     return flop_registry.get(func.overloadpacket) or flop_registry.get(twin)
 
 
 def flops(event: Event) -> float:
-    """By torch's formula; 0 for an operation that does not multiply."""
+    """Count by torch's formula; 0 for an operation that does not multiply."""
     if (formula := flop_formula(event.op)) is None:
         return 0.0
     args, kwargs, out = tree_map_only(TensorMeta, lambda t: t.shape, (event.args, event.kwargs, event.result))
@@ -85,7 +88,7 @@ class Counter:
     resolution: int
 
     def of(self, events: Iterable[Event]) -> list[Work]:
-        """Of a trace."""
+        """Count the work of a trace."""
         return [work for event in events for work in self._work(event)]
 
     def _work(self, event: Event) -> Iterator[Work]:
@@ -103,12 +106,12 @@ class Counter:
             yield self._product(event, inputs + outputs, flops(event), **rows)
 
     def _product(self, event: Event, tensors: list[TensorMeta], of_it: float, **rows: Any) -> Work:
-        """Of an operation, or of a part of it, that multiplies or does not."""
+        """Count an operation, or a part of it, that multiplies or does not."""
         kind, dtype = ("conv", event.inputs[0].dtype) if of_it else ("other", None)
         return Work(self.level(tensors), kind, of_it, nbytes(tensors), dtype, event.backward, **rows)
 
     def level(self, tensors: list[TensorMeta]) -> str:
-        """Resolution of the images among the tensors, or of those whose pixels are a matrix's rows: the output's."""
+        """Return the resolution of the images among the tensors, or of those whose pixels are a matrix's rows: the output's."""
         sides, possible = [], {self.resolution >> i for i in range(3)}
         for t in tensors:
             pixels = 0
@@ -121,15 +124,17 @@ class Counter:
         return f"{sides[-1]}x{sides[-1]}" if sides else "vectors"
 
     def _convolution_backward(self, event: Event) -> Iterator[Work]:
-        """Two kernels, each of which reads the gradient: that of the input, and that of the weight."""
+        """Count two kernels, each of which reads the gradient: that of the input, and that of the weight."""
         grad, x, weight = event.args[:3]
         results = [(given, out) for given, out in zip((weight, x), event.result, strict=False) if out is not None]
         for given, out in results:
             yield self._product(event, [given, grad, out], flops(event) / len(results))
 
     def _norm(self, event: Event, tensors: list[TensorMeta]) -> Iterator[Work]:
-        """The norm's own part is what it cannot do without, 2 passes forward and 3 backward; the residual sum's is the rest.
-        Its instructions are shared out like the bytes."""
+        """Split a norm: its own part is what it cannot do without, 2 passes forward and 3 backward; the rest is the sum's.
+
+        Its instructions are shared out like the bytes.
+        """
         name, computes = event.name, event.result[0].shape.numel() > 0
         total, largest = nbytes(tensors), max(t.nbytes for t in tensors)
         residual, backward = name.startswith("residual"), name.endswith("_bwd")
@@ -143,8 +148,11 @@ class Counter:
                 yield Work(level, kind, 0.0, part, None, event.backward, **share)
 
     def _attention(self, event: Event) -> Work:
-        """One kernel, whose scores stay on the chip: q, k, v read, the output written; backward those, the output's gradient
-        and three more. The arithmetic is that of the formula, without what a kernel computes twice."""
+        """Count one kernel, whose scores stay on the chip.
+
+        Forward it reads q, k and v and writes the output; backward it moves those, the output's gradient and three
+        more. The arithmetic is that of the formula, without what a kernel computes twice.
+        """
         backward = event.name.endswith("_backward")
         q = event.args[int(backward)]
         n, heads, s, d = q.shape
@@ -155,7 +163,7 @@ class Counter:
 
 
 def network(spec: dict[str, Any], half: torch.dtype | None) -> EDMPrecond:
-    """The network of a spec on the meta device, on the fused ops, channels-last, its core weights in `half`."""
+    """Return the network of a spec on the meta device, on the fused ops, channels-last, its core weights in `half`."""
     with torch.device("meta"):
         net = build(spec)
     core = net.half_weights() if half is not None else set()
@@ -166,14 +174,14 @@ def network(spec: dict[str, Any], half: torch.dtype | None) -> EDMPrecond:
 
 
 def forward(net: EDMPrecond, batch: int) -> list[Work]:
-    """Of one pass of the U-Net over `batch` images."""
+    """Count one pass of the U-Net over `batch` images."""
     with torch.no_grad():
         events = trace(lambda: _unet(net, _image(net, batch)))
     return Counter(batch, net.img_resolution).of(events)
 
 
 def step(net: EDMPrecond, batch: int, half: torch.dtype | None) -> list[Work]:
-    """Of a whole update: inputs, student, teacher, loss, backward, optimizer with one weight average."""
+    """Count a whole update: inputs, student, teacher, loss, backward, optimizer with one weight average."""
     n = sum(p.numel() for p in net.parameters())
     side, channels = net.img_resolution, net.img_channels
     with torch.device("meta"):
@@ -208,12 +216,12 @@ def _unet(net: EDMPrecond, x: Tensor) -> Tensor:
 
 @cache
 def ddpmpp_step(batch: int, half: torch.dtype | None) -> tuple[Work, ...]:
-    """Of the network of cifar10-1h."""
+    """Count a step of the network of cifar10-1h."""
     return tuple(step(network(ddpmpp_spec(), half), batch, half))
 
 
 def ddpmpp_spec() -> dict[str, Any]:
-    """Of the preset cifar10-1h: DDPM++ for 32x32 colour images without labels."""
+    """Return the description of the network of cifar10-1h: DDPM++ for 32x32 colour images without labels."""
     from ect.assembly import network_spec
     from ect.data import Dataset
     from ect.presets import PRESETS

@@ -38,13 +38,14 @@ inline Drop drop(const int64_t* seed, const int64_t* n0, int64_t threshold, int6
   if (!seed || !threshold) return {nullptr, n0, 0, 0, 1.f, 1.f};
   return {seed, n0, uint32_t(threshold) << 16, uint32_t(layer), float(1 / inv_keep), float(inv_keep)};
 }
-// scale, shift, v: [n, c] or null, the samples' rows a stride apart (`rows` for scale and shift). The norm's affine map is z = (x_hat * gamma + beta) * (1 + scale) + shift.
+// scale, shift, v: [n, c] or null; the rows of two samples are `stride` apart in scale and shift, and v_stride in v. The norm's
+// affine map is z = (x_hat * gamma + beta) * (1 + scale) + shift.
 struct Affine {
-  const float *gamma, *beta, *scale, *shift, *v; int64_t v_rows, rows;
-  __device__ float factor(int64_t n, int c) const { return scale ? 1.f + scale[n * rows + c] : 1.f; }
+  const float *gamma, *beta, *scale, *shift, *v; int64_t v_stride, stride;
+  __device__ float factor(int64_t n, int c) const { return scale ? 1.f + scale[n * stride + c] : 1.f; }
   __device__ float gain(int64_t n, int c) const { return gamma[c] * factor(n, c); }
-  __device__ float add(int64_t n, int c) const { return v ? v[n * v_rows + c] : 0.f; }
-  __device__ float bias(int64_t n, int c) const { return beta[c] * factor(n, c) + (shift ? shift[n * rows + c] : 0.f); }
+  __device__ float add(int64_t n, int c) const { return v ? v[n * v_stride + c] : 0.f; }
+  __device__ float bias(int64_t n, int c) const { return beta[c] * factor(n, c) + (shift ? shift[n * stride + c] : 0.f); }
 };
 
 struct Forward {

@@ -23,7 +23,7 @@ template <int V, bool RESIDENT> struct Gradient {
       rstd[0] = f.rstd[g];
       w[0] = f.affine.gain(b.n, ch.c);
       add[0] = f.affine.bias(b.n, ch.c);
-      if (f.affine.v) v = f.affine.v + b.n * f.affine.v_rows + ch.c;
+      if (f.affine.v) v = f.affine.v + b.n * f.affine.v_stride + ch.c;
     }
   }
   // Read for every row, for registers are short; the more so where rows from global memory take some.

@@ -3,7 +3,7 @@
 #include "cuda_compat.h"
 #include <stdint.h>
 
-// dtype codes of the launchers: 0 float, 1 half, 2 bfloat16 (native.dtype_code in Python).
+// dtype codes of the launchers: 0 float, 1 half, 2 bfloat16 (native.DTYPES in Python).
 enum DType { F32 = 0, F16 = 1, BF16 = 2 };
 
 template <class T> struct Vec;   // VEC elements of T are one 128-bit access

@@ -1,1 +1,1 @@
-"""What a step costs and what its rounding does, found before it runs."""
+"""The cost of a step and the noise of its rounding, found before it runs."""

@@ -1,4 +1,4 @@
-"""What the operations of a step are for: one table, by the place that called for an operation and by the operation's name."""
+"""The purposes of a step's operations: one table, by the place that called for an operation and by its name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SUMS = ("add", "mul", "div", "sub")
 
 
 def category(event: Event) -> str:
-    """The line of CATEGORIES that an operation belongs to."""
+    """Return the line of CATEGORIES that an operation belongs to."""
     *places, operation = rows(event)
     place = next((TABLE[row] for row in places if row), "other")
     name = event.name.rstrip("_")
@@ -46,7 +46,7 @@ def category(event: Event) -> str:
 
 
 def rows(event: Event) -> tuple[str, str, str]:
-    """The rows of TABLE that an operation falls under: of a function, a module, its name; '' for none."""
+    """Return the rows of TABLE that an operation falls under: of a function, a module, its name; '' for none."""
     calls = [call.rpartition(":")[0] for call in event.site]
     modules = [call.rsplit(".", n)[0] for call in calls for n in range(1, call.count("."))]
     operation = event.op.overloadpacket._qualified_op_name

@@ -1,8 +1,8 @@
-"""What an update costs, before any device has run it: memory, operations, kernels and bytes moved, summed over its trace.
+"""The cost of an update before any device has run it: memory, operations, kernels and bytes moved, summed over its trace.
 
-On meta tensors memory is exact but for what lies outside of tensors, operations and launches are counted, and the bytes are
-the least that each operation must move: its inputs read once and its outputs written. Kernels are an estimate of what libraries
-make of their operations.
+On meta tensors memory is exact but for what lies outside of tensors, operations and launches are counted, and the bytes
+are the least that each operation must move: its inputs read once and its outputs written. Kernels are an estimate of
+what libraries make of their operations.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Footprint:
 
     @staticmethod
     def of(events: Sequence[Event]) -> Footprint:
-        """The sums over a trace."""
+        """Sum over a trace."""
         cost = Footprint()
         for event in events:
             if (moved := bytes_moved(event)) > 0:
@@ -98,7 +98,7 @@ class Footprint:
         return {name: line.bytes for name, line in self.by_category.items()}
 
     def table(self, by: str = "category", rows: int | None = None) -> str:
-        """The sums by 'category', 'op' or 'site', the most bytes first, and their total."""
+        """Return the sums by 'category', 'op' or 'site', the most bytes first, and their total."""
         lines: dict[str, Line] = getattr(self, f"by_{by}")
         named = sorted(lines.items(), key=lambda item: -item[1].bytes)[:rows]
         named.append(("all", Line(self.ops, self.launches, self.kernels, sum(self.traffic.values()))))
@@ -113,7 +113,7 @@ class Footprint:
 
 
 def bytes_moved(event: Event) -> int:
-    """What an operation must read, write in place and make; 0 for a view or an allocation."""
+    """Return the bytes that an operation must read, write in place and make; 0 for a view or an allocation."""
     schema, name, made = event.op._schema, event.name, sum(t.nbytes for t in event.made)
     if name.startswith(("empty", "new_empty")) or not (made or schema.is_mutable):
         return 0
@@ -129,13 +129,16 @@ def bytes_moved(event: Event) -> int:
 
 
 def launches(event: Event) -> int:
-    """Of an operation; see Footprint.launches."""
+    """Return the launches of an operation; see Footprint.launches."""
     library = event.name.rstrip("_") in GEMMS or event.name.startswith(("convolution", "_scaled_dot_product"))
     return 1 if library else _kernels(event)
 
 
 def _kernels(event: Event) -> int:
-    """Kernels that a CUDA device would launch for a call, copies to the layout of a convolution included (estimate)."""
+    """Return how many kernels a CUDA device would launch for a call (an estimate).
+
+    Copies to the layout of a convolution are among them.
+    """
     name, args = event.name, event.args
     if name == "convolution":
         return 1 + (args[2] is not None) + _relayouts(args[:2])
@@ -151,15 +154,18 @@ def _kernels(event: Event) -> int:
 
 
 def _relayouts(tensors: Sequence[TensorMeta]) -> int:
-    """How many of a convolution's operands are not channels-last, if one is."""
+    """Return how many of a convolution's operands are not channels-last, if one is."""
     nhwc = [_fills_memory((t.shape[d], t.strides[d]) for d in (1, 3, 2, 0)) for t in tensors]
     return nhwc.count(False) if any(nhwc) else 0
 
 
 def foreach_kernels(name: str, *lists: Sequence[Any], tensors: int = 64, blocks: int = 320, chunk: int = 65536) -> int:
-    """Launches of _foreach_copy_ or _foreach_add_ on lists of tensors, by the rules of ATen's ForeachUtils.h and
-    MultiTensorApply.cuh: one kernel a tensor where lists mix dtypes or strides, else one for each `tensors` tensors or `blocks`
-    blocks of `chunk` values, whichever is reached first. The limits are those of CUDA 12; CUDA 13 has 448 and 2,240."""
+    """Return the launches of _foreach_copy_ or _foreach_add_ on lists of tensors.
+
+    By the rules of ATen's ForeachUtils.h and MultiTensorApply.cuh that is one kernel a tensor where lists mix dtypes or
+    strides, else one for each `tensors` tensors or `blocks` blocks of `chunk` values, whichever is reached first. The
+    limits are those of CUDA 12; CUDA 13 has 448 and 2,240.
+    """
     if not _foreach_is_fast(lists, cast=name == "_foreach_copy_"):
         return sum(t.shape.numel() > 0 for t in lists[0])
     count = waiting = held = 0  # launches; blocks and tensors of the one that is being filled
@@ -175,7 +181,7 @@ def foreach_kernels(name: str, *lists: Sequence[Any], tensors: int = 64, blocks:
 
 
 def _foreach_is_fast(lists: Sequence[Sequence[Any]], cast: bool) -> bool:
-    """Whether tensors are dense, of one dtype (a copy, `cast`: one in each list), and alike in strides from list to list."""
+    """Return whether tensors are dense, of one dtype (a copy, `cast`: one in each list), and alike in strides in all lists."""
     dtypes = [{t.dtype for t in tensors} for tensors in lists]
     if any(len(found) > 1 for found in dtypes) or (not cast and len(set.union(*dtypes)) > 1):
         return False
@@ -185,7 +191,7 @@ def _foreach_is_fast(lists: Sequence[Sequence[Any]], cast: bool) -> bool:
 
 
 def _fills_memory(dimensions: Iterable[tuple[int, int]]) -> bool:
-    """Whether elements lie side by side, each in its own place; dimensions: (size, stride), the innermost first."""
+    """Return whether elements lie side by side, each in its place; dimensions: (size, stride), the innermost first."""
     step = 1
     for size, stride in dimensions:
         if size != 1 and stride != step:

@@ -1,4 +1,4 @@
-"""How much memory a run will need, known before it starts, and the batch per device that fits.
+"""The memory that a run will need, known before it starts, and the batch per device that fits.
 
 What lives in tensors is exact, from an update and a sampling pass on the meta device (ect.cost.trace); what does not is an
 allowance, each stated below.
@@ -79,10 +79,11 @@ def predict(
     batch_per_device: int,
     world_size: int = 1,
 ) -> Prediction:
-    """Peak memory of training the network of `spec` (ect.models.build) on `device`, if its share of the batch is taken
-    `batch_per_device` images at a time. Reads neither images nor weights, and allocates nothing.
+    """Predict the peak memory of training the network of `spec` (ect.models.build) on `device`.
 
-    Not in it: Inception at evaluations, and on a CPU what the ops' reference implementations need inside of them.
+    Its share of the batch is taken `batch_per_device` images at a time. Reads neither images nor weights, and allocates
+    nothing. Not in it: Inception at evaluations, and on a CPU what the ops' reference implementations need inside of
+    them.
     """
     share, gpu = cfg.batch // world_size, device.type == "cuda"
     passes = min(2, share // batch_per_device)  # the second adds to the gradients of the first, as would a third
@@ -124,8 +125,10 @@ def predict(
 def fit(
     cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, memory: int, world_size: int = 1
 ) -> Prediction:
-    """The prediction for the largest number of images at a time that divides the share of the batch and needs at most
-    `memory` bytes. Raises UserError where one image is too many."""
+    """Return the prediction for the most images at a time that divide the share of the batch and need at most `memory` bytes.
+
+    Raises UserError where one image is too many.
+    """
     share = cfg.batch // world_size
     for images in (n for n in range(share, 0, -1) if share % n == 0):
         prediction = predict(cfg, spec, dataset, device, images, world_size)
@@ -138,20 +141,23 @@ def fit(
 
 
 def plan(cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, world_size: int = 1) -> Prediction:
-    """The prediction for the configured number of images at a time; 'auto' is found by `fit` in the memory that is free."""
+    """Return the prediction for the configured number of images at a time.
+
+    'auto' is found by `fit` in the memory that is free.
+    """
     if cfg.batch_per_device == "auto":
         return fit(cfg, spec, dataset, device, available(device), world_size)
     return predict(cfg, spec, dataset, device, cfg.batch_per_device or cfg.batch // world_size, world_size)
 
 
 def _resident(dataset: Dataset, device: torch.device) -> bool:
-    """What ImageStream will choose on `device`; that the images fit, where there is no such device to ask."""
+    """Return what ImageStream will choose on `device`; that the images fit, where there is no such device to ask."""
     asked = device.type == "cuda" and torch.cuda.is_available()
     return not asked or dataset.images.nbytes <= RESIDENT_SHARE * available(device)
 
 
 def available(device: torch.device) -> int:
-    """Free bytes of a device; for a CPU what the machine has left, or the container where that is less."""
+    """Return the free bytes of a device; for a CPU what the machine has left, or the container where that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = []

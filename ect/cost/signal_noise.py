@@ -1,7 +1,8 @@
-"""What rounding costs: the error that an arithmetic puts on the training signal, D(x_t, t) - D(x_r, r).
+"""The price of rounding: the error that an arithmetic puts on the training signal, D(x_t, t) - D(x_r, r).
 
-The signal is a small difference of two large outputs, so an output that is right to three digits may leave it with none. Here
-it is computed for the same weights, images, noise and dropout masks in an arithmetic and in fp64, and compared.
+The signal is a small difference of two large outputs, so an output that is right to three digits may leave it with
+none. Here it is computed for the same weights, images, noise and dropout masks in an arithmetic and in fp64, and
+compared.
 """
 
 from __future__ import annotations
@@ -34,21 +35,13 @@ def signal_noise(
     net: EDMPrecond, precision: str, images: Tensor, labels: Tensor | None = None, *,
     levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0, against: torch.dtype = torch.float64,
 ) -> dict[float, float]:  # fmt: skip
-    """{t: median over images of ||Delta - Delta_64|| / ||Delta_64||}, Delta = D(x_t, t) - D(x_r, r) in a precision.
-
-    Args: net: as trained; left as it is, a copy runs in train mode. precision: 'fp32', 'tf32', 'fp16' or 'bf16'. images: uint8
-    [N, H, W, C] on net's device, with labels [N, L] where the network takes them. levels: the t. mapping, stage: give r.
-    against: dtype of what is compared with. For the halves float32 will do, whose own noise is below a hundredth of theirs,
-    and which a GPU for games computes tens of times faster.
-
-    On a CPU the halves and TF32 are emulated. On a GPU TF32 follows torch's switches: call precision.apply first.
-    """
+    """Return {t: median over images of ||Delta - Delta_64|| / ||Delta_64||}, where Delta = D(x_t, t) - D(x_r, r)."""
     exact = differences(plain(net, labels, against), images, levels, mapping, stage)
     return relative_errors(differences(in_precision(net, precision, labels), images, levels, mapping, stage), exact)
 
 
 def note(net: EDMPrecond, precision: str, dataset: Dataset) -> str:
-    """What a precision costs on the first images of a data set, as a line for the log of a run; net as for `signal_noise`."""
+    """Return what a precision costs on the first images of a data set, as a line for a run's log; net as for `signal_noise`."""
     device, labels = next(net.parameters()).device, dataset.labels
     images = dataset.images[:NOTE_IMAGES].to(device)
     labels = None if labels is None else labels[:NOTE_IMAGES].to(device)
@@ -61,7 +54,7 @@ def note(net: EDMPrecond, precision: str, dataset: Dataset) -> str:
 def differences(
     net: Denoiser, images: Tensor, levels: Sequence[float] = LEVELS, mapping: Mapping = TIGHTEST, stage: int = 0
 ) -> dict[float, Tensor]:
-    """{t: Delta [N, C, H, W] in fp64} of uint8 images [N, H, W, C]: the noise is the same at every level and call."""
+    """Return {t: Delta [N, C, H, W] in fp64} of uint8 images [N, H, W, C]: the noise is the same at every level and call."""
     y = to_float(images)
     eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(_SEED)).to(y.device)
     found = {}
@@ -76,7 +69,7 @@ def differences(
 
 
 def relative_errors(found: dict[float, Tensor], exact: dict[float, Tensor]) -> dict[float, float]:
-    """{t: median over samples of ||found - exact|| / ||exact||}."""
+    """Return {t: median over samples of ||found - exact|| / ||exact||}."""
 
     def norm(x: Tensor) -> Tensor:
         return x.flatten(1).norm(dim=1)
@@ -85,7 +78,7 @@ def relative_errors(found: dict[float, Tensor], exact: dict[float, Tensor]) -> d
 
 
 def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) -> Denoiser:
-    """The denoiser of a copy of net that computes in this precision."""
+    """Return the denoiser of a copy of net that computes in this precision."""
     half, twin = PRECISIONS[precision].half, copy.deepcopy(net)
     if half is not None:
         round_weights(twin, net.half_weights(), half)
@@ -96,7 +89,7 @@ def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) 
 def denoiser(
     net: EDMPrecond, labels: Tensor | None, arithmetic: Callable[[], Any] = contextlib.nullcontext
 ) -> Denoiser:
-    """D(x, sigma) of net, which goes into train mode, with one dropout mask for all calls. arithmetic: opens a context."""
+    """Return D(x, sigma) of net, with one dropout mask for all calls; net goes into train mode. arithmetic: opens a context."""
     net.train()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -107,12 +100,12 @@ def denoiser(
 
 
 def in_fp64(net: EDMPrecond, labels: Tensor | None = None) -> Denoiser:
-    """The exact denoiser."""
+    """Return the exact denoiser."""
     return plain(net, labels, torch.float64)
 
 
 def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoiser:
-    """The U-Net's plain forward and EDM's preconditioning of training, all in one dtype."""
+    """Compute the U-Net's plain forward and EDM's preconditioning of training, all in one dtype."""
     unet = copy.deepcopy(net.model).to(dtype).train()
     unet.on_ops = False
     sigma_data, label_dim = net.sigma_data, net.label_dim
@@ -157,12 +150,15 @@ class _RoundOperands(TorchDispatchMode):
 
 @contextlib.contextmanager
 def emulated_tf32() -> Iterator[None]:
-    """Convolutions and matrix products of fp32 tensors as tensor cores do them in TF32: operands of 10 mantissa bits, sums in
-    fp32. Attention is done by its plain formula, so that its two products are seen."""
+    """Compute convolutions and matrix products of fp32 tensors in the block as tensor cores do them in TF32.
+
+    Operands have 10 mantissa bits, sums are fp32. Attention is done by its plain formula, so that its two products are
+    seen.
+    """
     with _RoundOperands(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """fp32 rounded to 10 mantissa bits, to nearest, ties away from zero (PTX cvt.rna.tf32)."""
+    """Round fp32 to 10 mantissa bits, to nearest, ties away from zero (PTX cvt.rna.tf32)."""
     return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32).view(x.shape)

@@ -36,7 +36,7 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """What there is to know of a tensor but its values; it keeps no memory alive."""
+    """A tensor without its values; it keeps no memory alive."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -79,7 +79,7 @@ class Event:
 
     @staticmethod
     def of(op: Any, args: Any, kwargs: Any, result: Any, see: Callable[[Tensor], TensorMeta] = TensorMeta.of) -> Event:
-        """An operation on tensors."""
+        """Make an event of an operation on tensors."""
         return Event(op, *tree_map_only(Tensor, see, (args, kwargs, result)))
 
     @property
@@ -89,7 +89,7 @@ class Event:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """By their names, without those that were left out."""
+        """Return the arguments by their names, without those that were left out."""
         named = zip(self.op._schema.arguments, self.args, strict=False)
         return {argument.name: value for argument, value in named} | self.kwargs
 
@@ -109,7 +109,10 @@ class Event:
 
 
 def trace(function: Callable[[], object], device: str = "cuda") -> list[Event]:
-    """The operations that a call of `function` runs, in order. device: what the meta device stands for, 'cuda' or 'cpu'."""
+    """Return the operations that a call of `function` runs, in order.
+
+    device: what the meta device stands for, 'cuda' or 'cpu'.
+    """
     tracer = _Tracer()
     with _Attention(device), tracer:
         function()
@@ -134,7 +137,7 @@ class _Tracer(TorchDispatchMode):
         return out
 
     def _see(self, t: Tensor, made: bool = False) -> TensorMeta:
-        """What is known of t. made: under the trace, if its storage is new."""
+        """Return what is known of t. made: under the trace, if its storage is new."""
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self._known:
@@ -151,7 +154,7 @@ class _Tracer(TorchDispatchMode):
         return TensorMeta.of(t, self._known[key][0])
 
     def _origin(self) -> tuple[tuple[str, ...], bool]:
-        """(site, backward) of the operation that runs now."""
+        """Return (site, backward) of the operation that runs now."""
         node = torch._C._current_autograd_node()
         if node is not None:
             return self._origins.get(node._sequence_nr(), ()), True
@@ -162,7 +165,7 @@ class _Tracer(TorchDispatchMode):
 
 
 def _frames(frame: FrameType | None) -> Iterator[str]:
-    """A frame and its callers, as far as they are ours."""
+    """Yield a frame and its callers, as far as they are ours."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("ect.", "ect_kernels.")) and module != __name__:
@@ -171,7 +174,10 @@ def _frames(frame: FrameType | None) -> Iterator[str]:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation's result; of convolutions of meta tensors with cuDNN's strides, channels-last where x or weights are."""
+    """Return the operation's result.
+
+    Of convolutions of meta tensors it has cuDNN's strides, channels-last where x or weights are.
+    """
     forward = func is torch.ops.aten.convolution.default
     if not (forward or func is torch.ops.aten.convolution_backward.default) or args[0].device.type != "meta":
         return func(*args, **kwargs)

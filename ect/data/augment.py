@@ -83,7 +83,7 @@ class AugmentPipe(torch.nn.Module):
         return torch.where(moved, self.warp(images, inverse, shift), images), labels
 
     def draw(self, uniform: torch.Tensor, normal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Labels [n, 9], and the geometry for `warp`: inverse [n, 2, 2], shift [n, 2] in image sizes."""
+        """Draw labels [n, 9], and the geometry for `warp`: inverse [n, 2, 2], shift [n, 2] in image sizes."""
         u_x, u_y, u_scale, u_rotate, u_angle, u_stretch, u_axis, u_shift = uniform.float().unbind(1)
         w_scale, w_stretch, w_right, w_down = normal.float().unbind(1)
         w_scale = w_scale * (u_scale < self.p)
@@ -119,7 +119,7 @@ class AugmentPipe(torch.nn.Module):
         return self._downsample(grid_sample(fine, grid, align_corners=True))
 
     def _upsample(self, images: torch.Tensor) -> torch.Tensor:
-        """[n, C, H, W] -> [n, C, 2 H, 2 W]."""
+        """Upsample [n, C, H, W] -> [n, C, 2 H, 2 W]."""
         n, channels, height, width = images.shape
         x = images.reshape(n * channels, 1, height, width)
         x = conv_transpose2d(x, self.filter.view(1, 1, 1, -1), stride=(1, 2), padding=(0, _CENTRE))
@@ -127,7 +127,7 @@ class AugmentPipe(torch.nn.Module):
         return x.view(n, channels, 2 * height, 2 * width)
 
     def _downsample(self, fine: torch.Tensor) -> torch.Tensor:
-        """[n, C, 2 H + 10, 2 W + 10] -> [n, C, H, W]: the transpose of upsampling; its taps need the margin of 10."""
+        """Downsample [n, C, 2 H + 10, 2 W + 10] -> [n, C, H, W]: upsampling transposed, whose taps need the margin of 10."""
         n, channels, height, width = fine.shape
         x = fine.reshape(n * channels, 1, height, width)
         x = conv2d(x, self.filter.view(1, 1, 1, -1), stride=(1, 2))
@@ -136,10 +136,7 @@ class AugmentPipe(torch.nn.Module):
 
 
 def _inverse(log_scale: torch.Tensor, a: torch.Tensor, log_stretch: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[n, 2, 2]: undoes scaling by 2^log_scale, then rotation by a, then stretching by 2^log_stretch along angle b.
-
-    Over (right, down), where counter-clockwise by a is [[cos, sin], [-sin, cos]]. The identity is exact for zeros.
-    """
+    """Return [n, 2, 2] that undo scaling by 2^log_scale, rotation by a and stretching by 2^log_stretch along angle b."""
     rotate = torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1).view(-1, 2, 2) * (-log_scale).exp2()[:, None, None]
     along = torch.stack([b.cos(), -b.sin()], 1)
     across = log_stretch.exp2()
@@ -150,5 +147,5 @@ def _inverse(log_scale: torch.Tensor, a: torch.Tensor, log_stretch: torch.Tensor
 
 
 def _fine_positions(size: int, device: torch.device) -> torch.Tensor:
-    """Where the samples that downsampling to `size` pixels reads lie: [2 size + 10], in pixels from the centre."""
+    """Return where the samples that downsampling to `size` pixels reads lie: [2 size + 10], in pixels from the centre."""
     return (torch.arange(2 * size + len(SYM6) - 2, device=device) - _CENTRE) / 2 - (size - 1) / 2

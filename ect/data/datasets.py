@@ -48,7 +48,7 @@ class Dataset:
         return 0 if self.labels is None else self.labels.shape[1]
 
     def describe(self) -> str:
-        """What it is, in a line: name, images, size, colour, and the classes with their counts."""
+        """Say what it is, in a line: name, images, size, colour, and the classes with their counts."""
         size = f"{self.resolution}x{self.resolution} {'grey' if self.channels == 1 else 'RGB'}"
         return f"{self.name}: {len(self.images):,} images, {size}, {self._classes()}"
 
@@ -97,14 +97,14 @@ def load(cfg: DataConfig) -> Dataset:
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """1,797 scans of handwritten digits, uint8 [1797, 8, 8, 1]; the file's 17 levels 0..16 become 0..255."""
+    """Return the 1,797 scans of handwritten digits, uint8 [1797, 8, 8, 1]; the file's 17 levels 0..16 become 0..255."""
     with resources.files("ect.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         levels, labels = arrays["images"], arrays["labels"]
     return np.rint(levels * (255 / 16)).astype(np.uint8)[..., None], one_hot(labels, 10)
 
 
 def _read_path(path: Path, cfg: DataConfig) -> tuple[str, Read]:
-    """Name and arrays of the data set at `path`, by the reader that its name and contents call for."""
+    """Return the name and arrays of the data set at `path`, by the reader that its name and contents call for."""
     if cifar10.claims(path):
         return "cifar10", Read(*cifar10.read(path), [])
     if idx.claims(path):

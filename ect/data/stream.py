@@ -34,7 +34,7 @@ class Order:
         return self._epochs[number]
 
     def indices(self, first: int, n: int) -> Tensor:
-        """Image numbers of the samples first .. first + n - 1: int64 [n]."""
+        """Return the image numbers of the samples first .. first + n - 1: int64 [n]."""
         if first < 0 or n < 1:
             raise ValueError(f"expected first >= 0 and n >= 1, found {first} and {n}")
         parts = []
@@ -115,7 +115,7 @@ class ImageStream:
         return buffers
 
     def batch(self, n0: int, n: int) -> tuple[Tensor, Tensor | None]:
-        """The samples nimg + n0 .. nimg + n0 + n - 1: images uint8 [n, H, W, C] and labels float32 [n, L] or None.
+        """Return the samples nimg + n0 .. nimg + n0 + n - 1: images uint8 [n, H, W, C] and labels float32 [n, L] or None.
 
         Raises ValueError for samples outside the batch.
         """
@@ -131,7 +131,7 @@ class ImageStream:
 
 
 def _choose(size: int, device: torch.device, resident: bool | None) -> tuple[bool, str]:
-    """Whether `size` bytes of images stay on the device, and why."""
+    """Return whether `size` bytes of images stay on the device, and why."""
     if resident is not None:
         why = "as asked"
     elif device.type != "cuda":
@@ -144,10 +144,7 @@ def _choose(size: int, device: torch.device, resident: bool | None) -> tuple[boo
 
 
 def to_float(images: Tensor, flip: Tensor | None = None) -> Tensor:
-    """uint8 [N, H, W, C] -> float32 [N, C, H, W] in [-1, 1], by x / 127.5 - 1, in the same memory order.
-
-    flip: bool [N], the images to mirror left to right.
-    """
+    """Turn uint8 [N, H, W, C] into float32 [N, C, H, W] in [-1, 1], by x / 127.5 - 1, in the same memory order."""
     if flip is not None:
         images = torch.where(flip[:, None, None, None], images.flip(2), images)
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1

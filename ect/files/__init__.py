@@ -1,1 +1,1 @@
-"""What is read from and written to disk: models, checkpoints, and foreign pickles read as data."""
+"""The files of this project: models, checkpoints, and foreign pickles read as data."""

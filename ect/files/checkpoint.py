@@ -83,7 +83,7 @@ def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info:
 
 
 def read_model(path: Path, ema: int | None = None) -> Snapshot:
-    """Description and weights of a network, on the CPU.
+    """Return description and weights of a network, on the CPU.
 
     `path` is a model file of ours, an EDM or ECT pickle (.pkl), a run folder (its latest checkpoint) or any file of a
     checkpoint. ema: which weight average of a run, counted from 0; None: the one that `path` names, else the first. Raises
@@ -110,12 +110,12 @@ def read_model(path: Path, ema: int | None = None) -> Snapshot:
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """Description of the network in a model file of ours, whose weights stay unread. Raises UserError as `read_model`."""
+    """Return the description of the network in a model file of ours, whose weights stay unread. Raises as `read_model`."""
     return _read_model_file(path, weights=False).spec
 
 
 def _average(folder: Path, stem: str, ema: int) -> str:
-    """The kind of file that holds a weight average of a checkpoint. Raises UserError where there is none."""
+    """Return the kind of file that holds a weight average of a checkpoint. Raises UserError where there is none."""
     listed = _listed(folder, stem)
     kept = [kind for kind in _MODELS if f"{stem}{kind}" in listed]
     if not 0 <= ema < len(kept):
@@ -127,7 +127,7 @@ def _average(folder: Path, stem: str, ema: int) -> str:
 def load_model(
     path: Path, precond: str | None = None, device: torch.device | str = "cpu", ema: int | None = None
 ) -> tuple[EDMPrecond, dict[str, Any]]:
-    """(network in eval mode on `device`, its info) from whatever `read_model` reads, of weight average `ema`.
+    """Return (network in eval mode on `device`, its info) from whatever `read_model` reads, of weight average `ema`.
 
     `precond` replaces the preconditioning that the file names: "ECMPrecond" makes an EDM teacher the start of a
     consistency model. Raises UserError as `read_model`, and when weights and description do not fit.
@@ -219,7 +219,7 @@ def _read_model_file(path: Path, weights: bool = True) -> Snapshot:
 
 
 def _parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object that describes one of our files. Raises UserError where it is damaged or of a later format."""
+    """Return the JSON object that describes one of our files. Raises UserError where it is damaged or of a later format."""
     try:
         header = json.loads(text)
         if int(header["format"]) > FORMAT:
@@ -245,8 +245,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 
 
 def _read_tensors(path: Path, wanted: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors if they are wanted, metadata) of a safetensors file. Raises UserError where it is missing, truncated or no
-    such file."""
+    """Return (tensors if they are wanted, metadata) of a safetensors file.
+
+    Raises UserError where it is missing, truncated or no such file.
+    """
     try:
         with safe_open(path, "pt") as file:
             # Clones: a mapped file could not be replaced or pruned on Windows while its tensors live.
@@ -302,7 +304,7 @@ class Checkpoints:
 
     @staticmethod
     def load(path: Path) -> Saved:
-        """What a checkpoint holds, its checksums verified.
+        """Return what a checkpoint holds, its checksums verified.
 
         `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is
         passed over, with a warning, for the one before; a checkpoint that was named raises UserError.
@@ -335,12 +337,12 @@ class Checkpoints:
 
 
 def _stems(run_dir: Path, kind: str) -> list[str]:
-    """Sorted names, without ending, of the checkpoints that have this kind of file."""
+    """Return the sorted names, without ending, of the checkpoints that have this kind of file."""
     return sorted(path.name.removesuffix(kind) for path in run_dir.glob(f"checkpoint-??????.???{kind}"))
 
 
 def _parts(path: Path) -> tuple[str, str] | None:
-    """(name of the checkpoint that a file belongs to, the file's ending); None for any other file."""
+    """Return (name of the checkpoint that a file belongs to, the file's ending); None for any other file."""
     for kind in (_STATE, *reversed(_MODELS), _MANIFEST):
         if path.name.startswith("checkpoint-") and path.name.endswith(kind):
             return path.name.removesuffix(kind), kind
@@ -348,7 +350,7 @@ def _parts(path: Path) -> tuple[str, str] | None:
 
 
 def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
-    """The checkpoint that `latest` names, or the newest whole one before it; warns of each one passed over."""
+    """Return the checkpoint that `latest` names, or the newest whole one before it; warn of each one passed over."""
     pointer = run_dir / "latest"
     latest = pointer.read_text().strip() if pointer.is_file() else None
     complete = set(_stems(run_dir, _MANIFEST))
@@ -377,7 +379,7 @@ def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
 
 
 def _listed(folder: Path, stem: str) -> dict[str, Any]:
-    """Size and SHA-256 of a checkpoint's files, by name, as its manifest has them. Raises UserError where it is damaged."""
+    """Return size and SHA-256 of a checkpoint's files, by name, as its manifest has them. Raises UserError on a damaged one."""
     manifest = folder / f"{stem}{_MANIFEST}"
     if not manifest.is_file():
         raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")

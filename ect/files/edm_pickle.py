@@ -61,7 +61,7 @@ class Snapshot:
 
 
 def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapshot:
-    """The network stored under `key` in the EDM or ECT snapshot at `path`.
+    """Return the network stored under `key` in the EDM or ECT snapshot at `path`.
 
     Args: max_bytes: refuse larger files. Raises UserError when the file cannot be read, and its subclass UnsafePickle,
     naming file and culprit, when the content is hostile, damaged, or no network that this package has.
@@ -167,7 +167,7 @@ _TABLE: dict[str, Callable[..., object] | None] = {
 
 
 def _state(net: _Persistent) -> dict[str, Tensor]:
-    """What net.state_dict() would be: same keys, same order."""
+    """Return what net.state_dict() would be: same keys, same order."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()  # dictionaries of modules visited
     room: dict[int, int] = {}  # bytes of each storage not yet in use
@@ -211,7 +211,7 @@ def _state(net: _Persistent) -> dict[str, Tensor]:
 
 
 def _spec(net: _Persistent) -> dict[str, Any]:
-    """The description that `ect.models.build` takes, from the arguments that the networks were made with."""
+    """Return the description that `ect.models.build` takes, from the arguments that the networks were made with."""
     if net.class_name not in ("EDMPrecond", "ECMPrecond"):
         reason = _UNSUPPORTED.get(net.class_name, "unknown; expected EDMPrecond or ECMPrecond")
         raise UnsafePickle(f"network class {show(net.class_name)}: {reason}")
@@ -228,7 +228,7 @@ def _spec(net: _Persistent) -> dict[str, Any]:
 
 
 def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
-    """All keyword arguments of the U-Net. Ours has EDM's signature and defaults, so it serves as the schema."""
+    """Return all keyword arguments of the U-Net. Ours has EDM's signature and defaults, so it serves as the schema."""
     constructor = getattr(models, unet.class_name).__init__
     kinds = {name: kind for name, kind in typing.get_type_hints(constructor).items() if name != "return"}
     given = _arguments(unet, list(kinds))
@@ -244,7 +244,7 @@ def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(module: _Persistent, names: list[str]) -> dict[str, Any]:
-    """Arguments that a persistent object was made with, by name."""
+    """Return the arguments that a persistent object was made with, by name."""
     args, kwargs = sequence(module.state.get("_init_args", ())), module.state.get("_init_kwargs", {})
     if len(args) > len(names):
         raise UnsafePickle(f"{show(module.class_name)} was made with {len(args)} arguments instead of {len(names)}")

@@ -18,7 +18,7 @@ NO_PRESET = "no-preset"
 
 
 def current(values: dict[str, Any]) -> dict[str, Any]:
-    """Today's options of a configuration as its JSON has it. Raises UserError where a later version wrote it."""
+    """Return today's options of a configuration as its JSON has it. Raises UserError where a later version wrote it."""
     values = dict(values)
     written = values.pop("format", 1)
     if written > FORMAT:
@@ -27,8 +27,11 @@ def current(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_0_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Version 0.1 had the options of the diffusion phase, {total_kimg, objective, optim}, where now a preset has its name; and
-    one weight average."""
+    """Turn the options of version 0.1 into today's.
+
+    It had the options of the diffusion phase, {total_kimg, objective, optim}, where now a preset has its name; and one
+    weight average.
+    """
     phase = values.pop("pretrain", {"total_kimg": 0})
     if "optim" in values:
         values["optim"] = _optim_from_0_1(values["optim"])
@@ -39,14 +42,16 @@ def _from_0_1(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optim_from_0_1(optim: dict[str, Any]) -> dict[str, Any]:
-    """{"ema_beta": 0.9, ...} is {"emas": [".9"], ...} today."""
+    """Turn {"ema_beta": 0.9, ...} into today's {"emas": [".9"], ...}."""
     rest = {name: value for name, value in optim.items() if name != "ema_beta"}
     return {**rest, "emas": list(emas_of(optim["ema_beta"]))} if "ema_beta" in optim else rest
 
 
 def _preset_of(phase: dict[str, Any]) -> str:
-    """The name of the first preset with this objective and optimizer, options that version 0.1 did not know being at their
-    defaults; NO_PRESET if there is none."""
+    """Return the name of the first preset with this objective and optimizer; NO_PRESET if there is none.
+
+    Options that version 0.1 did not know are at their defaults.
+    """
     parts = {
         "objective": _as_json(ObjectiveConfig()) | phase["objective"],
         "optim": _as_json(OptimConfig()) | phase["optim"],

@@ -123,7 +123,7 @@ class _StorageId:
 
 
 def load_storage(blob: Any, budget: Budget) -> _Storage:
-    """The storage in a file of torch.save: the old form is five pickles and raw data, the new one a zip file."""
+    """Return the storage in a file of torch.save: the old form is five pickles and raw data, the new one a zip file."""
     if type(blob) is not bytes:
         raise UnsafePickle(f"a storage given as {describe(blob)}")
 

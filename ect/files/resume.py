@@ -1,4 +1,4 @@
-"""What a resume may change, and what would make it another run: options and data, refused by name."""
+"""Changes that a resume may make, and those that would make it another run: options and data, refused by name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
+    """Flatten {"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -59,7 +59,7 @@ def _show(config: dict[str, Any], name: str) -> str:
 
 
 def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
-    """SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
+    """Return the SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
     digest = hashlib.sha256()
     for tensor in (images, labels):
         if tensor is not None:
@@ -69,7 +69,7 @@ def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
 
 
 def weights_fingerprint(net: nn.Module) -> str:
-    """SHA-256 of the names and bytes of a network's parameters and buffers."""
+    """Return the SHA-256 of the names and bytes of a network's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

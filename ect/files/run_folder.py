@@ -20,7 +20,7 @@ RESOLVED = "resolved"
 
 
 def new_run_dir(cfg: Config) -> Path:
-    """--run-dir if it is new or empty, else the next free runs/<number>-<preset>; the folder is created."""
+    """Create and return --run-dir if it is new or empty, else the next free runs/<number>-<preset>."""
     if cfg.run_dir is not None:
         path = cfg.run_dir.expanduser()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -42,7 +42,7 @@ def new_run_dir(cfg: Config) -> Path:
 
 
 def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None) -> Path:
-    """`run_dir`, else runs/evaluation-<model>, for a weight average with -ema<i>; the folder is created. Raises UserError."""
+    """Create and return `run_dir`, else runs/evaluation-<model>, for a weight average with -ema<i>. Raises UserError."""
     if run_dir is None:
         model = model.resolve()
         name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
@@ -55,7 +55,7 @@ def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None) -> Path:
 
 
 def run_folder(path: Path) -> Path:
-    """The run folder of --resume's value, a run folder or a file in one. Raises UserError if it holds no config.json."""
+    """Return the run folder of --resume's value, a run folder or a file in one. Raises UserError if it has no config.json."""
     path = path.expanduser()
     folder = path if path.is_dir() else path.parent
     if not path.exists() or not (folder / CONFIG).is_file():
@@ -64,7 +64,7 @@ def run_folder(path: Path) -> Path:
 
 
 def load(folder: Path) -> Config:
-    """The configuration a run was started with, from its config.json."""
+    """Return the configuration a run was started with, from its config.json."""
     path = folder / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -74,19 +74,21 @@ def load(folder: Path) -> Config:
 
 
 def resolved(folder: Path) -> dict[str, Any]:
-    """What the run in a folder computed with (self_check.resolved), from its config.json; {} where it does not say."""
+    """Return what the run in a folder computed with (self_check.resolved), from its config.json; {} where it does not say."""
     path = folder / CONFIG
     return json.loads(path.read_text(encoding="utf-8")).get(RESOLVED, {}) if path.is_file() else {}
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
-    """JSON-able form of a configuration, with the number of its format."""
+    """Return a configuration in a form that JSON has, with the number of its format."""
     return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(cfg), default=str))}
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of to_dict, also of what earlier versions wrote. Raises KeyError where fields are unknown, and TypeError or
-    ValueError where they are of another type."""
+    """Invert to_dict, also for what earlier versions wrote.
+
+    Raises KeyError where fields are unknown, and TypeError or ValueError where they are of another type.
+    """
     return _build(Config, current(values))
 
 
@@ -99,7 +101,7 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
-    """A value of JSON as the field `name`, of type `kind`."""
+    """Turn a value of JSON into the field `name`, of type `kind`."""
     for choice in typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,):
         origin, args = typing.get_origin(choice), typing.get_args(choice)
         if dataclasses.is_dataclass(choice) and isinstance(value, dict):

@@ -37,7 +37,7 @@ class UnsafePickle(UserError, pickle.UnpicklingError):
 
 @dataclass
 class Budget:
-    """What one file may make us do in all, nested pickles included, so that a small file cannot ask for much."""
+    """The work that one file may ask of us in all, nested pickles included, so that a small file cannot ask for much."""
 
     work: int
     """Bytes (64 for an item of a list) handed to functions of the table."""
@@ -88,7 +88,7 @@ class Machine:
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     def run(self, file: io.BytesIO) -> Any:
-        """The value of the pickle that starts at the position of `file`; leaves the position just behind it.
+        """Return the value of the pickle that starts at the position of `file`; leave the position just behind it.
 
         Lists and dictionaries in it may refer to each other in cycles. Raises UnsafePickle on anything outside the
         closed lists, and many other exceptions on a damaged file.
@@ -205,7 +205,7 @@ class Machine:
 
 
 def make_set(items: object = ()) -> set[Any]:
-    """A set of texts, bytes and integers."""
+    """Return a set of texts, bytes and integers."""
     return {_key(item) for item in sequence(items)}
 
 
@@ -216,14 +216,14 @@ def _key(key: Any) -> Any:
 
 
 def sequence(value: object) -> Sequence[Any]:
-    """`value`, if it is a list or a tuple; else raises UnsafePickle."""
+    """Return `value`, if it is a list or a tuple; else raise UnsafePickle."""
     if not isinstance(value, list | tuple):
         raise UnsafePickle(f"has {describe(value)} where a list is expected")
     return value
 
 
 def describe(value: object) -> str:
-    """What kind of value it is, for a message; never its content, which may be nested without end."""
+    """Name the kind of a value, for a message; never its content, which may be nested without end."""
     return (
         f"the global {show(value.name)}"
         if type(value) is Global
@@ -232,6 +232,6 @@ def describe(value: object) -> str:
 
 
 def show(text: str) -> str:
-    """Text from the file, for a message: short, printable, on one line."""
+    """Return text from the file, for a message: short, printable, on one line."""
     text = text[:160]
     return text if text.isascii() and text.isprintable() else ascii(text)

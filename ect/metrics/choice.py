@@ -1,4 +1,4 @@
-"""Which metrics a data set gets, and which data set a model is compared with."""
+"""The choice of the metrics of a data set, and of the data set that a model is compared with."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def make_evaluator(
     options: FidelityOptions | None = None,
     device: torch.device | str = "auto",
 ) -> Evaluator:
-    """The evaluator of a data set: FDc and FDp for the digits, torch-fidelity's metrics for any other images, and beside them
-    what EXTRA makes.
+    """Return the evaluator of a data set: FDc and FDp for the digits, torch-fidelity's metrics for any other images.
 
-    Missing weights or a missing torch-fidelity are no error: the columns that need them say so (`Evaluator.notes`).
+    Beside them stand the columns that EXTRA makes. Missing weights or a missing torch-fidelity are no error: the
+    columns that need them say so (`Evaluator.notes`).
 
     Args: dataset: None only with options.reference. run_dir: for torch-fidelity's cache. options: the default takes
     eval_cfg.weights and whatever is in torch's cache, and downloads nothing. device: of torch-fidelity's extractors;
-    'auto' is CUDA where there is one.
-    Raises UserError for a named file that is not what it should be, or for too few samples.
+    'auto' is CUDA where there is one. Raises UserError for a named file that is not what it should be, or for too few
+    samples.
     """
     options = options or FidelityOptions(weights=eval_cfg.weights)
     if device == "auto":
@@ -58,11 +58,11 @@ def make_evaluator(
 def reference(
     net: EDMPrecond, info: dict[str, Any], model: str, source: str | None = None, resolution: int | None = None
 ) -> Dataset:
-    """The data set that a model's images are compared with, checked against the model.
+    """Return the data set that a model's images are compared with, checked against the model.
 
-    Args: info: of the model's file, which may name its data. model: its name in messages. source: as --data.source; None:
-    the digits for a model of the digits. resolution: as --data.resolution. Raises UserError where data is missing or does
-    not fit.
+    Args: info: of the model's file, which may name its data. model: its name in messages. source: as --data.source;
+    None: the digits for a model of the digits. resolution: as --data.resolution. Raises UserError where data is missing
+    or does not fit.
     """
     recorded = info.get("data")
     source = source or ("digits" if recorded == "digits" else None)

@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
         return out
 
     def _position(self, height: int, width: int) -> Tensor:
-        """The position embedding at height x width patches, by the bicubic filter of the public code.
+        """Return the position embedding at height x width patches, by the bicubic filter of the public code.
 
         Its scale is (n + 0.1) / grid: the offset kept sizes from being rounded down, and the features depend on it.
         """
@@ -134,7 +134,7 @@ class LocalDinoV2(FeatureExtractorBase):
 
 
 def load_transformer(path: Path) -> VisionTransformer:
-    """The network of a DINOv2 weight file (ViT-S, B or L). Raises UserError for any other file."""
+    """Return the network of a DINOv2 weight file (ViT-S, B or L). Raises UserError for any other file."""
     state = read_state(path)
     try:
         channels, depth = state["cls_token"].shape[-1], len({name.split(".")[1] for name in state if "blocks." in name})

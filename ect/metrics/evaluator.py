@@ -1,4 +1,4 @@
-"""What every quality metric has in common: named columns, and figures for one set of generated images."""
+"""The parts that every quality metric has in common: named columns, and figures for one set of generated images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        """One figure for each column that is not missing; images come in batches of uint8 [n, H, W, C] on the CPU."""
+        """Return one figure for each column that is not missing; images come in batches of uint8 [n, H, W, C] on the CPU."""
 
     @property
     def available(self) -> list[Column]:
@@ -46,8 +46,11 @@ class Evaluator(ABC):
 
 
 class Several(Evaluator):
-    """Evaluators side by side: the columns of all, in order. `used` is the first one's; what the others rest on stands there
-    under their columns' names. Raises ValueError where two have a column of the same name."""
+    """Evaluators side by side: the columns of all, in order.
+
+    `used` is the first one's; what the others rest on stands there under their columns' names. Raises ValueError where
+    two have a column of the same name.
+    """
 
     def __init__(self, evaluators: Sequence[Evaluator]) -> None:
         self._evaluators = evaluators
@@ -59,6 +62,6 @@ class Several(Evaluator):
         self.used = first.used | {", ".join(c.name for c in other.columns): other.used for other in others}
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        """The figures of all evaluators, of the same images."""
+        """Return the figures of all evaluators, of the same images."""
         batches = list(images)
         return {name: figure for each in self._evaluators for name, figure in each.evaluate(batches).items()}

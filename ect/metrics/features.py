@@ -36,7 +36,7 @@ Images = Tensor | NDArray[np.uint8]
 
 
 def build_network() -> nn.Sequential:
-    """The classifier, [N, 1, 8, 8] in [-1, 1] -> 10 logits; all but its last layer give the 64 features."""
+    """Return the classifier, [N, 1, 8, 8] in [-1, 1] -> 10 logits; all but its last layer give the 64 features."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.SiLU(),
         nn.Conv2d(16, 32, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
@@ -47,7 +47,7 @@ def build_network() -> nn.Sequential:
 
 
 def pixel_features(images: Images) -> Array:
-    """The 64 pixels on the data's own 17 levels, as float64 [N, 64] in [-1, 1]; images are uint8 [N, 8, 8, 1].
+    """Return the 64 pixels on the data's own 17 levels, as float64 [N, 64] in [-1, 1]; images are uint8 [N, 8, 8, 1].
 
     Rounding to the levels keeps the metrics from telling generated from real images by their grey values alone.
     """
@@ -60,7 +60,7 @@ def pixel_features(images: Images) -> Array:
 
 @dataclass(frozen=True)
 class DigitsStatistics:
-    """What the figures need of a set of digits; two of them merge exactly, so that a set may come in chunks."""
+    """Statistics of a set of digits from which the figures follow; two of them merge exactly, so a set may come in chunks."""
 
     features: Statistics
     pixels: Statistics
@@ -69,7 +69,7 @@ class DigitsStatistics:
 
     @classmethod
     def of(cls, images: Images) -> DigitsStatistics:
-        """Statistics of uint8 [N, 8, 8, 1], N >= 1."""
+        """Return the statistics of uint8 [N, 8, 8, 1], N >= 1."""
         pixels = pixel_features(images)
         features = _features(pixels)
         with torch.no_grad():
@@ -77,12 +77,12 @@ class DigitsStatistics:
         return cls(Statistics.of(features), Statistics.of(pixels), np.bincount(predicted, minlength=10))
 
     def merge(self, other: DigitsStatistics) -> DigitsStatistics:
-        """Statistics of the union of both sets."""
+        """Return the statistics of the union of both sets."""
         features, pixels = self.features.merge(other.features), self.pixels.merge(other.pixels)
         return DigitsStatistics(features, pixels, self.classes + other.classes)
 
     def distance(self, other: DigitsStatistics) -> tuple[float, float]:
-        """(FDc, FDp)."""
+        """Return (FDc, FDp)."""
         return frechet_distance(self.features, other.features), frechet_distance(self.pixels, other.pixels)
 
     @property
@@ -104,14 +104,14 @@ class DigitsEvaluator(Evaluator):
         }
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        """The three figures of at least 2 images."""
+        """Return the three figures of at least 2 images."""
         samples = functools.reduce(DigitsStatistics.merge, map(DigitsStatistics.of, images))
         fdc, fdp = samples.distance(self._reference)
         return {"FDc": fdc, "FDp": fdp, "imbalance": samples.imbalance}
 
 
 def train(images: Images, labels: NDArray[np.integer], seed: int, epochs: int = 80) -> tuple[nn.Sequential, float]:
-    """(trained classifier, its accuracy on the 360 held-out images); one thread, deterministic by seed.
+    """Return (trained classifier, its accuracy on the 360 held-out images); one thread, deterministic by seed.
 
     Images are uint8 [N, 8, 8, 1], labels [N] in 0..9. Shifts by up to a pixel are the only augmentation.
     """
@@ -146,7 +146,7 @@ def train(images: Images, labels: NDArray[np.integer], seed: int, epochs: int = 
 
 @functools.cache
 def _network() -> nn.Sequential:
-    """The shipped classifier in float64, so that features agree between machines to far below any figure printed."""
+    """Return the shipped classifier in float64, so that features agree between machines to far below any figure printed."""
     net = build_network()
     with np.load(WEIGHTS) as file:
         net.load_state_dict({name: torch.from_numpy(file[name].astype(np.float32)) for name in net.state_dict()})

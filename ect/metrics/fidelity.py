@@ -50,7 +50,7 @@ _FLAGS = {"FID": "fid", "KID": "kid", "IS": "isc", "precision": "prc", "recall":
 
 @dataclass(frozen=True)
 class FidelityOptions:
-    """Where the extractors' weights and the reference come from; None: torch's cache (DINOv2: no such column)."""
+    """Places of the extractors' weights and of the reference; None: torch's cache (DINOv2: no such column)."""
 
     weights: Path | None = None
     vgg: Path | None = None
@@ -108,7 +108,7 @@ class FidelityEvaluator(Evaluator):
     def _add(
         self, file: WeightFile, extractor: str, given: Path | None, names: tuple[str, ...], download: bool
     ) -> tuple[Column, ...]:
-        """The columns of one extractor; where they can be computed, it joins the networks that `evaluate` runs."""
+        """Add the columns of one extractor; where they can be computed, it joins the networks that `evaluate` runs."""
         missing = {}
         if self._statistics is not None:
             reason = "--reference holds Inception statistics only; leave it out and give the images, --data PATH"
@@ -127,7 +127,7 @@ class FidelityEvaluator(Evaluator):
         return tuple(Column(name, missing=missing.get(name)) for name in names)
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        """The available figures of at least 4 images; without any, the images are not even asked for."""
+        """Return the available figures of at least 4 images; without any, the images are not even asked for."""
         if not self._networks:
             return {}
         samples = torch.cat(list(images))
@@ -177,7 +177,7 @@ class _Images(torch.utils.data.Dataset[Tensor]):
 
 
 def read_statistics(path: Path) -> dict[str, np.ndarray]:
-    """EDM's statistics of a data set, {'mu': float32 [2048], 'sigma': float64 [2048, 2048]}.
+    """Return EDM's statistics of a data set, {'mu': float32 [2048], 'sigma': float64 [2048, 2048]}.
 
     Raises UserError for any other file.
     """
@@ -215,8 +215,8 @@ def _torch_fidelity() -> ModuleType:
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch fails with RuntimeError
         reason = str(error).splitlines()[0]
         raise Unavailable(
-            f"torch-fidelity cannot be imported ({reason}): pip install 'ect[eval]', with the torchvision that belongs "
-            f"to torch {torch.__version__}"
+            f"torch-fidelity cannot be imported ({reason}): pip install torch-fidelity, and the torchvision that "
+            f"belongs to torch {torch.__version__}"
         ) from error
     return torch_fidelity
 
@@ -245,7 +245,7 @@ def _check_fit(library: ModuleType, extractor: str, path: Path, file: WeightFile
 
 @contextlib.contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Inside, every torch.load has weights_only=True; numpy arrays are let through, for the cached statistics."""
+    """Give every torch.load inside weights_only=True; numpy arrays are let through, for the cached statistics."""
     load = torch.load
 
     def safe_load(*args: Any, **kwargs: Any) -> Any:

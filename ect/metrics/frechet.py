@@ -30,7 +30,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Statistics:
-        """Statistics of `features` [N, D], N >= 1. Raises ValueError for another shape or values not finite."""
+        """Return the statistics of `features` [N, D], N >= 1. Raises ValueError for another shape or values not finite."""
         if features.ndim != 2 or len(features) == 0:
             raise ValueError(f"features must be [N, D] with N >= 1, found shape {features.shape}")
         x = features.astype(np.float64)
@@ -41,7 +41,7 @@ class Statistics:
         return cls(len(x), mean, x.T @ x)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Statistics of the union of both sets (Chan et al., 1979: no cancellation)."""
+        """Return the statistics of the union of both sets (Chan et al., 1979: no cancellation)."""
         count = self.count + other.count
         gap = other.mean - self.mean
         scatter = self.scatter + other.scatter + np.outer(gap, gap) * (self.count * other.count / count)
@@ -56,14 +56,14 @@ class Statistics:
 
 
 def _root(cov: Array) -> Array:
-    """R with R R^T = cov; eigenvalues below 0 are rounding and count as 0."""
+    """Return R with R R^T = cov; eigenvalues below 0 are rounding and count as 0."""
     values, vectors = np.linalg.eigh(cov)
     root: Array = vectors * np.sqrt(values.clip(min=0))
     return root
 
 
 def gaussian_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
-    """The (squared) Frechet distance of N(mean1, cov1) and N(mean2, cov2); means [D], covariances [D, D]."""
+    """Return the (squared) Frechet distance of N(mean1, cov1) and N(mean2, cov2); means [D], covariances [D, D]."""
     if mean1.shape != mean2.shape or cov1.shape != cov2.shape or cov1.shape != (*mean1.shape, *mean1.shape):
         shapes = f"{mean1.shape}, {cov1.shape} and {mean2.shape}, {cov2.shape}"
         raise ValueError(f"expected means [D] and covariances [D, D] of one D, found {shapes}")
@@ -73,5 +73,5 @@ def gaussian_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> f
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The (squared) Frechet distance between two sets, each taken as a Gaussian (n - 1 in the covariance)."""
+    """Return the (squared) Frechet distance between two sets, each taken as a Gaussian (n - 1 in the covariance)."""
     return gaussian_distance(a.mean, a.cov, b.mean, b.cov)

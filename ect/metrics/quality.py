@@ -19,7 +19,7 @@ from ect.sampler import Sampler, generate
 
 
 def named(sampler: Sampler, ema: str | None) -> str:
-    """How a table names a sampler; ema: the weight average that it samples, where there are several."""
+    """Return how a table names a sampler; ema: the weight average that it samples, where there are several."""
     return sampler.name if ema is None else f"{sampler.name}, EMA {ema}"
 
 
@@ -40,15 +40,15 @@ class QualityRow:
     """The weight average, an entry of --optim.emas, where there are several."""
 
     def mean(self, column: str) -> float:
-        """Mean over the repeats."""
+        """Return the mean over the repeats."""
         return fmean(value[column] for value in self.values)
 
     def minimum(self, column: str) -> float:
-        """Minimum over the repeats (EDM's published FIDs are minima of three)."""
+        """Return the minimum over the repeats (EDM's published FIDs are minima of three)."""
         return min(value[column] for value in self.values)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-able: all of the above but `ema` where it is None, with mean and minimum of each column."""
+        """Return a JSON-able form: all of the above but `ema` where it is None, with mean and minimum of each column."""
         names = self.values[0]
         sampler = {"name": self.sampler.name, "nfe": self.sampler.nfe, **asdict(self.sampler)}
         summary = {"mean": {n: self.mean(n) for n in names}, "minimum": {n: self.minimum(n) for n in names}}
@@ -79,8 +79,7 @@ def quality_rows(
     ema: str | None = None,
     world: World = World(),
 ) -> list[QualityRow]:
-    """Rate `net` with each sampler; in each repeat all of them start from the same latents. All ranks of `world` make images,
-    rank 0 computes their features and figures while the others wait, and every rank returns the rows.
+    """Rate `net` with each sampler; in each repeat all of them start from the same latents.
 
     Args: net: preconditioned network in eval mode on `device`. evaluator: rank 0's counts, the others have `RemoteEvaluator`.
     samples: images a repeat. seed: of the first image of the first repeat. batch: images a forward pass. on_images: called
@@ -106,7 +105,7 @@ def quality_rows(
 
 
 def quality_table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
-    """(headers, cells) as text. A cell is 'mean (minimum)' of several repeats, or one figure, or '-' where missing."""
+    """Return (headers, cells) as text. A cell is 'mean (minimum)' of several repeats, or one figure, or '-' where missing."""
     headers = ["sampler", "NFE", *(column.name for column in columns)]
     cells = [
         [named(row.sampler, row.ema), str(row.sampler.nfe), *(_cell(row, column) for column in columns)] for row in rows

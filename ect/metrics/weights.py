@@ -19,7 +19,7 @@ _TIMEOUT = 30  # seconds without an answer before a download counts as failed
 
 
 class Unavailable(Exception):
-    """What a metric needs is not there; the text says what and names the remedy."""
+    """Something that a metric needs is not there; the text says what and names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class WeightFile:
     """The option's name when training, as a remark."""
 
     def find(self, given: Path | None, download: bool) -> Path:
-        """`given`, else the file in torch's cache, else a download into that cache if `download`.
+        """Return `given`, else the file in torch's cache, else a download into that cache if `download`.
 
         Raises UserError where `given` does not exist, Unavailable where no source has the file.
         """
@@ -90,7 +90,7 @@ def fetch(url: str, path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weight file, on the CPU; nothing in the file is executed.
+    """Return the tensors of a weight file, on the CPU; nothing in the file is executed.
 
     Raises UserError unless it is a plain state dict, name -> floating-point tensor (integer counters may be among
     them), with finite values only.
@@ -111,7 +111,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -12,9 +12,11 @@ from ect.objective import ConsistencyObjective, Denoiser
 
 
 def euler_step(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """Return x + (r - t) (x - D(x, t)) / t: one Euler step of the probability-flow ODE, of x [N, C, H, W] from levels t [N] > 0
-    to r [N]. It is written as a mean of x and D(x, t), so that a step to r = 0 is D(x, t) itself. Source: Karras et al., 2022
-    (EDM), equation 4 with sigma(t) = t."""
+    """Return x + (r - t) (x - D(x, t)) / t: one Euler step of the probability-flow ODE from levels t [N] > 0 to r [N].
+
+    x is [N, C, H, W]. The step is written as a mean of x and D(x, t), so that one to r = 0 is D(x, t) itself. Source:
+    Karras et al., 2022 (EDM), equation 4 with sigma(t) = t.
+    """
     share = (r / t).view(-1, 1, 1, 1)
     return share * x + (1 - share) * denoiser(x, t)
 
@@ -38,7 +40,10 @@ class ConsistencyDistillation(ConsistencyObjective):
         self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int,
         teacher: Denoiser | None = None,
     ) -> Tensor:  # fmt: skip
-        """Per-sample loss [N], t and r as in ECT. Raises ValueError without a teacher, a denoiser like the other."""
+        """Return the loss of each sample [N], t and r as in ECT.
+
+        Raises ValueError without a teacher, a denoiser like the other.
+        """
         if teacher is None:
             raise ValueError("consistency distillation needs a teacher, a denoiser")
         t = noise_level(normal, self.P_mean, self.P_std)

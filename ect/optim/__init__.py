@@ -71,22 +71,28 @@ class FlatState(Arenas[Net]):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients loaded, which are left as the rule left them."""
+        """Do one update from the gradients loaded, which are left as the rule left them."""
         self.rule.step(self)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that load_grads() and step() write."""
+        """Return every tensor that load_grads() and step() write."""
         return [*super().tensors(), *self.rule.tensors()]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Copies of everything a resume needs: per parameter and named params.*, exp_avg.*, exp_avg_sq.* (the rule's moments),
-        ema<i>.*; nonfinite, steps; with a loss scale also skipped, loss_scale, good_steps."""
+        """Return copies of everything a resume needs, by name.
+
+        Per parameter: params.*, exp_avg.*, exp_avg_sq.* (the rule's moments), ema<i>.*. Then nonfinite, steps; with a
+        loss scale also skipped, loss_scale, good_steps.
+        """
         everything = self.saved_views() | self.rule.counters() | self.rule.scale_counters()
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in everything.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of state_tensors(); other tensors are left alone. A state saved without a loss scale has none of its
-        counters, and one is started afresh. Raises KeyError, naming them, where tensors are missing; nothing is loaded then."""
+        """Load what state_tensors() returned; other tensors are left alone.
+
+        A state saved without a loss scale has none of its counters, and one is started afresh. Raises KeyError, naming
+        them, where tensors are missing; nothing is loaded then.
+        """
         wanted, scaling = self.saved_views() | self.rule.counters(), self.rule.scale_counters()
         if scaling.keys() & tensors.keys():
             wanted |= scaling

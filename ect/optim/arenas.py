@@ -18,18 +18,23 @@ _ALIGN = 8  # elements: 16 bytes in half precision, so every view can be read in
 
 
 def memory_order(t: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the dimensions that have more than one element: tensors that agree have their elements in one order."""
+    """Return (size, stride) of the dimensions that have more than one element.
+
+    Tensors that agree in it have their elements in one order.
+    """
     return [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
 
 
 class Arenas(Generic[Net]):
-    """The flat fp32 arenas of `net`: `params`, whose views the network's parameters become, `grads`, `moments` by name and
-    `emas`, the weight averages, which start at the parameters.
+    """The flat fp32 arenas of `net`: parameters, gradients, moments and weight averages.
 
-    Args: net: moved to its device before. moments: names of the optimizer's arenas, zero at first. emas: number of averages.
-    half: fp16 or bf16 for a copy `shadow` of the parameters, kept up to date; core: names of the parameters that `compute`
-    takes from it, and of buffers that it has in half. channels_last: lay the weights of convolutions out in memory as
-    [out, k, k, in]. Raises ValueError for another `half`.
+    The network's parameters become views of `params`; `moments` are by name; `emas`, the averages, start at the
+    parameters.
+
+    Args: net: moved to its device before. moments: names of the optimizer's arenas, zero at first. emas: number of
+    averages. half: fp16 or bf16 for a copy `shadow` of the parameters, kept up to date; core: names of the parameters
+    that `compute` takes from it, and of buffers that it has in half. channels_last: lay the weights of convolutions out
+    in memory as [out, k, k, in]. Raises ValueError for another `half`.
 
     `compute` is the network to train: `net` itself, or with half a twin of shared buffers whose parameters are views of
     `shadow` (core) and of `params` (the others). `inputs` are its parameters, to take gradients of.
@@ -65,8 +70,10 @@ class Arenas(Generic[Net]):
         self.inputs = list(self.compute.parameters())
 
     def _twin(self, shadow: Tensor, core: Collection[str]) -> Net:
-        """The network with its `core` parameters replaced by views of `shadow`, its `core` buffers by copies in half; the other
-        tensors are shared."""
+        """Return the network with its `core` parameters replaced by views of `shadow`, its `core` buffers by half ones.
+
+        The other tensors are shared.
+        """
         shared: dict[int, Tensor] = {
             id(buffer): buffer.to(shadow.dtype) if name in core else buffer for name, buffer in self.net.named_buffers()
         }
@@ -76,7 +83,7 @@ class Arenas(Generic[Net]):
         return copy.deepcopy(self.net, shared)
 
     def views(self, arena: Tensor) -> list[Tensor]:
-        """The parameters' views of an arena, in named_parameters() order."""
+        """Return the parameters' views of an arena, in named_parameters() order."""
         return [
             self._view(arena[offset : offset + shape.numel()], shape)
             for offset, shape in zip(self._offsets, self._shapes, strict=True)
@@ -122,11 +129,11 @@ class Arenas(Generic[Net]):
             self.shadow.copy_(self.params)
 
     def saved_arenas(self) -> dict[str, Tensor]:
-        """What a resume needs, by name: params, each of the moments, ema0 and the further averages."""
+        """Return what a resume needs, by name: params, each of the moments, ema0 and the further averages."""
         return {"params": self.params, **self.moments, **{f"ema{i}": ema for i, ema in enumerate(self.emas)}}
 
     def saved_views(self) -> dict[str, Tensor]:
-        """The same per parameter, as <arena>.<parameter>."""
+        """Return the same per parameter, as <arena>.<parameter>."""
         return {
             f"{role}.{name}": view
             for role, arena in self.saved_arenas().items()
@@ -134,19 +141,19 @@ class Arenas(Generic[Net]):
         }
 
     def ema_state_dict(self, i: int = 0) -> dict[str, Tensor]:
-        """Copies of weight average i under all keys of net.state_dict(); buffers come from the network."""
+        """Return copies of weight average i under all keys of net.state_dict(); buffers come from the network."""
         state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in self.net.state_dict().items()}
         for name, view in zip(self._names, self.views(self.emas[i]), strict=True):
             state[name] = view.clone(memory_format=torch.contiguous_format)
         return state
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that an update writes."""
+        """Return every tensor that an update writes."""
         shadow = [] if self.shadow is None else [self.shadow]
         return [self.params, self.grads, *self.moments.values(), *self.emas, *shadow]
 
     def note(self) -> str:
-        """Memory of each copy of the parameters, in a line."""
+        """Return the memory of each copy of the parameters, in a line."""
         copies = {"weights": [self.params], "gradients": [self.grads], "moments": list(self.moments.values())}
         copies |= {} if self.shadow is None else {"shadow": [self.shadow]}
         copies |= {"averages": self.emas}

@@ -121,19 +121,21 @@ class Rule(ABC):
 
     @abstractmethod
     def step(self, arenas: Arenas[Any]) -> None:
-        """Change `arenas.params` by `arenas.grads` and `arenas.moments`, in place, and bring averages and half-precision copy
-        along (`arenas.follow`). Called without gradients being recorded."""
+        """Change `arenas.params` by `arenas.grads` and `arenas.moments`, in place.
+
+        Averages and half-precision copy come along (`arenas.follow`). It is called without gradients being recorded.
+        """
 
     def counters(self) -> dict[str, Tensor]:
-        """What every saved state has beside the arenas."""
+        """Return what every saved state has beside the arenas."""
         return {"nonfinite": self.nonfinite, "steps": self.steps}
 
     def scale_counters(self) -> dict[str, Tensor]:
-        """What a saved state has in addition where there is a loss scale."""
+        """Return what a saved state has in addition where there is a loss scale."""
         if self.loss_scale is None:
             return {}
         return {"skipped": self.skipped, "loss_scale": self.loss_scale, "good_steps": self.state_i64[I64.GOOD_STEPS]}
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that `step` writes beside the arenas."""
+        """Return every tensor that `step` writes beside the arenas."""
         return [self.state_f64, self.state_i64]

@@ -1,4 +1,4 @@
-"""Which device a run uses, and how many CPU threads."""
+"""The device of a run, and its number of CPU threads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a Linux container
 
 
 def resolve(name: str, world: World = World()) -> torch.device:
-    """'auto' (CUDA where there is one, else the CPU), or a torch device by name; of several processes on a machine each gets a
-    GPU of its own. A GPU becomes the process's current one, where every stream and kernel goes that names none.
+    """Return the device of a name: 'auto' (CUDA where there is one, else the CPU), or any that torch knows.
 
-    Raises UserError if the device cannot be used; 'auto' takes the CPU then, and warns if there is a GPU.
+    Of several processes on a machine each gets a GPU of its own. A GPU becomes the process's current one, where every
+    stream and kernel goes that names none. Raises UserError if the device cannot be used; 'auto' takes the CPU then,
+    and warns if there is a GPU.
     """
     if name == "auto":
         name = "cuda" if driver.available() else "cpu"
@@ -68,7 +69,7 @@ def _own_gpu(name: str, world: World) -> str:
 
 
 def cpu_count() -> int:
-    """CPUs this process may use: its affinity, and a container's quota where one is set."""
+    """Return how many CPUs this process may use: its affinity, and a container's quota where one is set."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if CPU_QUOTA.is_file():
         limit, period = CPU_QUOTA.read_text().split()
@@ -78,6 +79,8 @@ def cpu_count() -> int:
 
 
 def set_threads(threads: int | None, world: World = World()) -> None:
-    """Threads of CPU operations; None: this process's part of `cpu_count()`. More threads than CPUs would spin against each
-    other."""
+    """Set the threads of CPU operations; None: this process's part of `cpu_count()`.
+
+    More threads than CPUs would spin against each other.
+    """
     torch.set_num_threads(threads or max(cpu_count() // world.local_size, 1))

@@ -32,9 +32,10 @@ _FAILURE = "ect/failure"
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes; one process alone needs no torch.distributed.
+    """One process among `size` processes; one process alone needs no torch.distributed.
 
-    local_rank, local_size: the same among those of this machine. Every method but `failed` is called by all ranks together.
+    local_rank, local_size: the same among those of this machine. Every method but `failed` is called by all ranks
+    together.
     """
 
     rank: int = 0
@@ -52,7 +53,7 @@ class World:
             dist.all_reduce(tensor)
 
     def mean(self, value: float) -> float:
-        """Mean over the ranks."""
+        """Return the mean over the ranks."""
         if self.size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64)
@@ -60,7 +61,7 @@ class World:
         return float(total) / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Return whether any rank says so."""
         if self.size == 1:
             return flag
         said = torch.tensor([int(flag)])
@@ -68,7 +69,7 @@ class World:
         return bool(said)
 
     def gather(self, part: Tensor) -> list[Tensor]:
-        """The CPU tensors of all ranks, in order, on every rank; they agree in shape and dtype."""
+        """Return the CPU tensors of all ranks, in order, on every rank; they agree in shape and dtype."""
         if self.size == 1:
             return [part]
         parts = [torch.empty_like(part) for _ in range(self.size)]
@@ -113,7 +114,7 @@ class World:
         return None if noted == mine else noted.split()[1]
 
     def stop(self) -> None:
-        """The end of it, once all ranks are here."""
+        """End it, once all ranks are here."""
         if self.size > 1:
             gc.collect()  # captured graphs hold NCCL's communicators, and go before them
             dist.barrier(group=self.control)
@@ -121,8 +122,10 @@ class World:
 
 
 def start(rank: int, size: int) -> World:
-    """The World of process `rank` of `size`, which find each other by torchrun's environment; for one process nothing is set
-    up. Raises UserError where torch has no torch.distributed."""
+    """Return the World of process `rank` of `size`, which find each other by torchrun's environment.
+
+    For one process nothing is set up. Raises UserError where torch has no torch.distributed.
+    """
     if size == 1:
         return World()
     if not dist.is_available():

@@ -1,7 +1,7 @@
-"""Whether torch can use this machine's NVIDIA GPU, and if not, why and what to do about it.
+"""The driver of this machine's NVIDIA GPU: whether torch can use the GPU, and if not, why and what to do about it.
 
-torch says no more than "no CUDA" where the driver is too old for it, where it is a build for CPUs, or where the driver does not
-start; so the driver itself is asked, through libcuda, which needs no torch.
+torch says no more than "no CUDA" where the driver is too old for it, where it is a build for CPUs, or where the driver
+does not start; so the driver itself is asked, through libcuda, which needs no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _heard: list[str] = []  # torch's own words
 
 @dataclass(frozen=True)
 class Driver:
-    """What the driver says. cuda: the newest CUDA that it is for, such as (12, 4). fault: why it cannot be used, or ''."""
+    """The driver's answers. cuda: the newest CUDA that it is for, such as (12, 4). fault: why it cannot be used, or ''."""
 
     gpus: int
     cuda: tuple[int, int] = (0, 0)
@@ -35,7 +35,10 @@ class Driver:
 
 
 def available() -> bool:
-    """Whether torch can use a GPU; quietly, unlike torch's own function, which warns the first time that it is called."""
+    """Return whether torch can use a GPU.
+
+    It does so quietly, unlike torch's own function, which warns the first time that it is called.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         answer = torch.cuda.is_available()
@@ -44,13 +47,15 @@ def available() -> bool:
 
 
 def hidden() -> bool:
-    """Whether somebody hid all GPUs by CUDA_VISIBLE_DEVICES."""
+    """Return whether somebody hid all GPUs by CUDA_VISIBLE_DEVICES."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
 
 
 def why_unusable(device: int | None = None) -> str | None:
-    """Why torch cannot use the GPU of this number (None: the current one), with the remedy. None where it can, where there is
-    no GPU, and where all are hidden."""
+    """Return why torch cannot use the GPU of this number (None: the current one), with the remedy.
+
+    The answer is None where it can, where there is no GPU, and where all are hidden.
+    """
     if available():
         return _why_no_kernels(device)
     driver = ask()
@@ -108,7 +113,7 @@ def _meaning(library: ctypes.CDLL, code: int) -> str:
 
 
 def _why_no_kernels(device: int | None) -> str | None:
-    """Why torch's own kernels do not run on a GPU that it can reach: it is too old for this build, or too new."""
+    """Return why torch's own kernels do not run on a GPU that it can reach: it is too old for this build, or too new."""
     archs = torch.cuda.get_arch_list()
     if not archs or torch.version.cuda is None:
         return None
@@ -126,6 +131,6 @@ def _why_no_kernels(device: int | None) -> str | None:
 
 
 def _version() -> str:
-    """' 535.104.05' of the driver that is loaded; '' where nothing says so."""
+    """Return the version of the driver that is loaded, such as ' 535.104.05'; '' where nothing says so."""
     match = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", VERSION.read_text()) if VERSION.is_file() else None
     return f" {match[0]}" if match else ""

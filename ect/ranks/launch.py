@@ -1,4 +1,4 @@
-"""How an entry point begins and ends, alone or as one of several processes that torchrun started: each message comes once."""
+"""The begin and the end of an entry point, alone or as one of several processes of torchrun: each message comes once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ T = TypeVar("T")
 
 
 def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], interrupted: str = "interrupted") -> int:
-    """Exit status of an entry point: what `work` returns; 2 after a UserError, 130 after Ctrl-C, both with one message.
+    """Return the exit status of an entry point: what `work` returns; 2 after a UserError, 130 after Ctrl-C.
 
-    parse: reads the command line, quickly; None: there is nothing to do. interrupted: what to say after Ctrl-C. Under torchrun
-    standard output is rank 0's alone, an error is told by the rank that met it first, and no rank waits for a lost one.
+    Both come with one message.
     """
     rank, size = rank_and_size()
     first = rank == 0
@@ -53,7 +52,7 @@ def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inter
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number among those of torchrun, and how many they are; (0, 1) without torchrun."""
+    """Return this process's number among those of torchrun, and how many they are; (0, 1) without torchrun."""
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
 

@@ -51,13 +51,16 @@ BARS = {None: Bar(0.01, 0.05, 0.5), torch.float16: Bar(0.05, 0.3, 1.0), torch.bf
 
 
 def wanted(choice: bool | None, device: torch.device) -> bool:
-    """Whether to check: as --self-check says, else on a GPU."""
+    """Return whether to check: as --self-check says, else on a GPU."""
     return device.type == "cuda" if choice is None else choice
 
 
 def run(step: TrainStep, calls: Sequence[Call], nimg: int, stage: int) -> list[str]:
-    """Check the ops of `calls` and the step, at the image and stage where it will begin; says what was found. Afterwards the
-    step and dispatch's automatic choice are without what failed. Raises UserError where a backend asked for by name fails."""
+    """Check the ops of `calls` and the step, at the image and stage where it will begin, and return what was found.
+
+    Afterwards the step and dispatch's automatic choice are without what failed. Raises UserError where a backend asked
+    for by name fails.
+    """
     device, world = step.state.params.device, step.world
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -87,7 +90,7 @@ def _ops(calls: Sequence[Call], device: torch.device, world: World) -> list[str]
 
 
 def _share_refusals(device: torch.device, world: World) -> bool:
-    """Refuse what any rank has refused; whether that is more than this one had."""
+    """Refuse what any rank has refused, and return whether that is more than this one had."""
     pairs = [(op.name, backend) for op in dispatch.OPS.values() for backend in op.backends]
     mine = dispatch.refused(device)
     told = world.gather(torch.tensor([int(pair in mine) for pair in pairs]))
@@ -100,19 +103,19 @@ def _share_refusals(device: torch.device, world: World) -> bool:
 
 @dataclass(frozen=True)
 class Trace:
-    """What some steps leave, on the host."""
+    """The losses, gradients and parameters that some steps leave, on the host."""
 
     losses: Tensor
     grads: Tensor
     params: Tensor
 
     def same(self, other: Trace) -> bool:
-        """Bit for bit; NaN is NaN."""
+        """Compare bit for bit; NaN is NaN."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
 
     def beyond(self, bar: Bar, other: Trace, start: Tensor) -> str | None:
-        """How this differs from another trace by more than the bar, both from parameters `start`; None if it does not."""
+        """Return how this differs from another trace by more than the bar, both from parameters `start`, or None."""
         pairs = [("loss", mine, its, its) for mine, its in zip(self.losses, other.losses, strict=True)]
         pairs += [
             ("gradients", self.grads, other.grads, other.grads),
@@ -143,7 +146,7 @@ class _Steps:
         self.bar = BARS[torch.float16 if half is None and products(self.device) == "TF32" else half]  # as many digits
 
     def check(self) -> list[str]:
-        """What was found; the step goes on without what failed, and as if nothing had been run."""
+        """Return what was found; the step goes on without what failed, and as if nothing had been run."""
         step, compiled, graph = self.step, self.step.compiled, self.step.wants_graph
         if not compiled and not graph:
             return []
@@ -175,7 +178,7 @@ class _Steps:
         return [f"self-check: {line}" for line in lines]
 
     def _compiled(self, want: Trace) -> tuple[Trace, str]:
-        """Keep the compiled network if every rank's is right; the trace that a replayed step is to equal, and what to say."""
+        """Keep the compiled network if every rank's is right; return the trace that a replay is to equal, and what to say."""
         step, reason = self.step, None
         step.use(True, False)
         try:
@@ -189,7 +192,7 @@ class _Steps:
         return got, f"the compiled step agrees with the plain one: losses within {self.bar.loss:.0%}"
 
     def _replayed(self, want: Trace) -> str:
-        """Keep the captured update if every rank's is right; what to say."""
+        """Keep the captured update if every rank's is right; return what to say."""
         step, told = self.step, "equals the launched one bit for bit"
         try:  # before there is a graph, which keeps the memory of an update: another one beside it may not fit
             repeats = self._trace("the launched step", "--kernels '*=reference'").same(want)
@@ -211,11 +214,11 @@ class _Steps:
         return f"the replayed step {told}" + "; the sum over ranks is between two graphs" * (self.world.size > 1)
 
     def _any(self, reason: str | None) -> str | None:
-        """A reason of this rank or, where it has none, of another one."""
+        """Return a reason of this rank or, where it has none, of another one."""
         return (reason or "it failed on another rank") if self.world.any(reason is not None) else None
 
     def _trace(self, what: str, remedy: str, seconds: float = SECONDS) -> Trace:
-        """Some steps, which are then undone."""
+        """Run some steps, undo them, and return their trace."""
         step, (nimg, stage) = self.step, self.at
         with self._bounded(what, remedy, seconds):
             try:
@@ -229,13 +232,15 @@ class _Steps:
                     tensor.copy_(saved)
 
     def _bounded(self, what: str, remedy: str, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """On a CPU a step may take as long as it likes: none hangs there."""
+        """Bound the time of the block on a GPU. On a CPU a step may take as long as it likes: none hangs there."""
         return check.bounded(what, remedy, seconds) if self.device.type == "cuda" else contextlib.nullcontext()
 
 
 def of_sampling(net: EDMPrecond, device: torch.device, world: World = World()) -> list[str]:
-    """Before images are made on a GPU: check the ops that they need, and say what failed, which is not used then. Raises
-    UserError where a backend asked for by name fails."""
+    """Check the ops that images need before they are made on a GPU, and say what failed, which is not used then.
+
+    Raises UserError where a backend asked for by name fails.
+    """
     if device.type != "cuda":
         return []
     with Recorder() as recorder, torch.no_grad():
@@ -251,7 +256,7 @@ def of_sampling(net: EDMPrecond, device: torch.device, world: World = World()) -
 
 
 def resolved(step: TrainStep) -> dict[str, Any]:
-    """What a run computes with, for its config.json."""
+    """Return what a run computes with, for its config.json."""
     device = step.state.params.device
     return {
         "device": _name(device),
@@ -272,7 +277,7 @@ def keep(recorded: dict[str, Any], device: torch.device) -> None:
 
 
 def changes(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run computes with that it did not before."""
+    """Return what a resumed run computes with that it did not before."""
     if not recorded:
         return []
     told = [

@@ -18,21 +18,30 @@ ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first o
 
 @dataclass
 class StopSignal:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step. Ranks hear a signal at different steps, or not at all:
-    what one of them heard, all act upon after the same step (`heard`)."""
+    """A flag that Ctrl-C or SIGTERM sets; the loop looks at it after each step.
+
+    Ranks hear a signal at different steps, or not at all: what one of them heard, all act upon after the same step
+    (`heard`).
+    """
 
     requested: bool = False
     world: World = World()
 
     def heard(self) -> bool:
-        """Whether any rank was asked to stop; a call by all ranks. It costs a round trip between the hosts (on a GPU while it
-        works on the step just launched), and so ranks never drift apart, and a lost one is noticed in the next step."""
+        """Return whether any rank was asked to stop; a call by all ranks.
+
+        It costs a round trip between the hosts (on a GPU while it works on the step just launched), and so ranks never
+        drift apart, and a lost one is noticed in the next step.
+        """
         return self.world.any(self.requested)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Catch the signals inside the block. A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it
-        must come later, for torchrun answers one Ctrl-C with SIGINT and SIGTERM to each process."""
+        """Catch the signals inside the block.
+
+        A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it must come later, for torchrun
+        answers one Ctrl-C with SIGINT and SIGTERM to each process.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return

@@ -1,1 +1,1 @@
-"""What a run shows of itself: log, grids, report."""
+"""The sights of a run: log, grids, report."""

@@ -1,4 +1,4 @@
-"""What --dry-run prints: the resolved configuration as options that a command line takes back."""
+"""The output of --dry-run: the resolved configuration as options that a command line takes back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from ect.options import base, fields, option
 
 
 def describe(cfg: Config) -> str:
-    """The resolved configuration, an option a line: what `python -m ect.train` takes. Unset options are comments. The last
-    line, a comment too, is the command that a shell takes, with only what differs from the preset or the resumed run."""
+    """Return the resolved configuration, an option a line, as `python -m ect.train` takes it. Unset options are comments.
+
+    The last line, a comment too, is the command that a shell takes, with only what differs from the preset or the
+    resumed run.
+    """
     lines, changed = [], []
     defaults = {name: value for name, value, _ in fields(base(cfg.preset, cfg.resume))}
     for name, value, _ in fields(cfg):

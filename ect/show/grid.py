@@ -19,13 +19,7 @@ GRID_SEEDS = range(64)
 
 
 def make_grid(images: Tensor, columns: int | None = None, scale: int | None = None, pad: int = 2) -> Tensor:
-    """Images laid out row by row on white.
-
-    Args: images: uint8 [N, H, W, C], C = 1 or 3, N > 0. columns: default ceil(sqrt(N)). scale: whole factor of the
-    nearest-neighbour enlargement; default the largest that keeps both sides within 900 pixels. pad: white pixels round
-    each image. Returns uint8 [rows (H scale + pad) + pad, columns (W scale + pad) + pad, C] on the CPU. Raises
-    ValueError on other tensors.
-    """
+    """Lay out images row by row on white."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"a grid takes uint8 [N, H, W, 1 or 3], N > 0; got {images.dtype} {list(images.shape)}")
     n, height, width, channels = images.shape
@@ -51,5 +45,5 @@ def save_png(image: Tensor, path: Path, durable: bool = True) -> None:
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int | None = None, pad: int = 2) -> None:
-    """`make_grid` as a PNG file, written atomically. Raises UserError where `path` cannot be written."""
+    """Write `make_grid` as a PNG file, atomically. Raises UserError where `path` cannot be written."""
     save_png(make_grid(images, columns, scale, pad), Path(path))

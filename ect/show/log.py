@@ -1,4 +1,4 @@
-"""What a run says: a progress bar or plain lines, stats.jsonl, TensorBoard events and image grids."""
+"""The log of a run: a progress bar or plain lines, stats.jsonl, TensorBoard events and image grids."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class RunLog:
         return path
 
     def note(self, text: str) -> None:
-        """One line on the console, above the bar."""
+        """Print one line on the console, above the bar."""
         self.console.print(Text(text))
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class RunLog:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int | None:
-    """Most bytes held so far: of the GPU by tensors, else of main memory by this process. None where unknown."""
+    """Return the most bytes held so far: of the GPU by tensors, else of main memory by this process. None where unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

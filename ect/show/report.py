@@ -22,7 +22,7 @@ _TITLE_HEIGHT = 24  # pixels
 
 
 def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
-    """Rows of images uint8 [n, H, W, C], each under its title, as one picture uint8 [height, width, 3]."""
+    """Lay out rows of images uint8 [n, H, W, C], each under its title, as one picture uint8 [height, width, 3]."""
     font = ImageFont.load_default(size=15)
     parts = []
     for title, images in rows.items():
@@ -36,7 +36,7 @@ def strips(rows: dict[str, Tensor], scale: int) -> Tensor:
 
 
 def table(rows: Sequence[QualityRow], columns: Sequence[Column]) -> Table:
-    """One row a sampler: its name, NFE, metrics and images a second."""
+    """Return one row a sampler: its name, NFE, metrics and images a second."""
     headers, cells = quality_table(rows, columns)
     rates = [f"{row.samples * len(row.values) / row.seconds:.0f}" for row in rows]
     lines = [[*cell, rate] for cell, rate in zip(cells, rates, strict=True)]
@@ -48,7 +48,7 @@ def wall_clock(seconds: dict[str, float]) -> str:
 
 
 def show(console: Console, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float]) -> None:
-    """The table and the wall clock of each phase, on the console."""
+    """Print the table and the wall clock of each phase on the console."""
     if rows:
         console.print(table(rows, columns))
     console.print(wall_clock(seconds), highlight=False)
@@ -58,7 +58,7 @@ def write(
     run_dir: Path, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float],
     checked: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """results.json, and results.md with the table in Markdown, atomically. checked: what the self-check found."""
+    """Write results.json, and results.md with the table in Markdown, atomically. checked: what the self-check found."""
     result = {"rows": [row.as_json() for row in rows], "seconds": seconds, "checked": list(checked)}
     with atomic(run_dir / "results.json") as temp:
         temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def write(
 
 
 def show_metrics(console: Console, rows: Sequence[QualityRow], evaluator: Evaluator) -> None:
-    """The table of an evaluation, and below it why columns are missing."""
+    """Print the table of an evaluation, and below it why columns are missing."""
     console.print(Table(*quality_table(rows, evaluator.columns)))
     for note in evaluator.notes:
         console.print(Text(f"- {note}"))
@@ -77,7 +77,7 @@ def show_metrics(console: Console, rows: Sequence[QualityRow], evaluator: Evalua
 def write_metrics(
     path: Path, model: dict[str, Any], rows: Sequence[QualityRow], evaluator: Evaluator, arithmetic: str
 ) -> None:
-    """metrics.json, atomically. model: what was rated, JSON-able. arithmetic: `ect.precision.products` of the device."""
+    """Write metrics.json, atomically. model: what was rated, JSON-able. arithmetic: `ect.precision.products` of the device."""
     found = {
         "format": 2,
         "model": model,

@@ -28,7 +28,7 @@ class Table:
         return header in (self.headers[:1] if self.left is None else self.left)
 
     def __rich__(self) -> rich.table.Table:
-        """The table as rich draws it. Nothing in a cell is taken for markup, and nothing is cut."""
+        """Return the table as rich draws it. Nothing in a cell is taken for markup, and nothing is cut."""
         table = rich.table.Table(title=Text(self.title) if self.title else None, title_justify="left")
         table.caption = Text(self.caption) if self.caption else None
         for header in self.headers:
@@ -41,7 +41,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """The lines of the table in Markdown, each with its end."""
+        """Return the lines of the table in Markdown, each with its end."""
         rule = ["---" if self._is_left(header) else "---:" for header in self.headers]
         filled = ([*row, *[""] * (len(rule) - len(row))] for row in self.rows if row)
         return "".join(f"| {' | '.join(map(_escaped, cells))} |\n" for cells in (self.headers, rule, *filled))

@@ -30,14 +30,14 @@ OPS = (
 
 
 def built() -> str:
-    """One line about the CUDA extension."""
+    """Return one line about the CUDA extension."""
     if (reason := native.why_no_extension()) is not None:
         return f"CUDA kernels: NOT available: {reason}"
     return f"CUDA kernels: built for {native.built_for()}"
 
 
 def checked(console: Console, device: torch.device) -> bool:
-    """Check and print; whether nothing failed."""
+    """Check and print, and return whether nothing failed."""
     from ect_kernels.calls import default_calls
     from ect_kernels.check import check
 

@@ -1,7 +1,7 @@
-"""What the build of the CUDA extension left behind: why there is none, and which sources it was made of.
+"""The record of a build of the CUDA extension: why there is none, and which sources it was made of.
 
-pip shows what a build says only where the install fails, so the reason is kept in a file. setup.py uses this module too, where
-torch may be absent: standard library only.
+pip shows what a build says only where the install fails, so the reason is kept in a file. setup.py uses this module
+too, where torch may be absent: standard library only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def write(folder: Path, reason: str | None) -> None:
 
 
 def why_not_built(folder: Path = Path(__file__).parent) -> str:
-    """The reason why there is no extension, in one line."""
+    """Return the reason why there is no extension, in one line."""
     try:
         return (folder / NOTE).read_text(encoding="utf-8").strip()
     except OSError:
@@ -33,7 +33,7 @@ def why_not_built(folder: Path = Path(__file__).parent) -> str:
 
 
 def digest(sources: Path = SOURCES) -> str:
-    """Of all C++ and CUDA files in a folder."""
+    """Return a digest of all C++ and CUDA files in a folder."""
     total = hashlib.sha256()
     for path in sorted(path for path in sources.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -41,7 +41,7 @@ def digest(sources: Path = SOURCES) -> str:
 
 
 def why_stale(module: Any, sources: Path = SOURCES) -> str | None:
-    """Why a built extension must not be used: its launchers may not take what the sources now say they do; else None."""
+    """Return why a built extension must not be used, else None: its launchers may not take what the sources now say."""
     if not sources.is_dir() or getattr(module, "sources", None) == digest(sources):
         return None
     return "it was built from other sources than csrc/ holds now; pip install -e . builds it anew"

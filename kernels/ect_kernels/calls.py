@@ -32,7 +32,10 @@ _KEY = (3 << 32) | 11  # of the random draws: a run's seed and a step
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel can see of a tensor but its values. offset: of its first element from a 32-byte boundary or better."""
+    """All that a kernel can see of a tensor but its values.
+
+    offset: distance of the first element from a boundary of 32 bytes or more, in elements.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -41,16 +44,19 @@ class Shape:
 
     @staticmethod
     def of(t: Tensor, dtype: torch.dtype | None = None) -> Shape:
-        """A tensor's; dtype: in place of a float's own."""
+        """Return the shape of a tensor; `dtype` takes the place of a float tensor's own."""
         dtype = dtype if dtype and t.is_floating_point() else t.dtype
         return Shape(tuple(t.shape), t.stride(), dtype, int(t.storage_offset()) % 8)
 
     def cut(self, first: int) -> Shape:
-        """With at most `first` in the first dimension."""
+        """Return this shape with at most `first` in the first dimension."""
         return replace(self, size=(min(self.size[0], first), *self.size[1:]))
 
     def place(self, values: Tensor) -> Tensor:
-        """A tensor of this shape, in memory of its own, with values [*size] as far as its elements are distinct."""
+        """Return a tensor of this shape, in memory of its own.
+
+        values: [*size]. An element that several places share takes the first of them.
+        """
         last = self.offset + sum((n - 1) * stride for n, stride in zip(self.size, self.stride, strict=True) if n > 0)
         placed = values.new_zeros(last + 1, dtype=self.dtype).as_strided(self.size, self.stride, self.offset)
         distinct = tuple(slice(None) if stride else slice(0, 1) for stride in self.stride)
@@ -78,7 +84,7 @@ class Call:
         return getattr(torch.ops.ect, self.function).default
 
     def results(self) -> list[str]:
-        """Names of what `run` returns: of the arguments that are written in place, or of the results."""
+        """Return the names of what `run` returns: of the arguments that are written in place, or of the results."""
         schema = self.overload._schema
         if schema.is_mutable:
             return [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -87,7 +93,7 @@ class Call:
         return list(get_type_hints(direction.room)["return"]._fields)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Arguments for `run`, without the backend."""
+        """Return the arguments for `run`, without the backend."""
         pool = _normals().to(device)
 
         def make(name: str, value: Any, turn: int) -> Any:
@@ -108,7 +114,7 @@ class Call:
         return drawn
 
     def run(self, inputs: dict[str, Any], backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The results by name, of fresh copies of the inputs. dtype: of all floats in place of their own."""
+        """Return the results by name, from fresh copies of the inputs; `dtype` takes the place of every float's own."""
 
         def copy(value: Any) -> Any:
             if isinstance(value, list):
@@ -142,8 +148,10 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class Recorder(TorchDispatchMode):
-    """Collects, in `calls`, each different call of an op made under it, but those that name their backend; tensors of the meta
-    device do."""
+    """Collects in `calls` each different call of an op made under it.
+
+    It leaves out calls that name their backend. Tensors on the meta device suffice.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,12 +188,15 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Call:
 
 @lru_cache(None)
 def _normals() -> Tensor:
-    """Standard normal numbers on the host, to be repeated: no power of two, so that no two rows of a tensor are the same."""
+    """Return standard normal numbers on the host, which are repeated where more are needed.
+
+    Their number is no power of two, so that no two rows of a tensor are the same.
+    """
     return torch.randn(1_000_003, generator=torch.Generator().manual_seed(7))
 
 
 def _draw(name: str, shape: Shape, pool: Tensor) -> Tensor:
-    """Values for an argument, made of normal numbers."""
+    """Return the values for an argument, made of normal numbers."""
     count = torch.Size(shape.size).numel()
     normal = pool.repeat(count // len(pool) + 1)[:count].view(shape.size)
     if shape.dtype == torch.int64:
@@ -217,7 +228,7 @@ _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _optimizer_state() -> tuple[Tensor, Tensor]:
-    """Of a step in which the norm is bounded and the averages move."""
+    """Return the state of a step in which the norm is bounded and the averages move."""
     from ect_kernels.radam_ema import I64, new_state
 
     floats, ints = new_state("radam", 1e-3, (0.9, 0.99), 1e-8, clip=1.0, ema_betas=(0.9, 0.99, 0.999), loss_scale=8.0)
@@ -226,7 +237,7 @@ def _optimizer_state() -> tuple[Tensor, Tensor]:
 
 
 def default_calls() -> list[Call]:
-    """What the networks of the presets and their training call: forward and backward of every op, in each dtype."""
+    """Return the calls of the presets' networks and of their training: forward and backward of every op, in each dtype."""
     recorder = Recorder()
     with recorder:
         for dtype, levels in _DEFAULT.items():
@@ -249,7 +260,7 @@ _DEFAULT = {
 
 
 def _images(dtype: torch.dtype, levels: Iterable[tuple[int, int]]) -> None:
-    """The ops of a U-Net and its loss."""
+    """Call the ops of a U-Net and of its loss."""
     from ect_kernels.consistency_loss import consistency_loss
     from ect_kernels.group_norm_silu import group_norm_silu
     from ect_kernels.perturb import perturb
@@ -286,7 +297,7 @@ def _images(dtype: torch.dtype, levels: Iterable[tuple[int, int]]) -> None:
 
 
 def _vectors() -> None:
-    """The draws of noise levels, and the optimizer."""
+    """Call the draws of noise levels, and the optimizer."""
     from ect_kernels.levels import levels
     from ect_kernels.radam_ema import new_state, radam_ema
 

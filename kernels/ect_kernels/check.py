@@ -34,8 +34,11 @@ MARGIN = 4.0  # over the bar of the tests
 
 @dataclass
 class Report:
-    """What was found. calls: how many were compared, by (op, backend). failed: why, by (op, backend). skipped: sentences about
-    what could not be checked. seconds, compiling: spent in all, and of that in first calls of Triton kernels."""
+    """The result of a check.
+
+    calls: how many were compared, by (op, backend). failed: why, by (op, backend). skipped: sentences about what could
+    not be checked. seconds, compiling: time spent in all, and of that in first calls of Triton kernels.
+    """
 
     calls: dict[tuple[str, str], int] = field(default_factory=dict)
     failed: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -62,7 +65,7 @@ def check(calls: Sequence[Call], device: torch.device, report: Report | None = N
 
 
 def _failure(op: Op, calls: Sequence[Call], device: torch.device, report: Report) -> tuple[str, str] | None:
-    """The first backend that fails one of the calls it would be chosen for, and why."""
+    """Return the first backend that fails one of the calls it would be chosen for, and why."""
     counts: dict[tuple[str, str], int] = {}
     for call in calls:
         for backend in _candidates(op, device):
@@ -89,7 +92,7 @@ def _candidates(op: Op, device: torch.device) -> list[str]:
 
 
 def compare(call: Call, backend: str, device: torch.device, report: Report) -> str | None:
-    """Why `backend` fails the call, or None. Raises BackendError where it does not take it."""
+    """Return why `backend` fails the call, or None. Raises BackendError where it does not take it."""
     inputs = call.inputs(device)
     try:
         truth, plain = call.run(inputs, "reference", torch.float64), call.run(inputs, "reference")
@@ -120,7 +123,7 @@ def compare(call: Call, backend: str, device: torch.device, report: Report) -> s
 def _difference(
     name: str, call: Call, truth: dict[str, Tensor], plain: dict[str, Tensor], got: dict[str, Tensor]
 ) -> str | None:
-    """What is wrong with a result, or None."""
+    """Return what is wrong with a result, or None."""
     want, near, found = truth[name].double(), plain[name].double(), got[name].double()
     if want.numel() == 0:
         return None
@@ -146,8 +149,11 @@ def _difference(
 
 
 def _eps(call: Call, result: Tensor) -> float:
-    """Of a result: its dtype's, but an image's is no better than those of the images it came from, in whose dtype a kernel may
-    keep what it sums, and none is better than fp32, in which plain PyTorch and the kernels compute. 0 for whole numbers."""
+    """Return the rounding to expect of a result; 0 for whole numbers.
+
+    It is that of the result's dtype. But an image is no better than the images it came from, in whose dtype a kernel
+    may keep its sums, and nothing is better than fp32, in which plain PyTorch and the kernels compute.
+    """
     if not result.dtype.is_floating_point:
         return 0.0
     shapes = [value for _, value in call.arguments if isinstance(value, Shape) and len(value.size) == 4]
@@ -167,7 +173,7 @@ def _rms(x: Tensor) -> float:
 
 
 def _next(op: str, backend: str, device: torch.device) -> str:
-    """What to name in place of a backend."""
+    """Return what to name in place of a backend."""
     left = dispatch.OPS[op].candidates(device)
     return left[left.index(backend) + 1] if backend in left[:-1] else "reference"
 
@@ -179,7 +185,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def alive(device: torch.device) -> bool:
-    """Whether the device still works: some faults of a kernel leave a process without it."""
+    """Return whether the device still works: some faults of a kernel leave a process without it."""
     try:
         synchronize(device)
         return float(torch.ones(1, device=device)) == 1.0
@@ -188,7 +194,7 @@ def alive(device: torch.device) -> bool:
 
 
 def survived(error: Exception, what: str, remedy: str, device: torch.device) -> str:
-    """The error in a line. Where the device is lost with it, the process ends: it could do nothing any more."""
+    """Return the error in a line, or end the process if the device is lost with it: it could do nothing any more."""
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if not alive(device):
         _exit(f"{what} failed, and the device with it: {reason}", remedy)
@@ -203,8 +209,10 @@ def _exit(what: str, remedy: str) -> None:
 
 @contextmanager
 def bounded(what: str, remedy: str, seconds: float | None = None) -> Iterator[None]:
-    """End the process if the block takes longer than SECONDS, or `seconds`: a kernel that hangs can be neither stopped nor
-    survived."""
+    """End the process if the block takes longer than SECONDS, or `seconds`.
+
+    A kernel that hangs can be neither stopped nor survived.
+    """
     seconds = SECONDS if seconds is None else seconds
     timer = threading.Timer(seconds, _exit, [f"{what} did not return within {seconds:g} s", remedy])
     timer.daemon = True
@@ -217,7 +225,7 @@ def bounded(what: str, remedy: str, seconds: float | None = None) -> Iterator[No
 
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """Inside the block, new memory holds NaN (whole numbers their largest), not what was right a moment ago."""
+    """Fill new memory with NaN inside the block (whole numbers with their largest), not with what was right a moment ago."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # with it torch.empty fills what it returns
     try:

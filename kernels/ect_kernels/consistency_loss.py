@@ -56,17 +56,13 @@ class Output(NamedTuple):
 
 
 def _output(i: Inputs) -> Output:
-    """Room for the results."""
+    """Return room for the results."""
     dF = torch.empty_like(i.F_t, memory_format=torch.channels_last)
     return Output(i.F_t.new_empty(i.F_t.shape[0], dtype=i.wide), dF)
 
 
 def distance(difference: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """(sqrt(s + c^2) - c, the root) of s = ||difference||^2 for each sample, [N, ...] -> [N] and [N].
-
-    The distance is written as s / (root + c), which does not cancel for large c. The root is 1 where it would be 0, whose
-    slope is infinite. Both are NaN where s is, and the distance alone where s overflows.
-    """
+    """Return (sqrt(s + c^2) - c, the root) of s = ||difference||^2 for each sample, [N, ...] -> [N] and [N]."""
     s = difference.square().flatten(1).sum(1)
     radicand = s + c * c
     root = torch.where(radicand == 0, torch.ones_like(radicand), radicand).sqrt()
@@ -74,7 +70,10 @@ def distance(difference: Tensor, c: float) -> tuple[Tensor, Tensor]:
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:
-    """sqrt(||difference||^2 + c^2) - c for each sample: [N, ...] -> [N]. Its gradient is 0 at distance 0, also for c = 0."""
+    """Return sqrt(||difference||^2 + c^2) - c for each sample: [N, ...] -> [N].
+
+    Its gradient is 0 at distance 0, also for c = 0.
+    """
     return distance(difference, c)[0]
 
 
@@ -120,7 +119,7 @@ _forward_op = FORWARD.register(OP)
 
 @torch.library.custom_op("ect::consistency_loss_bwd", mutates_args=(), schema="(Tensor dF, Tensor dloss) -> Tensor")
 def _backward_op(dF: Tensor, dloss: Tensor) -> Tensor:
-    """dF times the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
+    """Multiply dF by the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
     return torch.mul(dF, dloss.view(-1, 1, 1, 1), out=torch.empty_like(dF))
 
 
@@ -146,11 +145,11 @@ def consistency_loss(
     F_t: Tensor, F_r: Tensor, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, weight: Tensor, c: float, sigma_data: float,
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """weight (sqrt(||D_t - target||^2 + c^2) - c), float32 [N]; see the module's formulas. Gradient: F_t alone.
+    """Return weight (sqrt(||D_t - target||^2 + c^2) - c), float32 [N]; see the module's formulas. Only F_t gets a gradient.
 
-    Args: F_t, F_r: student's and teacher's raw network outputs [N, C, H, W], fp16, bf16 or fp32. x_t, x_r: their noisy images,
-    fp32 (all made channels-last if they are not). t, r, weight: fp32 [N]; t > r >= 0. c: >= 0, 0 is the plain distance.
-    Raises ValueError, dispatch.BackendError.
+    Args: F_t, F_r: student's and teacher's raw network outputs [N, C, H, W], fp16, bf16 or fp32. x_t, x_r: their noisy
+    images, fp32 (all made channels-last if they are not). t, r, weight: fp32 [N]; t > r >= 0. c: >= 0, 0 is the plain
+    distance. Raises ValueError, dispatch.BackendError.
     """
     shape = tuple(F_t.shape)
     if F_t.dim() != 4:

@@ -17,7 +17,7 @@ RESIDENT = 8192  # most values of a sample that stay in registers
 
 @triton.jit
 def _difference(F_t, F_r, x_t, x_r, at, mask, skip_t, out_t, skip_r, out_r, r):
-    """D_t - target of the elements `at`, fp32."""
+    """Return D_t - target of the elements `at`, fp32."""
     F = tl.load(F_t + at, mask=mask, other=0.0).to(tl.float32)
     D_t = skip_t * tl.load(x_t + at, mask=mask, other=0.0) + out_t * F
     target = tl.load(x_r + at, mask=mask, other=0.0)
@@ -61,7 +61,7 @@ def consistency_loss_fwd_kernel(
 
 
 def options(m: int) -> tuple[int, bool, int]:
-    """BLOCK, WHOLE and warps for samples of m values."""
+    """Return BLOCK, WHOLE and warps for samples of m values."""
     block = triton.next_power_of_2(m)
     if block > RESIDENT:
         return 2048, False, 8

@@ -1,9 +1,10 @@
-"""Which implementation of an operation runs: chosen when the op runs, printed as a table, never silently slow.
+"""The choice of the implementation of an op: made when the op runs, printed as a table, never silently slow.
 
-Order: the `backend` argument of a call, then `set_choice` (the trainer's --kernels), then the environment variable ECT_KERNELS,
-each of the form "group_norm_silu=cuda,*=triton", where * speaks to every op that has the form, then `auto`. A named backend
-that cannot run raises BackendError with the reason; only `auto` may fall back, and it warns once for each shape that makes it.
-What failed on a device (ect.ranks.self_check finds out) is refused there: `auto` passes it by.
+Order: the `backend` argument of a call, then `set_choice` (the trainer's --kernels), then the environment variable
+ECT_KERNELS, each of the form "group_norm_silu=cuda,*=triton", where * speaks to every op that has the form, then
+`auto`. A named backend that cannot run raises BackendError with the reason; only `auto` may fall back, and it warns
+once for each shape that makes it. What failed on a device (ect.ranks.self_check finds out) is refused there: `auto`
+passes it by.
 """
 
 from __future__ import annotations
@@ -51,8 +52,11 @@ class Op:
         OPS[self.name] = self
 
     def pick(self, device: torch.device, args: tuple[Any, ...], backend: str | None = None) -> str:
-        """The backend for a call with these arguments on `device`; backend: one by name, None or '' where --kernels,
-        ECT_KERNELS or auto decide. Raises BackendError for a named one that cannot run."""
+        """Return the backend for a call with these arguments on `device`.
+
+        backend: one by name; None or '' where --kernels, ECT_KERNELS or auto decide. Raises BackendError for a named
+        one that cannot run.
+        """
         name = backend or requested(self.name)
         if name:
             reason = self.why_not(name, device) or self.backends[name].limits(*args)
@@ -79,7 +83,7 @@ class Op:
         return [name for name in self.backends if self.why_not(name, device) is None]
 
     def why_not(self, name: str, device: torch.device) -> str | None:
-        """Why backend `name` cannot run on `device` at all, or None."""
+        """Return why backend `name` cannot run on `device` at all, or None."""
         if name not in self.backends:
             return f"this op has no such backend, but {', '.join(self.backends)}"
         if (failure := _refused.get((self.name, name, device.type))) is not None:
@@ -103,8 +107,10 @@ _refused: dict[tuple[str, str, str], str] = {}  # (op, backend, type of device) 
 
 
 def refuse(op: str, backend: str, device: torch.device, reason: str) -> None:
-    """From now on `backend` of `op` cannot run in this process on devices of this type, and `reason` says why. Raises
-    BackendError for the reference, which nothing could stand in for."""
+    """Let `backend` of `op` run no more in this process on devices of this type; `reason` says why.
+
+    Raises BackendError for the reference, which nothing could stand in for.
+    """
     if backend == "reference":
         raise BackendError(
             f"{op}: the reference failed on {device} ({reason}), and there is no other form to fall back to"
@@ -113,7 +119,7 @@ def refuse(op: str, backend: str, device: torch.device, reason: str) -> None:
 
 
 def refused(device: torch.device) -> dict[tuple[str, str], str]:
-    """{(op, backend): why} of what was refused on devices of this type."""
+    """Return {(op, backend): why} of what was refused on devices of this type."""
     return {(op, backend): why for (op, backend, where), why in _refused.items() if where == device.type}
 
 
@@ -123,7 +129,7 @@ def clear_refused() -> None:
 
 
 def parse_choice(text: str) -> dict[str, str]:
-    """{"op or *": "backend"} of "op=backend,*=backend"; a lone backend name stands for all ops. Raises BackendError."""
+    """Return {"op or *": "backend"} of "op=backend,*=backend"; a lone backend name stands for all ops. Raises BackendError."""
     choice = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         op, _, name = part.rpartition("=")
@@ -142,7 +148,7 @@ def set_choice(text: str | None) -> None:
 
 
 def requested(op: str) -> str | None:
-    """The backend asked for by name for this op, or None for auto."""
+    """Return the backend asked for by name for this op, or None for auto."""
     for choice in (_choice, parse_choice(os.environ.get("ECT_KERNELS", ""))):
         every = choice.get("*")
         name = choice.get(op, every if every in OPS[op].backends else None)
@@ -166,7 +172,7 @@ def check_named(device: torch.device) -> None:
 
 
 def table(device: torch.device) -> list[tuple[str, str, str]]:
-    """(op, backend, why) for each op on `device`, as `auto` or the request decides before any shape is known."""
+    """Return (op, backend, why) for each op on `device`, as `auto` or the request decides before any shape is known."""
     rows = []
     for op in OPS.values():
         name = requested(op.name)

@@ -22,7 +22,7 @@ NOT_SPECIALISED = ["layer", "threshold"]
 
 
 def named(way: str) -> Callable[[Any], str]:
-    """A kernel's name in a profile: that of the op which launches it."""
+    """Return a kernel's name in a profile: that of the op which launches it."""
 
     def name(specialised: Any) -> str:
         residual = specialised.signature["skip_scale"] != "constexpr"
@@ -36,7 +36,7 @@ def place(
     C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """A program's sample and first channel; its channels, which of them exist, in which group, in which source.
+    """Return a program's sample and first channel; its channels, which of them exist, in which group, in which source.
 
     Masks are constants where no slab is padded or cut, so that they cost nothing there.
     """
@@ -58,7 +58,7 @@ def place(
 
 @triton.jit
 def inside_of(row: tl.tensor, HW: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
-    """Which rows exist, bool [ROWS, 1]; a constant where chunks of ROWS divide HW, so that masks cost nothing there."""
+    """Return which rows exist, bool [ROWS, 1]; a constant where chunks of ROWS divide HW, so that masks cost nothing there."""
     if HW % ROWS == 0:
         return tl.full((ROWS, 1), 1, tl.int1)
     return (row < HW)[:, None]
@@ -66,13 +66,13 @@ def inside_of(row: tl.tensor, HW: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor
 
 @triton.jit
 def group_sum(v: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """Sums [GROUPS] of v [WIDTH] over the lanes of each group; member: bool [WIDTH, GROUPS]. A NaN stays in its group."""
+    """Sum v [WIDTH] over the lanes of each group, to [GROUPS]; member: bool [WIDTH, GROUPS]. A NaN stays in its group."""
     return tl.sum(tl.where(member, v[:, None], 0.0), 0)
 
 
 @triton.jit
 def column_sum(v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
-    """Sums [WIDTH] of v [ROWS, WIDTH], by parts: the interpreter adds row after row, which would round as often."""
+    """Sum v [ROWS, WIDTH] over rows, to [WIDTH], by parts: the interpreter adds row after row, which would round as often."""
     if ROWS >= 64:
         return tl.sum(tl.sum(tl.reshape(v, (ROWS // 16, 16, WIDTH)), 1), 0)
     return tl.sum(v, 0)
@@ -80,7 +80,7 @@ def column_sum(v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> tl.tens
 
 @triton.jit
 def spread(v: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """v [GROUPS] at the lanes of each group, [WIDTH]; 0 at lanes of none."""
+    """Give v [GROUPS] to the lanes of each group, [WIDTH]; 0 to lanes of none."""
     return tl.sum(tl.where(member, v[None, :], 0.0), 1)
 
 
@@ -89,10 +89,7 @@ def keep_tile(
     key: tl.tensor, layer: tl.tensor, threshold: tl.tensor, position: tl.tensor, row: tl.tensor, first: tl.tensor,
     CT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Dropout: which elements (position + row[r]) * CT + first + lane of the flat NHWC batch stay, bool [ROWS, WIDTH].
-
-    position: spatial positions before this sample, int64. first: the slab's first channel, a multiple of 8 where CT is.
-    """
+    """Return which elements (position + row[r]) * CT + first + lane of the flat NHWC batch stay, bool [ROWS, WIDTH]."""
     if CT % 8 == 0 and WIDTH % 8 == 0:
         block = position * (CT // 8) + first // 8
         blocks = block.to(tl.uint32) + (row[:, None] * (CT // 8) + tl.arange(0, WIDTH // 8)[None, :]).to(tl.uint32)
@@ -106,7 +103,7 @@ def join_other(
     value: tl.tensor, other: tl.tensor, row: tl.tensor, c: tl.tensor, ok: tl.tensor, C: tl.constexpr, C2: tl.constexpr,
     POLICY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The fp32 tile of cat(x, other) whose channels of x are in `value`; ok: mask of the tile's shape."""
+    """Return the fp32 tile of cat(x, other) whose channels of x are in `value`; ok: mask of the tile's shape."""
     if C2 > 0:
         at = row[:, None] * C2 + (c - C)[None, :]
         second = tl.load(other + at, mask=ok, other=0.0, eviction_policy=POLICY).to(tl.float32)
@@ -119,7 +116,7 @@ def load_source(
     x: tl.tensor, other: tl.tensor, row: tl.tensor, c: tl.tensor, inside: tl.tensor, in_x: tl.tensor,
     in_other: tl.tensor, C: tl.constexpr, C2: tl.constexpr, POLICY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """fp32 tile of cat(x, other)."""
+    """Load the fp32 tile of cat(x, other)."""
     at = row[:, None] * C + c[None, :]
     value = tl.load(x + at, mask=in_x[None, :] & inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
     return join_other(value, other, row, c, in_other[None, :] & inside, C, C2, POLICY)
@@ -129,7 +126,7 @@ def load_source(
 def modulation(
     gamma: tl.tensor, beta: tl.tensor, scale: tl.tensor, shift: tl.tensor, nc: tl.tensor, c: tl.tensor, ok: tl.tensor
 ) -> tl.tensor:
-    """(w, b, gamma, beta, 1 + scale) [WIDTH]: affine and modulation are x_hat * w + b."""
+    """Return (w, b, gamma, beta, 1 + scale) [WIDTH]: affine and modulation are x_hat * w + b."""
     gamma_c = tl.load(gamma + c, mask=ok, other=0.0)
     beta_c = tl.load(beta + c, mask=ok, other=0.0)
     one = tl.full(gamma_c.shape, 1.0, tl.float32)
@@ -150,7 +147,7 @@ def forward_kernel(
     C: tl.constexpr, C2: tl.constexpr, SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given.
+    """Compute y from cat(x, other), after writing x = (a + bias + skip_bias + skip) * skip_scale where a is given.
 
     v_rows, rows_apart: distance of two samples' rows in v, and in scale and shift.
     """
@@ -244,7 +241,7 @@ def normal_and_gradient(
     HW: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ACT: tl.constexpr,
     POLICY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """(x_hat, gradient before the activation), fp32 [ROWS, WIDTH], rebuilt from the source and the mask."""
+    """Return (x_hat, gradient before the activation), fp32 [ROWS, WIDTH], rebuilt from the source and the mask."""
     inside = inside_of(row, HW, ROWS)
     xh = load_source(x, other, row, c, inside, in_x, in_other, C, C2, POLICY)
     at = row[:, None] * (C + C2) + c[None, :]
@@ -272,7 +269,7 @@ def backward_kernel(
     SIZE: tl.constexpr, SLAB: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     ACT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """With d the gradient of cat(x, other) through the norm + djoined: da = (d[:, :C] + dx) * skip_scale, dother = d[:, C:].
+    """Compute da = (d[:, :C] + dx) * skip_scale and dother = d[:, C:], where d = norm's gradient of cat(x, other) + djoined.
 
     dv: da summed over positions, [N, C + C2].
 

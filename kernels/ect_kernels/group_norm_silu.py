@@ -66,8 +66,10 @@ class Inputs(NamedTuple):
         return 1.0 if self.seed is None else philox.inv_keep(self.p)
 
     def vectors(self) -> tuple[Tensor | int | None, ...]:
-        """gamma, beta, v, scale, shift as the kernels read them, float32 with neighbouring channels; then the distance of the
-        samples' rows in v, and in scale and shift."""
+        """Return gamma, beta, v, scale, shift as the kernels read them, then the distance of two samples' rows in v and scale.
+
+        The vectors are float32 with neighbouring channels. scale and shift have one distance.
+        """
         v, scale, shift = map(tensors.fp32_rows, self[3:6])
         if scale is not None and shift is not None and scale.stride(0) != shift.stride(0):
             scale, shift = scale.contiguous(), shift.contiguous()
@@ -84,7 +86,7 @@ class Output(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward takes before the inputs."""
+    """Arguments of the backward pass before the inputs."""
 
     dy: Tensor
     mean: Tensor
@@ -105,26 +107,26 @@ class Grads(NamedTuple):
 
 
 def empty_output(i: Inputs) -> Output:
-    """Room for the forward's results; gamma says how many channels, of x or of more than x."""
+    """Return room for the forward's results; gamma says how many channels, of x or of more than x."""
     mean = i.x.new_empty((i.x.shape[0], i.groups), dtype=i.wide)
     return Output(tensors.empty_image(i.x, i.gamma.shape[-1]), mean, torch.empty_like(mean))
 
 
 def empty_grads(s: Saved, i: Inputs) -> Grads:
-    """Room for the backward's."""
+    """Return room for the backward's results."""
     n, c = i.x.shape[:2]
     sizes = [(2, n, c), *((0,) if t is None else (n, c) for t in (i.v, i.scale, i.shift))]
     return Grads(tensors.empty_image(i.x, c), *(s.mean.new_empty(size) for size in sizes))
 
 
 def _rows(t: Tensor, i: Inputs) -> Tensor:
-    """[N, H W, G, C / G] of an image, wide."""
+    """Return an image as wide rows [N, H W, G, C / G]."""
     n, c, h, w = t.shape
     return t.permute(0, 2, 3, 1).reshape(n, h * w, i.groups, c // i.groups).to(i.wide)
 
 
 def _image(rows: Tensor, i: Inputs) -> Tensor:
-    """Channels-last [N, C, H, W] of it."""
+    """Return rows as a channels-last image [N, C, H, W]."""
     n, c, h, w = i.x.shape
     return rows.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -134,13 +136,13 @@ def _dropout(rows: Tensor, i: Inputs) -> Tensor:
 
 
 def _shifted(i: Inputs) -> Tensor:
-    """x + v."""
+    """Return x + v."""
     rows = _rows(i.x, i)
     return rows if i.v is None else rows + _wide(i.v, i)
 
 
 def _wide(vector: Tensor, i: Inputs) -> Tensor:
-    """[N or 1, 1, G, C / G] of a vector by (sample and) channel."""
+    """Return a vector by (sample and) channel as wide [N or 1, 1, G, C / G]."""
     return vector.to(i.wide).view(-1, 1, i.groups, i.x.shape[1] // i.groups)
 
 
@@ -180,7 +182,7 @@ def reference_bwd(s: Saved, i: Inputs) -> Grads:
 
 
 def limits(i: Inputs, most: int) -> str | None:
-    """Why kernels that take at most `most` channels a group cannot run, or None."""
+    """Return why kernels that take at most `most` channels a group cannot run, or None."""
     c, (h, w) = i.gamma.shape[-1], i.x.shape[2:]
     if i.x.dtype not in native.DTYPES:
         return f"dtype {i.x.dtype} (only float32, float16, bfloat16)"
@@ -192,21 +194,21 @@ def limits(i: Inputs, most: int) -> str | None:
 
 
 def numbers(i: Inputs) -> tuple[int, ...]:
-    """What the C launchers take after the sizes."""
+    """Return the arguments of the C launchers after the sizes."""
     return i.groups, native.DTYPES[i.x.dtype], int(i.act), i.threshold, i.layer
 
 
 def _launcher_fwd(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
-    *vectors, v_rows, rows = i.vectors()
-    return i.x, *vectors, i.seed, i.n0, *out, n, h * w, c, *numbers(i), v_rows, rows, i.eps, i.inv_keep
+    *vectors, v_stride, stride = i.vectors()
+    return i.x, *vectors, i.seed, i.n0, *out, n, h * w, c, *numbers(i), v_stride, stride, i.eps, i.inv_keep
 
 
 def _launcher_bwd(s: Saved, i: Inputs, grads: Grads) -> tuple[native.Argument, ...]:
     n, c, h, w = i.x.shape
     results = (grads.x, *grads[2:], grads.rows)
-    *vectors, v_rows, rows = i.vectors()
-    numbers_ = (n, h * w, c, *numbers(i), v_rows, rows)
+    *vectors, v_stride, stride = i.vectors()
+    numbers_ = (n, h * w, c, *numbers(i), v_stride, stride)
     return s.dy, i.x, *vectors, i.seed, i.n0, s.mean, s.rstd, *results, *numbers_, i.inv_keep
 
 
@@ -217,7 +219,10 @@ APEX_CHANNELS = frozenset(
 
 
 def apex_limits(*args: Any) -> str | None:
-    """What NVIDIA apex's channels-last GroupNorm does not offer; it is no drop-in, but a baseline where it can run."""
+    """Return why NVIDIA apex's channels-last GroupNorm cannot run, or None.
+
+    It offers less than this op. It is no drop-in, but a baseline where it can run.
+    """
     i: Inputs = args[-1]
     if i.v is not None or i.scale is not None or i.seed is not None:
         return "v, scale, shift or dropout"
@@ -229,12 +234,12 @@ def apex_limits(*args: Any) -> str | None:
 
 
 def _apex_options(i: Inputs) -> tuple[float, str, int]:
-    """eps, activation, and 1 or 2 passes over the data (its one-pass kernel ends at 32x32)."""
+    """Return eps, activation, and 1 or 2 passes over the data (its one-pass kernel ends at 32x32)."""
     return i.eps, "silu" if i.act else "", 1 if i.x.shape[2] * i.x.shape[3] <= 1024 else 2
 
 
 def apex_fwd(i: Inputs) -> Output:
-    """apex saves 2 N G sums of its own making: they travel in the places of mean and rstd, read by apex_bwd alone."""
+    """Run apex's forward; its 2 N G sums travel in the places of mean and rstd, for apex_bwd alone to read."""
     from apex.contrib.group_norm import group_norm  # type: ignore[import-not-found]
 
     y, sums = group_norm.group_norm_nhwc_fprop(i.x, i.groups, i.gamma, i.beta, *_apex_options(i))
@@ -312,13 +317,7 @@ def group_norm_silu(
     n0: Tensor | int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """dropout(silu(GroupNorm(x + v) * (1 + scale) + shift)), channels-last, in x's dtype; see the module's formulas.
-
-    Args: x: [N, C, H, W] (made channels-last if it is not). gamma, beta: [C], or rows of rows.by_sample. v, scale, shift:
-    [N, C], the last two together. act: SiLU. p: probability of dropping, with seed (0-d int64 tensor on x's device), layer and
-    n0 (global number of x[0], also as such a tensor) as what the mask is a function of. Gradients: x, gamma, beta, v, scale,
-    shift. Raises ValueError, dispatch.BackendError.
-    """
+    """Return dropout(silu(GroupNorm(x + v) * (1 + scale) + shift)), channels-last, in x's dtype; see the formulas above."""
     _check(x, gamma, beta, groups, v, scale, shift, p, seed)
     seed = seed if philox.dropout_threshold(p) > 0 else None
     first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)

@@ -27,7 +27,7 @@ class Slab:
 
 
 def slab(channels: int, groups: int, hw: int, per_thread: int) -> Slab:
-    """Slabs of about 32 channels (64 B a row in half precision) that begin at multiples of 8 channels where C allows.
+    """Return slabs of about 32 channels (64 B a row in half precision) that begin at multiples of 8 channels where C allows.
 
     Where C / G is no power of two (12 of C = 384) lanes are padded: as few as possible, 48 of 64 rather than 24 of 32 because
     48 channels are whole 32-byte sectors.
@@ -43,11 +43,12 @@ def slab(channels: int, groups: int, hw: int, per_thread: int) -> Slab:
 
 
 def cut(channels: int, groups: int, hw: int, backward: bool, light: bool) -> Slab:
-    """How channels and rows are dealt to programs and threads; found by compiling for sm_80 and sm_90 at DDPM++'s shapes.
+    """Return how channels and rows are dealt to programs and threads.
 
-    Tiles of 8192 elements forward (16 warps) and 4096 backward (8) stay in registers with two programs on an SM and no spill:
-    16x16 fits with slabs of 16 channels, one 32-byte sector a row. In a loop, backward's sums beside Philox or a second tensor
-    allow 8 elements a thread; light: with neither 16, which keeps the programs on an SM, and so their claim on L2, at two.
+    It was found by compiling for sm_80 and sm_90 at DDPM++'s shapes. Tiles of 8192 elements forward (16 warps) and 4096
+    backward (8) stay in registers with two programs on an SM and no spill: 16x16 fits with slabs of 16 channels, one
+    32-byte sector a row. In a loop, backward's sums beside Philox or a second tensor allow 8 elements a thread; light:
+    with neither 16, which keeps the programs on an SM, and so their claim on L2, at two.
     """
     s = slab(channels, groups, hw, per_thread=16 if light or not backward else 8)
     rows, size, most = triton.next_power_of_2(hw), channels // groups, 4096 if backward else 8192
@@ -57,14 +58,14 @@ def cut(channels: int, groups: int, hw: int, backward: bool, light: bool) -> Sla
 
 
 def options(c: int, c2: int, groups: int, hw: int, act: bool, backward: bool, light: bool) -> dict[str, Any]:
-    """Constexprs and num_warps of a launch; the kernels' grid is (N cdiv(C + C2, SLAB),)."""
+    """Return constexprs and num_warps of a launch; the kernels' grid is (N cdiv(C + C2, SLAB),)."""
     s = cut(c + c2, groups, hw, backward, light)
     sizes = {"HW": hw, "C": c, "C2": c2, "SIZE": (c + c2) // groups, "SLAB": s.channels, "WIDTH": s.width}
     return {**sizes, "GROUPS": s.groups, "ROWS": s.rows, "ACT": act, "num_warps": s.warps}
 
 
 def launch(i: Inputs, other: Tensor | None, backward: bool, more: bool = False) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and keywords of a kernel; more: it reads or writes other tensors of x's size."""
+    """Return grid and keywords of a kernel; more: it reads or writes other tensors of x's size."""
     n, c, h, w = i.x.shape
     c2 = 0 if other is None else other.shape[1]
     light = i.seed is None and not more

@@ -53,17 +53,20 @@ def _room(i: Inputs) -> Output:
 
 
 def noise_level(normal: Tensor, P_mean: float, P_std: float) -> Tensor:
-    """t = exp(P_mean + P_std z) of standard normal numbers z of any shape."""
+    """Return t = exp(P_mean + P_std z) of standard normal numbers z of any shape."""
     return (P_mean + P_std * normal).exp()
 
 
 def gap(t: Tensor, k: float, b: float) -> Tensor:
-    """n(t) = 1 + k sigmoid(-b t), the shape of the gap t - r over t; 1 everywhere for k = 0."""
+    """Return n(t) = 1 + k sigmoid(-b t), the shape of the gap t - r over t; 1 everywhere for k = 0."""
     return 1 + k * torch.sigmoid(-b * t)
 
 
 def lower_level(t: Tensor, stage: Tensor | int, q: float, k: float, b: float) -> Tensor:
-    """r = max(t (1 - q^-(stage + 1) n(t)), 0) in t's dtype, of levels t [N] > 0 and a stage >= 0, an int or a 0-d tensor."""
+    """Return r = max(t (1 - q^-(stage + 1) n(t)), 0) in t's dtype, of levels t [N] > 0 and a stage >= 0.
+
+    The stage is an int or a 0-d tensor.
+    """
     power = torch.as_tensor(stage, dtype=torch.float64, device=t.device) + 1
     return (t * (1 - (q**-power).to(t.dtype) * gap(t, k, b))).clamp(min=0)
 
@@ -93,7 +96,7 @@ def levels(
     seed: Tensor, stage: Tensor, n0: Tensor | int, batch: int, P_mean: float, P_std: float, q: float, k: float, b: float,
     backend: str | None = None,
 ) -> Output:  # fmt: skip
-    """(t, r, label_t, label_r, flip), formulas above, of the global samples n0 ... n0 + batch. Nothing here has a gradient.
+    """Return (t, r, label_t, label_r, flip) by the formulas above, of the global samples n0 ... n0 + batch, without gradient.
 
     Args: seed, stage, n0 (also an int): 0-d int64 tensors on one device, stage >= 0. q > 1. Raises ValueError, BackendError.
     """

@@ -21,7 +21,7 @@ _T, _FLIP = tl.constexpr(philox.STREAM_T), tl.constexpr(philox.STREAM_FLIP)
 def levels_fwd_kernel(
     seed, stage, n0, t_out, r_out, label_t, label_r, flip, N, mean, std, log2_q, k, b, B: tl.constexpr
 ):
-    """B samples."""
+    """Draw the levels of B samples."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     ok = i < N
     key, counter = tl.load(seed), (first_sample(n0) + i).to(tl.uint32)

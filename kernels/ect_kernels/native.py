@@ -29,7 +29,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 @lru_cache(None)
 def _load() -> tuple[Any | None, str]:
-    """The compiled module ect_kernels._C and '', or None and why there is none to use."""
+    """Return the compiled module ect_kernels._C and '', or None and why there is none to use."""
     try:
         module = importlib.import_module("ect_kernels._C")
     except ModuleNotFoundError:
@@ -44,17 +44,17 @@ def _load() -> tuple[Any | None, str]:
 
 
 def extension() -> Any | None:
-    """The compiled module ect_kernels._C, or None where there is none to use."""
+    """Return the compiled module ect_kernels._C, or None where there is none to use."""
     return _load()[0]
 
 
 def why_no_extension() -> str | None:
-    """Why there is no CUDA extension to use on any GPU, or None."""
+    """Return why there is no CUDA extension to use on any GPU, or None."""
     return _load()[1] or None
 
 
 def why_not_built(device: torch.device) -> str | None:
-    """Why the CUDA kernels cannot run on `device`, or None."""
+    """Return why the CUDA kernels cannot run on `device`, or None."""
     module = extension()
     if module is None:
         return why_no_extension() or "there is no CUDA extension"
@@ -70,12 +70,12 @@ def why_not_built(device: torch.device) -> str | None:
 
 
 def _serves(arch: int, ptx: int, major: int, minor: int) -> bool:
-    """Whether a cubin of `arch` or the PTX beside it (0: none) runs on a GPU of this compute capability."""
+    """Return whether a cubin of `arch` or the PTX beside it (0: none) runs on a GPU of this compute capability."""
     return (arch // 10 == major and arch % 10 <= minor) or 0 < ptx <= 10 * major + minor
 
 
 def built_for() -> str:
-    """The GPUs that the extension has code for, as text."""
+    """Return the GPUs that the extension has code for, as text."""
     module = extension()
     targets = [] if module is None else module.archs()
     return ", ".join(f"sm_{arch}" + (f" and PTX {ptx}" if ptx else "") for arch, ptx in targets)
@@ -83,8 +83,11 @@ def built_for() -> str:
 
 @lru_cache(None)
 def _probe(index: int) -> str | None:
-    """Why no kernel of the extension can be loaded on GPU `index`, or None: it brings its own CUDA runtime, which may be newer
-    than the driver, and the code for a GPU may be missing."""
+    """Return why no kernel of the extension can be loaded on GPU `index`, or None.
+
+    The extension brings its own CUDA runtime, which may be newer than the driver, and the code for a GPU may be
+    missing.
+    """
     module = extension()
     assert module is not None
     with torch.cuda.device(index):
@@ -102,7 +105,7 @@ def _has_triton() -> bool:
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on `device`, or None. On CPU tensors they run under TRITON_INTERPRET=1 only."""
+    """Return why Triton kernels cannot run on `device`, or None. On CPU tensors they run under TRITON_INTERPRET=1 only."""
     if not _has_triton():
         return "triton is not installed (it exists for Linux)"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -111,7 +114,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def why_no_apex() -> str | None:
-    """Why NVIDIA apex's GroupNorm cannot be used, or None."""
+    """Return why NVIDIA apex's GroupNorm cannot be used, or None."""
     try:
         importlib.import_module("apex.contrib.group_norm")
     except ImportError:
@@ -120,13 +123,15 @@ def why_no_apex() -> str | None:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one inside the block: kernels and streams are the current device's, not the tensors'."""
+    """Make a GPU the current one inside the block: kernels and streams are the current device's, not the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def one_device(op: str, names: Iterable[str], args: Iterable[Any]) -> torch.device:
-    """The device of an op's tensors, the CPU where it has none. Raises ValueError, naming the first that is elsewhere: a kernel
-    would take its address all the same."""
+    """Return the device of an op's tensors, the CPU where it has none.
+
+    Raises ValueError, naming the first tensor that is elsewhere: a kernel would take its address all the same.
+    """
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, args, strict=False):
         for tensor in value if isinstance(value, list | tuple) else [value]:
@@ -156,10 +161,10 @@ def why_not_emulated() -> str | None:
 
 
 def launch(backend: str, name: str, *args: Argument) -> None:
-    """Run launcher `name` on the current stream of the tensors' device. Raises RuntimeError with CUDA's (or the emulator's)
-    message, ValueError where the tensors are on several devices.
+    """Run launcher `name` on the current stream of the tensors' device.
 
-    Tensors must outlive the call, which their use on the same stream ensures.
+    Tensors must outlive the call, which their use on the same stream ensures. Raises RuntimeError with CUDA's (or the
+    emulator's) message, ValueError where the tensors are on several devices.
     """
     device = one_device(name, map(str, range(len(args))), args)
     values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args]

@@ -1,7 +1,7 @@
-"""What the functional ops have in common: their registration with PyTorch and the calls of their compiled backends.
+"""The passes of the functional ops: their registration with PyTorch and the calls of their compiled backends.
 
-A pass is one direction of an op, a function of NamedTuples that returns a NamedTuple of tensors. PyTorch sees the fields, one
-after the other, and the name of a backend.
+A pass is one direction of an op, a function of NamedTuples that returns a NamedTuple of tensors. PyTorch sees the
+fields, one after the other, and the name of a backend.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Pass:
     launcher: Callable[..., tuple[native.Argument, ...]] = lambda *args: ()
 
     def compiled(self, backend: str) -> Callable[..., Any]:
-        """The pass on backend "triton" (function <way> of module <op>_triton), "cuda" or "emulated"."""
+        """Return the pass on backend "triton" (function <way> of module <op>_triton), "cuda" or "emulated"."""
 
         def run(*args: Any) -> Any:
             results = self.room(*args)
@@ -56,8 +56,11 @@ class Pass:
         return run
 
     def register(self, op: Op) -> torch.library.CustomOpDef:
-        """ect::<op> or ect::<op>_bwd. The last argument names a backend, or is empty for an automatic choice, which is made
-        when the op runs: a compiled graph holds the op, not the choice."""
+        """Register ect::<op> or ect::<op>_bwd with PyTorch, and return it.
+
+        The last argument names a backend, or is empty for an automatic choice, which is made when the op runs: a
+        compiled graph holds the op, not the choice.
+        """
 
         def unpack(args: tuple[Any, ...]) -> list[Any]:
             left = iter(args)
@@ -92,7 +95,7 @@ def backends(
     reference: Backend, forward: Pass, backward: Pass | None = None, *, triton: Callable[..., str | None],
     cuda: Callable[..., str | None],
 ) -> dict[str, Backend]:  # fmt: skip
-    """The written forms that every functional op has; triton, cuda: limits of these backends."""
+    """Return the written forms that every functional op has; triton, cuda: limits of these backends."""
     forms = {"reference": reference}
     for name, limits in (("triton", triton), ("cuda", cuda), ("emulated", cuda)):
         forms[name] = Backend(forward.compiled(name), None if backward is None else backward.compiled(name), limits)

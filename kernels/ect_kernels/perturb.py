@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the outputs: N, C, H, W."""
+        """Size of the outputs: N, C, H, W."""
         n, h, w, c = self.images.shape
         return n, c, h, w
 
@@ -56,13 +56,13 @@ class Output(NamedTuple):
 
 
 def _output(i: Inputs) -> Output:
-    """Room for the results."""
+    """Return room for the results."""
     dtypes = (i.dtype, i.dtype, i.t.dtype, i.t.dtype)
     return Output(*(i.images.new_empty(i.shape, dtype=d).to(memory_format=torch.channels_last) for d in dtypes))
 
 
 def reference_fwd(i: Inputs) -> Output:
-    """Arithmetic in t's dtype, fp32 or fp64."""
+    """Compute in t's dtype, fp32 or fp64."""
     n, wide = i.shape[0], i.t.dtype
     images = i.images if i.flip is None else torch.where(i.flip.view(n, 1, 1, 1), i.images.flip(2), i.images)
     y = images.permute(0, 3, 1, 2).to(wide) / 127.5 - 1
@@ -111,7 +111,7 @@ def perturb(
     images: Tensor, t: Tensor, r: Tensor, sigma_data: float, seed: Tensor | None, n0: Tensor | int = 0,
     flip: Tensor | None = None, eps: Tensor | None = None, dtype: torch.dtype = torch.float32, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(in_t, in_r, x_t, x_r), channels-last [N, C, H, W]; formulas above. Nothing here has a gradient.
+    """Return (in_t, in_r, x_t, x_r), channels-last [N, C, H, W]; formulas above. Nothing here has a gradient.
 
     Args: images: uint8 [N, H, W, C]. t, r: float32 [N], t > 0, r >= 0. sigma_data: standard deviation of the data. seed: 0-d
     int64 tensor on the images' device; n0: global number of images[0], also as such a tensor. flip: bool [N] or None. eps:

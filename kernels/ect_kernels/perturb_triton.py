@@ -23,7 +23,7 @@ _STREAM = tl.constexpr(philox.STREAM_EPS)
 
 @triton.jit
 def _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, W, C: tl.constexpr):
-    """All outputs of the elements `at` of sample n, whose noise is z."""
+    """Write all outputs of the elements `at` of sample n, whose noise is z."""
     source = at
     if flip is not None:  # noqa: SIM102  Triton before 3.3 evaluates both sides of an `and`
         if tl.load(flip + n) != 0:
@@ -42,10 +42,10 @@ def _write(images, t, r, flip, in_t, in_r, x_t, x_r, z, n, base, at, mask, sd2, 
 
 @triton.jit
 def _normal(key, block, blocks, m: tl.constexpr, C: tl.constexpr):
-    """The m-th of the noise values in memory order: of pixel m // C and channel m % C, whose counters start at C's `blocks`.
+    """Draw the m-th noise value in memory order: of pixel m // C and channel m % C, whose counters start at C's `blocks`.
 
-    The four pixels of a channel share a Philox call. It is written once for each (Triton before 3.3 has no tuples to keep its
-    values in) and compiled once.
+    The four pixels of a channel share a Philox call. It is written once for each (Triton before 3.3 has no tuples to
+    keep its values in) and compiled once.
     """
     w0, w1, w2, w3 = tl.philox(key, (block + m % C * blocks).to(tl.uint32), _STREAM, 0, 0)
     if m // C < 2:
@@ -59,7 +59,7 @@ def _normal(key, block, blocks, m: tl.constexpr, C: tl.constexpr):
 def perturb_fwd_kernel(
     images, t, r, seed, flip, eps, n0, in_t, in_r, x_t, x_r, sd2, W, HW, chunks, C: tl.constexpr, B: tl.constexpr
 ):
-    """HW a multiple of 4."""
+    """Compute images whose HW is a multiple of 4."""
     pid = tl.program_id(0)
     n = (pid // chunks).to(tl.int64)
     group = pid % chunks * B + tl.arange(0, B)
@@ -83,7 +83,7 @@ def perturb_fwd_kernel(
 def perturb_generic_fwd_kernel(
     images, t, r, seed, flip, eps, n0, in_t, in_r, x_t, x_r, sd2, W, HW, chunks, C, B: tl.constexpr
 ):
-    """Any size."""
+    """Compute images of any size."""
     pid = tl.program_id(0)
     n = (pid // chunks).to(tl.int64)
     at = pid % chunks * B + tl.arange(0, B)

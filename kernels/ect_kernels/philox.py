@@ -29,11 +29,7 @@ STREAM_LABEL_DROPOUT = _LOW - 5
 def philox4x32(
     seed: Tensor | int, c0: Tensor, c1: int, c2: int = 0, c3: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 for each counter (c0[i], c1, c2, c3).
-
-    Args: seed: 64-bit key, an int or 0-d int64 tensor. c0: int64 tensor of any shape, values in [0, 2^32). c1..c3: ints.
-    Returns: four int64 tensors of c0's shape with values in [0, 2^32).
-    """
+    """Run ten rounds of Philox4x32 for each counter (c0[i], c1, c2, c3)."""
     seed = torch.as_tensor(seed, dtype=torch.int64, device=c0.device)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     x0, x1, x2, x3 = c0, torch.full_like(c0, c1), torch.full_like(c0, c2), torch.full_like(c0, c3)
@@ -49,7 +45,7 @@ def philox4x32(
 def uniform(
     seed: Tensor | int, stream: int, n0: Tensor | int | None, batch: int, per_sample: int, device: torch.device
 ) -> Tensor:
-    """float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch.
+    """Return float32 [batch, per_sample], uniform in (0, 1], of the global samples n0 ... n0 + batch.
 
     Every sample starts a block of its own: its draws do not depend on its neighbours' number or order.
     """
@@ -62,7 +58,7 @@ def uniform(
 def normal(
     seed: Tensor | int, stream: int, n0: Tensor | int | None, batch: int, per_sample: int, device: torch.device
 ) -> Tensor:
-    """float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
+    """Return float32 [batch, per_sample], standard normal by Box-Muller, of the global samples n0 ... n0 + batch."""
     even = per_sample + per_sample % 2
     u = uniform(seed, stream, n0, batch, even, device).view(batch, -1, 2)
     radius, angle = (-2.0 * u[..., 0].log()).sqrt(), (2.0 * math.pi) * u[..., 1]
@@ -70,18 +66,20 @@ def normal(
 
 
 def dropout_threshold(p: float) -> int:
-    """Elements whose 16 bits are below it are dropped."""
+    """Return the number below which an element's 16 bits mean that it is dropped."""
     return round(65536 * p)
 
 
 def inv_keep(p: float) -> float:
-    """The exact inverse of the fraction that is kept."""
+    """Return the exact inverse of the fraction that is kept."""
     return 65536.0 / (65536 - dropout_threshold(p))
 
 
 def first_sample(op: str, n0: Tensor | int, device: torch.device) -> Tensor | None:
-    """A global sample number as the ops take it: a 0-d int64 tensor on the device, so that one compiled graph serves all
-    micro-batches, or None for 0. Raises ValueError for a tensor of another kind."""
+    """Return a global sample number as the ops take it: a 0-d int64 tensor on the device, or None for 0.
+
+    It is a tensor, so that one compiled graph serves all micro-batches. Raises ValueError for a tensor of another kind.
+    """
     if isinstance(n0, int):
         return torch.full((), n0, dtype=torch.int64, device=device) if n0 else None
     if n0.dtype != torch.int64 or n0.numel() != 1:
@@ -90,7 +88,7 @@ def first_sample(op: str, n0: Tensor | int, device: torch.device) -> Tensor | No
 
 
 def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
-    """Raises ValueError where p is no probability that can be drawn, or has no seed to be drawn from."""
+    """Raise ValueError where p is no probability that can be drawn, or has no seed to be drawn from."""
     if dropout_threshold(p) not in range(65536):
         raise ValueError(f"{op}: p is {p}, expected 0 <= p < 1")
     if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
@@ -98,7 +96,7 @@ def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | int, layer: int, n0: Tensor | int | None = 0) -> Tensor:
-    """Inverted dropout of x [N, C, H, W] (logical NCHW, any strides) with a mask that is a function of the global index.
+    """Return inverted dropout of x [N, C, H, W] (logical NCHW, any strides) with a mask that is a function of the global index.
 
     With i the flat NHWC index of the element in the global batch (x[0] is global sample n0): the counter is
     (i // 8 mod 2^32, layer, 0, 0); element k = i mod 8 uses the low (k even) or high (k odd) half of word k // 2 and is kept

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def first_sample(n0: tl.tensor) -> tl.tensor:
-    """The global sample number that a pointer holds, int64; None for 0."""
+    """Return the global sample number that a pointer holds, int64; 0 for None."""
     first = tl.full((), 0, tl.int64)
     if n0 is not None:
         first = tl.load(n0)
@@ -23,7 +23,7 @@ def first_sample(n0: tl.tensor) -> tl.tensor:
 def keep8(
     seed: tl.tensor, block: tl.tensor, layer: tl.tensor, threshold: tl.tensor, rows: tl.constexpr, columns: tl.constexpr
 ) -> tl.tensor:
-    """Which elements stay: bool [rows, columns] of the block numbers i // 8 mod 2^32, uint32 [rows, columns // 8].
+    """Return which elements stay: bool [rows, columns] of the block numbers i // 8 mod 2^32, uint32 [rows, columns // 8].
 
     seed: int64 scalar. layer, threshold: integer scalars (of a kernel that does not specialise them).
     """
@@ -36,9 +36,9 @@ def keep8(
 
 @triton.jit
 def keep1(seed: tl.tensor, index: tl.tensor, layer: tl.tensor, threshold: tl.tensor) -> tl.tensor:
-    """Which elements stay, bool of the shape of `index` (flat NHWC indices i, int64); for rows that no eight divide.
+    """Return which elements stay, bool of the shape of `index` (flat NHWC indices i, int64); for rows that no eight divide.
 
-    One Philox call for each element.
+    It calls Philox once for each element.
     """
     w0, w1, w2, w3 = tl.philox(seed, (index >> 3).to(tl.uint32), layer.to(tl.uint32), 0, 0)
     k = (index & 7).to(tl.int32)
@@ -48,17 +48,13 @@ def keep1(seed: tl.tensor, index: tl.tensor, layer: tl.tensor, threshold: tl.ten
 
 @triton.jit
 def unit(word: tl.tensor) -> tl.tensor:
-    """Uniform in (0, 1] of a Philox word, as ect_kernels.philox.uniform forms it."""
+    """Turn a Philox word into a uniform number in (0, 1], as ect_kernels.philox.uniform forms it."""
     return ((word >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
 
 
 @triton.jit
 def box_muller(first: tl.tensor, second: tl.tensor) -> tuple[tl.tensor, ...]:
-    """Two standard normals from two Philox words, as ect_kernels.philox.normal forms them.
-
-    Sine and cosine of 2 pi u by quadrant and Taylor series (error below 2^-25): the library's, made for any argument, keep an
-    array in local memory.
-    """
+    """Make two standard normals of two Philox words, as ect_kernels.philox.normal forms them."""
     u, v = unit(first), unit(second)
     radius = tl.sqrt_rn(-2.0 * tl.log(u))
     quadrant = tl.floor(4.0 * v + 0.5)

@@ -77,7 +77,7 @@ def new_state(
     ema_betas: Sequence[float] = (), loss_scale: float | None = None, growth_interval: int = 2000,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(state_f64, state_i64) of an optimizer that has done no step."""
+    """Return (state_f64, state_i64) of an optimizer that has done no step."""
     floats, ints = [0.0] * len(F64), [0] * len(I64)
     floats[: F64.EMA_BETA0] = [lr, *betas, eps, math.inf if clip is None else clip, loss_scale or 0.0]
     floats[F64.EMA_BETA0 : F64.EMA_BETA0 + len(ema_betas)] = ema_betas
@@ -89,7 +89,7 @@ def reference(
     params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: list[Tensor], shadow: Tensor | None,
     state_f64: Tensor, state_i64: Tensor,
 ) -> None:  # fmt: skip
-    """The step in flat PyTorch operations, on a CPU in parts that its caches hold; arenas fp32 or fp64."""
+    """Compute the step in flat PyTorch operations, on a CPU in parts that its caches hold; arenas fp32 or fp64."""
     size = CACHED if params.device.type == "cpu" else max(params.numel(), 1)
     bad = torch.stack([_clean(part) for part in grads.split(size)]).sum()
     exact = _coefficients(state_f64, state_i64, bad, grads.norm())
@@ -103,7 +103,7 @@ def reference(
 
 
 def _clean(grads: Tensor) -> Tensor:
-    """How many are not finite; they are replaced."""
+    """Replace what is not finite, and return how many there were."""
     # x - x is 0 for finite x, else nan. Eight sums, each exact in fp32 to 2^24, are faster than any count of true values.
     bad = (grads - grads).nan_to_num_(nan=1.0).view(-1, 8).sum(0).long().sum()
     grads.nan_to_num_(nan=0.0, posinf=BOUND, neginf=-BOUND)
@@ -225,12 +225,7 @@ def radam_ema(
     params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: Sequence[Tensor], shadow: Tensor | None,
     state_f64: Tensor, state_i64: Tensor, backend: str | None = None,
 ) -> None:  # fmt: skip
-    """One step, in place; the formulas are above.
-
-    Args: params, grads, exp_avg, exp_avg_sq: contiguous arenas of equal length, a multiple of 8, fp32, 16-byte aligned.
-    emas: up to three more. shadow: fp16 or bf16 arena of that length, or None. state_f64, state_i64: see F64, I64 and
-    `new_state`. backend: see dispatch.py. Raises ValueError for arenas that do not fit each other.
-    """
+    """Do one step, in place; the formulas are above."""
     emas, n = list(emas), params.numel()
     for name, arena in [
         ("params", params), ("grads", grads), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq),

@@ -60,7 +60,7 @@ def radam_ema_check_kernel(grads, partials, blocks, n8, BLOCK: tl.constexpr, CHU
 
 @triton.jit
 def _power(base, n):
-    """base^n in fp64 by repeated squaring, for n >= 1."""
+    """Return base^n in fp64 by repeated squaring, for n >= 1."""
     result = base * 0.0 + 1.0
     while n > 0:
         result = tl.where(n % 2 == 1, result * base, result)
@@ -126,7 +126,7 @@ def radam_ema_scalars_kernel(partials, blocks, f, s, c, BLOCK: tl.constexpr, MAX
 
 @triton.jit
 def _lerp(a, b, w):
-    """torch.lerp: exact at both ends."""
+    """Compute torch.lerp, exact at both ends."""
     return tl.where(w < 0.5, a + w * (b - a), b - (b - a) * (1 - w))
 
 
@@ -169,7 +169,7 @@ def step(
     params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: list[Tensor], shadow: Tensor | None,
     state_f64: Tensor, state_i64: Tensor,
 ) -> None:  # fmt: skip
-    """The three launches; arguments as of ect_kernels.radam_ema.reference, fp32."""
+    """Launch the step's three kernels; arguments as of ect_kernels.radam_ema.reference, fp32."""
     n = params.numel()
     blocks = triton.cdiv(n, CHUNK)
     partials = params.new_empty(2 * blocks, dtype=torch.float64)

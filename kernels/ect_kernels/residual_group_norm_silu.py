@@ -61,7 +61,7 @@ class Seam(NamedTuple):
 
 
 def _nothing_to_sum(s: Seam, i: Norm) -> bool:
-    """Whether x is a itself."""
+    """Return whether x is a itself."""
     parts = (s.bias, s.skip, s.skip_bias)
     return all(part is None for part in parts) and s.skip_scale == 1.0 and s.dtype == i.x.dtype
 
@@ -76,7 +76,7 @@ class Output(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward takes before the norm's arguments; dx, dy and djoined may be None."""
+    """Arguments of the backward pass before the norm's; dx, dy and djoined may be None."""
 
     dx: Maybe
     djoined: Maybe
@@ -89,8 +89,11 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """da in `dtype`, a's; dother (empty without other) in x's; rows [3, N, C + C2] in fp32 (fp64 for fp64), by sample: dgamma,
-    dbeta, and dbias in the first C places of the third."""
+    """Results of the backward pass.
+
+    da: in `dtype`, a's. dother: in x's, empty without other. rows: [3, N, C + C2] in fp32 (fp64 for fp64), by sample:
+    dgamma, dbeta, and dbias in the first C places of the third.
+    """
 
     da: Tensor
     dother: Tensor
@@ -110,7 +113,7 @@ def _room_bwd(s: Saved, i: Norm) -> Grads:
 
 
 def _joined(i: Norm, other: Maybe) -> Norm:
-    """The norm of cat(x, other), in the dtype of the arithmetic."""
+    """Return the norm of cat(x, other), in the dtype of the arithmetic."""
     return i._replace(x=(i.x if other is None else torch.cat([i.x, other], dim=1)).to(i.wide))
 
 
@@ -152,8 +155,11 @@ def _prepare_bwd(s: Saved, i: Norm) -> tuple[Saved, Norm]:
 
 
 def _sizes(s: Seam | Saved, i: Norm) -> tuple[int, ...]:
+    """Return the numbers of a launch; x's dtype comes before the groups, a's behind them, in both directions."""
     n, c, h, w = i.x.shape
-    return n, h * w, c, i.gamma.shape[0] - c, native.DTYPES[s.dtype], *norm.numbers(i)
+    (groups, of_i, *rest), of_s = norm.numbers(i), native.DTYPES[s.dtype]
+    x, a = (of_s, of_i) if isinstance(s, Seam) else (of_i, of_s)
+    return n, h * w, c, i.gamma.shape[0] - c, x, groups, a, *rest
 
 
 def _launcher_fwd(s: Seam, i: Norm, out: Output) -> tuple[native.Argument, ...]:
@@ -168,7 +174,7 @@ def _launcher_bwd(s: Saved, i: Norm, grads: Grads) -> tuple[native.Argument, ...
 
 
 def triton_limits(s: Seam | Saved, i: Norm) -> str | None:
-    """A slab has whole groups and whole blocks of random bits."""
+    """Return why the Triton kernels cannot run, or None: a slab has whole groups and whole blocks of random bits."""
     size = i.gamma.shape[0] // i.groups
     return cuda_limits(s, i, 4096 * size // math.lcm(size, 8))
 
@@ -241,7 +247,7 @@ def residual_group_norm_silu(
     seed: Maybe = None, layer: int = 0, n0: Tensor | int = 0, dtype: torch.dtype | None = None, joined: bool = False,
     summed: bool = False, dx: bool = True, djoined: bool = True, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(x, y) of this module's formula, channels-last, in `dtype` (None: a's).
+    """Return (x, y) of this module's formula, channels-last, in `dtype` (None: a's).
 
     joined: also return cat(x, other), for a gradient of its own that costs no addition: without other it is x once more, else
     a stand-in without data.

@@ -1,7 +1,8 @@
-"""Vectors by channel as rows [N, C] that are all alike, one for each sample: so their gradients stay by sample, as the norms'
-backward passes make them, until one sum over the samples serves all vectors of a network.
+"""Vectors by channel as rows [N, C] that are all alike, one for each sample.
 
-The norm ops take gamma, beta and biases as [C], whose gradients they sum over the samples, or as such rows.
+The norm ops take gamma, beta and biases as [C], whose gradients they sum over the samples, or as such rows. The
+gradients of rows stay by sample, as the norms' backward passes make them, until one sum over the samples serves all
+vectors of a network.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from ect_kernels.tensors import Some
 
 @torch.library.custom_op("ect::sum_rows", mutates_args=())
 def sum_rows(rows: Sequence[Tensor]) -> Tensor:
-    """The sums over n of all [N, C_i], one after the other: [sum of C_i]. An op of its own, because torch.compile would make
-    as many copies of it as there are tensors."""
+    """Sum all [N, C_i] over n, and return the sums one after the other: [sum of C_i].
+
+    This is an op of its own, because torch.compile would make as many copies of the sum as there are tensors.
+    """
     return torch.cat(list(rows), dim=1).sum(0)
 
 
@@ -29,7 +32,7 @@ def _(rows: Sequence[Tensor]) -> Tensor:
 
 @torch.library.custom_op("ect::join_columns", mutates_args=())
 def join_columns(columns: Sequence[Tensor]) -> Tensor:
-    """All [N, C_i] side by side: [N, sum of C_i]. An op of its own, as sum_rows is."""
+    """Join all [N, C_i] side by side, to [N, sum of C_i]; an op of its own, as sum_rows is."""
     return torch.cat(list(columns), dim=1)
 
 
@@ -51,7 +54,7 @@ class _Split(torch.autograd.Function):
 
 
 def split_columns(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """rows [N, C] in parts of so many columns, without a copy."""
+    """Split rows [N, C] in parts of so many columns, without a copy."""
     parts: tuple[Tensor, ...] = _Split.apply(rows, *sizes)
     return parts
 
@@ -76,20 +79,20 @@ class _BySample(torch.autograd.Function):
 
 
 def by_sample(vectors: Sequence[Tensor], n: int) -> tuple[Tensor, ...]:
-    """Each vector [C] as rows [n, C], without a copy."""
+    """Return each vector [C] as rows [n, C], without a copy."""
     rows: tuple[Tensor, ...] = _BySample.apply(n, *vectors)
     return rows
 
 
 def vector(t: Some) -> Some:
-    """[C] of a vector, or of rows that are all alike."""
+    """Return the [C] of a vector, or of rows that are all alike."""
     if t is None or t.dim() == 1:
         return t
     return t[0] if len(t) else t.new_zeros(t.shape[1])
 
 
 class Form(NamedTuple):
-    """What a vector was given as."""
+    """The form in which a vector was given."""
 
     by_sample: bool
     channels: int
@@ -101,8 +104,10 @@ def form(t: Tensor | None) -> Form | None:
 
 
 def gradients(rows: Tensor, forms: Sequence[Form | None]) -> list[Tensor | None]:
-    """Those of vectors, in the forms that these were given in, from the gradients by sample [K, N, C]; the K-th also serves
-    further vectors, which were added to the K-th."""
+    """Return the gradients of vectors, in the forms that these were given in, from the gradients by sample [K, N, C].
+
+    The K-th also serves further vectors, which were added to the K-th.
+    """
     totals = rows.sum(1) if any(f is not None and not f.by_sample for f in forms) else rows
     found: list[Tensor | None] = []
     for k, f in enumerate(forms):

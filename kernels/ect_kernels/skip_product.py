@@ -41,7 +41,7 @@ class Output(NamedTuple):
 
 
 def pixels(image: Tensor) -> Tensor:
-    """[N H W, C] of an image, without a copy where it is channels-last."""
+    """Return [N H W, C] of an image, without a copy where it is channels-last."""
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
@@ -81,10 +81,11 @@ def skip_product(
     a: Tensor, weight: Tensor, x: Tensor, other: Tensor, bias: Tensor | None = None, skip_bias: Tensor | None = None,
     scale: float = 1.0, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """The sum above, channels-last [N, O, H, W] in a's dtype. No gradient is registered: ect.models.fused has the block's.
+    """Return the sum above, channels-last [N, O, H, W] in a's dtype, without a gradient: ect.models.fused has the block's.
 
-    Args: a: [N, O, H, W]. x: [N, C, H, W], other: [N, C2, H, W] and weight [O, C + C2], of a's dtype. bias, skip_bias: [O] of
-    any float dtype. Raises ValueError for arguments that do not fit together, BackendError for a named backend that cannot run.
+    Args: a: [N, O, H, W]. x: [N, C, H, W], other: [N, C2, H, W] and weight [O, C + C2], of a's dtype. bias, skip_bias:
+    [O] of any float dtype. Raises ValueError for arguments that do not fit together, BackendError for a named backend
+    that cannot run.
     """
     n, o, h, w = a.shape
     c, c2 = x.shape[1], other.shape[1]

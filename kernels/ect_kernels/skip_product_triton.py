@@ -27,7 +27,7 @@ def _product(
     ALL: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """total + source[row] weight[col, FIRST:][:WIDTH]^T."""
+    """Return total + source[row] weight[col, FIRST:][:WIDTH]^T."""
     for k in range(0, WIDTH, BK):
         at = k + tl.arange(0, BK)
         left = source + row[:, None] * WIDTH + at[None, :]
@@ -44,7 +44,7 @@ def skip_product_fwd_kernel(
     a, weight, x, other, bias, skip_bias, out, M, scale, CO: tl.constexpr, C: tl.constexpr, C2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """M pixels; the tiles of the same pixels follow one another, so that they share the sources in L2."""
+    """Compute M pixels; the tiles of the same pixels follow one another, so that they share the sources in L2."""
     TILES: tl.constexpr = (CO + BN - 1) // BN
     pid = tl.program_id(0)
     row = (pid // TILES).to(tl.int64) * BM + tl.arange(0, BM)
@@ -61,12 +61,15 @@ def skip_product_fwd_kernel(
 
 
 def columns(channels: int) -> int:
-    """Of a tile."""
+    """Return the number of columns of a tile."""
     return min(COLUMNS, max(16, triton.next_power_of_2(channels)))
 
 
 def rows(columns: int) -> int:
-    """Of a tile: twice as many where it is narrow. With 64 for 32 columns a register spills on sm_80."""
+    """Return the number of rows of a tile: twice as many where it is narrow.
+
+    With 64 rows for 32 columns a register spills on sm_80.
+    """
     return 2 * ROWS if columns <= 32 else ROWS
 
 

@@ -1,4 +1,4 @@
-"""What the ops do alike to their tensors."""
+"""Layouts and dtypes of the ops' tensors."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ Some = TypeVar("Some", Tensor, Tensor | None)
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic on x: float32, or float64 for float64."""
+    """Return the dtype of the arithmetic on x: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def fp32(v: Tensor | None) -> Tensor | None:
-    """A vector as the kernels read it: contiguous float32."""
+    """Return a vector as the kernels read it: contiguous float32."""
     return None if v is None else v.to(torch.float32).contiguous()
 
 
 def fp32_rows(v: Tensor | None) -> Tensor | None:
-    """Rows [N, C] as the kernels read them: float32 with neighbouring channels, of a larger tensor or all the same."""
+    """Return rows [N, C] as the kernels read them: float32 with neighbouring channels.
+
+    They may be those of a larger tensor.
+    """
     v = None if v is None else v.to(torch.float32)
     return v if v is None or v.stride(1) == 1 else v.contiguous()
 
 
 def nhwc(x: Some) -> Some:
-    """x channels-last: itself, or a copy."""
+    """Return x channels-last: itself, or a copy."""
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
 def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Channels-last [N, channels, H, W], its strides the same for fakes also where H = W = 1 would make them ambiguous."""
+    """Return an uninitialised channels-last [N, channels, H, W].
+
+    Its strides are the same for fakes also where H = W = 1 would make them ambiguous.
+    """
     n, _, h, w = like.shape
     return like.new_empty((n, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def check_shapes(op: str, *named: tuple[Any, ...]) -> None:
-    """Raises ValueError for the first of (name, tensor or None, expected shapes ...) that has none of them."""
+    """Raise ValueError for the first of (name, tensor or None, expected shapes ...) that has none of them."""
     for name, tensor, *shapes in named:
         if tensor is not None and tuple(tensor.shape) not in shapes:
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")

@@ -21,8 +21,8 @@ static int run(const Shape& s, bool all, int64_t of_a) {
                                          x.as<void>(), y.as<void>(), mean, rstd, s.n, s.hw, s.c, s.c2, s.dtype, s.groups, of_a, all,
                                          threshold, 3, 0.7, 1e-6, 1.25, nullptr);
   bad |= residual_group_norm_silu_bwd(dy.as<void>(), given(dx), given(djoined), x.as<void>(), second, gamma, beta, key, n0, mean, rstd,
-                                      da.as<void>(), dsecond, partials, s.n, s.hw, s.c, s.c2, of_a,
-                                      s.groups, s.dtype, all, threshold, 3, 0.7, 1.25, nullptr);
+                                      da.as<void>(), dsecond, partials, s.n, s.hw, s.c, s.c2, s.dtype,
+                                      s.groups, of_a, all, threshold, 3, 0.7, 1.25, nullptr);
   bad += unwritten("x", x, m, s.dtype) + unwritten("y", y, m + m2, s.dtype) + unwritten("da", da, m, of_a);
   bad += unwritten("dother", dother, m2, s.dtype) + unwritten("mean", mean, ng, 0) + unwritten("rstd", rstd, ng, 0);
   bad += unwritten("partials", partials, 3 * s.n * c, 0);

@@ -9,9 +9,9 @@ is its inputs and outputs, that of Inductor's own kernels what its scheduler say
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -167,4 +167,6 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(json.loads(sys.argv[1]) if len(sys.argv) > 1 else {})))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=json.loads, nargs="?", default={}, help="a JSON object")
+    print(json.dumps(main(parser.parse_args().settings)))

@@ -124,10 +124,10 @@ def test_vectors_may_be_columns_of_a_larger_tensor_or_one_row(device: str, backe
         y = group_norm_silu(**(kwargs | leaves), backend=backend)
         results.append([y, *torch.autograd.grad(y.sin().sum(), list(leaves.values()))])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
-    *_, v_rows, rows = Inputs(
+    *_, v_stride, stride = Inputs(
         kwargs["x"], kwargs["gamma"], kwargs["beta"], *lying.values(), None, 6, 0, True, 0, 0, 0
     ).vectors()
-    assert (v_rows, rows) == (0, 100)
+    assert (v_stride, stride) == (0, 100)
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)

@@ -351,3 +351,18 @@ def test_an_extension_that_cannot_be_used_says_why(
     assert native.extension() is None
     for text in (native.why_not_built(torch.device("cuda")), built()):
         assert text is not None and f"the CUDA extension {reason}" in text
+
+
+def test_the_packages_are_whole(tmp_path: Path) -> None:
+    """What is installed is all that lies there: no list of packages to forget one in."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    sources = {
+        path.relative_to(root).as_posix()
+        for root, package in ((ROOT, "ect"), (ROOT / "kernels", "ect_kernels"))
+        for path in (root / package).rglob("*")
+        if path.suffix in {".py", ".npz", ".safetensors", ".md", ".typed"}
+    }
+    assert {name for name in built if "__pycache__" not in name} == sources
+    assert {"ect/py.typed", "ect_kernels/py.typed", "ect/data/DIGITS.md"} < sources

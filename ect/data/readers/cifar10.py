@@ -35,7 +35,7 @@ _DOWNLOAD = f"Download {URL} (170 MB, md5 {MD5})"
 
 
 def claims(path: Path) -> bool:
-    """Whether `path` names CIFAR-10, there or not: a tarball, or a folder with its batch files or its usual name."""
+    """Return whether `path` names CIFAR-10, there or not: a tarball, or a folder with its batch files or its usual name."""
     if path.name.lower().endswith(_TAR_SUFFIXES):
         return not path.is_dir()
     folder = _batch_folder(path)
@@ -43,10 +43,10 @@ def claims(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The 50,000 training images.
+    """Return the 50,000 training images.
 
-    Returns images uint8 [50000, 32, 32, 3] in the order of the batches, labels float32 one-hot [50000, 10].
-    The checksum is not enforced (the archive may have been packed anew), the structure is. Raises UserError.
+    Images are uint8 [50000, 32, 32, 3] in the order of the batches, labels float32 one-hot [50000, 10]. The checksum is
+    not enforced (the archive may have been packed anew), the structure is. Raises UserError.
     """
     if not path.exists():
         raise UserError(
@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _batch_folder(path: Path) -> Path:
-    """`path`, or the folder that the tarball unpacks to inside it."""
+    """Return `path`, or the folder that the tarball unpacks to inside it."""
     return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
@@ -76,7 +76,7 @@ def _folder_members(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Batch files of the archive, in one pass and in memory."""
+    """Yield the batch files of the archive, in one pass and in memory."""
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
@@ -98,7 +98,7 @@ def _check_size(size: int, where: Path) -> None:
 
 
 def _parse_batch(pickled: bytes, where: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Data uint8 [10000, 3072] (1024 red, 1024 green, 1024 blue values a row) and class indices int64 [10000]."""
+    """Return data uint8 [10000, 3072] (1024 red, 1024 green, 1024 blue values a row) and class indices int64 [10000]."""
     batch = _unpickle(pickled, where)
     if not isinstance(batch, dict):
         raise UserError(
@@ -120,7 +120,7 @@ class _Array(Built):
     """A numpy.ndarray. Its state is (version, shape, type, Fortran order, bytes)."""
 
     def values(self) -> np.ndarray | None:
-        """The array, if the state describes one of uint8."""
+        """Return the array, if the state describes one of uint8."""
         match self.state:
             case (int(), tuple(shape), NumpyType(code="u1"), bool() | 0 | 1 as fortran, bytes() | str() as raw):
                 if all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) == len(raw):

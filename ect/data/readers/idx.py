@@ -22,12 +22,12 @@ _NAME = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?", re.IGNORECASE)
 
 
 def claims(path: Path) -> bool:
-    """Whether `path` is named as an IDX image file, or is a folder that holds one."""
+    """Return whether `path` is named as an IDX image file, or is a folder that holds one."""
     return bool(_images_in(path)) if path.is_dir() else _named(path)
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """IDX image files of a folder; of MNIST's two, the training set alone. A file and its .gz twin count once."""
+    """Return the IDX image files of a folder; of MNIST's two, the training set alone. A file and its .gz twin count once."""
     found = {file.name.removesuffix(".gz"): file for file in sorted(folder.iterdir(), reverse=True) if _named(file)}
     training = {name: file for name, file in found.items() if name.startswith("train-")}
     return list((training or found).values())
@@ -38,7 +38,7 @@ def _named(path: Path) -> bool:
 
 
 def read(path: Path, labels: bool, resolution: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images uint8 [N, H, W, 1], and if `labels` float32 one-hot [N, L].
+    """Return images uint8 [N, H, W, 1], and if `labels` float32 one-hot [N, L].
 
     path: the image file, or the folder that holds it (MNIST's training set, where it has that and the test set). The label
     file lies beside it. Images must be squares whose side is a multiple of 4, unless the caller will crop and resize them to
@@ -75,7 +75,7 @@ def _read_labels(images_path: Path, count: int) -> np.ndarray:
 
 
 def _read_array(path: Path, ndim: int) -> np.ndarray:
-    """uint8 array of `ndim` dimensions: bytes 0, 0, 8 (uint8), ndim; big-endian 32-bit sizes; the values."""
+    """Read a uint8 array of `ndim` dimensions: bytes 0, 0, 8 (uint8), ndim; big-endian 32-bit sizes; the values."""
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             header = file.read(4 + 4 * ndim)

@@ -23,7 +23,7 @@ LABELS = "dataset.json"
 
 
 class Read(NamedTuple):
-    """What a reader found: uint8 [N, H, W, C], float32 [N, L] or None, and lines for the log."""
+    """The result of a reader: uint8 [N, H, W, C], float32 [N, L] or None, and lines for the log."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -31,7 +31,7 @@ class Read(NamedTuple):
 
 
 def read_folder(root: Path, labels: bool, resolution: int | None, convert: Convert | None) -> Read:
-    """All images under `root`, links followed, in sorted order of their relative paths.
+    """Return all images under `root`, links followed, in sorted order of their relative paths.
 
     Labels, if asked for, come from dataset.json, else from the names of the top-level folders. `resolution` and `convert`
     are as for pictures.decode_all. Files and folders whose names begin with a dot, and __MACOSX, are no data. Raises
@@ -50,7 +50,10 @@ def read_folder(root: Path, labels: bool, resolution: int | None, convert: Conve
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """os.walk through links too, each real folder once on a way down: a link to a folder above it would never end."""
+    """Walk as os.walk through links too, each real folder once on a way down.
+
+    A link to a folder above it would never end.
+    """
     for folder, inside, files in os.walk(root, followlinks=True):
         above = {os.path.realpath(parent) for parent in (Path(folder), *Path(folder).parents)}
         inside[:] = sorted(name for name in inside if os.path.realpath(Path(folder, name)) not in above)
@@ -58,7 +61,7 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_zip(path: Path, labels: bool, resolution: int | None, convert: Convert | None) -> Read:
-    """All images of a zip in EDM's layout, in sorted order of their names; nothing is unpacked to disk.
+    """Return all images of a zip in EDM's layout, in sorted order of their names; nothing is unpacked to disk.
 
     Names may be written with backslashes, and all may lie in one folder, as some programs pack them. Returns and raises as
     `read_folder`, but labels come from dataset.json only: the folders 00000, 00001, ... of such a zip are no classes.
@@ -84,7 +87,7 @@ def read_zip(path: Path, labels: bool, resolution: int | None, convert: Convert 
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Files by their names below the folder that holds dataset.json, if that is the one folder of all that counts."""
+    """Return the files by their names below the folder that holds dataset.json, if that one folder counts."""
     infos = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
     infos = {name: info for name, info in infos.items() if not name.endswith("/") and not _hidden(name)}
     tops = {name.split("/")[0] for name in infos}
@@ -108,7 +111,7 @@ def _hidden(name: str) -> bool:
 
 
 def _pictures(source: Source) -> Source:
-    """The files with an extension that PIL can open, but none that is hidden."""
+    """Return the files with an extension that PIL can open, but none that is hidden."""
     known = extensions()
     names = [name for name in source.names if PurePosixPath(name).suffix.lower() in known and not _hidden(name)]
     if not names:

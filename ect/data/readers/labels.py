@@ -15,14 +15,14 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def one_hot(indices: np.ndarray, classes: int) -> np.ndarray:
-    """Integer class indices [N] in [0, classes) -> float32 [N, classes]."""
+    """Turn integer class indices [N] in [0, classes) into float32 [N, classes]."""
     labels = np.zeros((len(indices), classes), np.float32)
     labels[np.arange(len(indices)), indices] = 1
     return labels
 
 
 def from_json(text: bytes, names: list[str], where: Path) -> np.ndarray:
-    """Labels of the images `names` from dataset.json (EDM's format): {"labels": [[name, label], ...]}.
+    """Return the labels of the images `names` from dataset.json (EDM's format): {"labels": [[name, label], ...]}.
 
     A label is a class index (the classes are 0 to the largest index found) or a list of numbers, alike for all images.
     Raises UserError naming the file `where` unless every image has exactly one label and every label an image.
@@ -47,10 +47,7 @@ def from_json(text: bytes, names: list[str], where: Path) -> np.ndarray:
 
 
 def from_folders(names: list[str], root: Path) -> np.ndarray:
-    """Class of an image = rank of its top-level folder's name among the sorted names.
-
-    names: posix paths relative to `root`. Raises UserError if an image lies outside them or there are fewer than two.
-    """
+    """Return the class of each image: the rank of its top-level folder's name among the sorted names."""
     remedy = "Make a folder for each class or a dataset.json, or train without --data.labels"
     tops = [PurePosixPath(name).parts[0] for name in names]
     for name, top in zip(names, tops, strict=True):
@@ -69,7 +66,7 @@ def from_folders(names: list[str], root: Path) -> np.ndarray:
 
 
 def _parse(text: bytes, where: Path, remedy: str) -> dict[str, Any]:
-    """Name -> label, as the JSON has them."""
+    """Return name -> label, as the JSON has them."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

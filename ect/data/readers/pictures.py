@@ -1,4 +1,4 @@
-"""From image files to one uint8 array: decoding by PIL, conversion, and what is said where the images are not of one kind."""
+"""Image files as one uint8 array: decoding by PIL, conversion, and what is said where the images are not of one kind."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class Source:
 
 
 def extensions() -> set[str]:
-    """The extensions, with their dot and in lower case, of the files that PIL can open by itself."""
+    """Return the extensions, with their dot and in lower case, of the files that PIL can open by itself."""
     Image.init()
     formats = Image.OPEN.keys() - _NOT_PICTURES
     return {extension for extension, name in Image.registered_extensions().items() if name in formats}
 
 
 def is_resolution(size: int) -> bool:
-    """Whether a network can take images of this width: a multiple of 4, which it can halve twice."""
+    """Return whether a network can take images of this width: a multiple of 4, which it can halve twice."""
     return size >= 4 and size % 4 == 0
 
 
 def decode_all(source: Source, resolution: int | None, convert: Convert | None) -> tuple[np.ndarray, list[str]]:
-    """(uint8 [N, H, W, C], notes for the log) of the pictures source.names; C = 1 if all are grey, 3 if all are RGB.
+    """Return (uint8 [N, H, W, C], notes for the log) of the pictures source.names; C = 1 if all are grey, 3 if all are RGB.
 
     With `resolution` each image is cropped to its central square and resized; without, all must be squares of one size,
     a multiple of 4. With `convert` each becomes 'rgb' or 'grey'. Raises UserError that names the first image which does
@@ -83,7 +83,7 @@ def _difference(y: np.ndarray, first: np.ndarray, name: str) -> str:
 
 
 def _survey(source: Source) -> str:
-    """' (found: 480 RGB 32x32, ...)': the kinds of all images, from their headers."""
+    """Return the kinds of all images, from their headers: ' (found: 480 RGB 32x32, ...)'."""
     kinds: Counter[str] = Counter()
     for name in source.names:
         try:
@@ -99,7 +99,10 @@ def _survey(source: Source) -> str:
 def _decode(
     source: Source, name: str, resolution: int | None, convert: Convert | None
 ) -> tuple[np.ndarray, bool, bool]:
-    """(one image as uint8 [H, W, C], turned as its EXIF tag says; whether it was enlarged; whether transparency was lost)."""
+    """Return one image as uint8 [H, W, C], whether it was enlarged, and whether it lost transparency.
+
+    It is turned as its EXIF tag says.
+    """
     where = source.path / name
     try:
         with Image.open(io.BytesIO(source.read(name))) as image:
@@ -122,8 +125,11 @@ def _decode(
 
 
 def converted(image: Image.Image, to: Convert) -> Image.Image:
-    """The image in 8-bit RGB or grey. Transparent pixels lie on white; 16-bit values are divided by 257. Raises ValueError for
-    a mode whose range is unknown."""
+    """Return the image in 8-bit RGB or grey.
+
+    Transparent pixels lie on white; 16-bit values are divided by 257. Raises ValueError for a mode whose range is
+    unknown.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -152,8 +158,10 @@ def _resolution_remedy(y: np.ndarray) -> str:
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:
-    """The image's central square, resized by PIL's Lanczos filter (antialiased when it shrinks); grey 28x28 becomes 32x32 by a
-    black border."""
+    """Return the image's central square, resized by PIL's Lanczos filter (antialiased when it shrinks).
+
+    Grey 28x28 becomes 32x32 by a black border.
+    """
     side = min(image.size)
     if (image.mode, *image.size, resolution) == ("L", 28, 28, 32):
         return ImageOps.expand(image, 2)
@@ -163,7 +171,7 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def fit_all(images: np.ndarray, resolution: int) -> np.ndarray:
-    """uint8 [N, H, W, C] as `fit` makes each of them: [N, resolution, resolution, C]."""
+    """Fit all images: uint8 [N, H, W, C] -> [N, resolution, resolution, C]."""
     if images.shape[1:3] == (resolution, resolution):
         return images
     grey = images.shape[3] == 1

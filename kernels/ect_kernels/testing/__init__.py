@@ -1,1 +1,1 @@
-"""How ops are proved: truth in fp64, and the CPU emulator of CUDA."""
+"""Proofs of the ops: truth in fp64, and the CPU emulator of CUDA."""

@@ -30,7 +30,10 @@ FLAGS = {
 
 
 def cuda_include() -> Path:
-    """CUDA's headers: the toolkit's, or those of the wheels nvidia-cuda-runtime, -crt and -cccl. Raises FileNotFoundError."""
+    """Return the folder of CUDA's headers: the toolkit's, or that of the wheels nvidia-cuda-runtime, -crt and -cccl.
+
+    Raises FileNotFoundError.
+    """
     wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/include")
     for folder in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include", *wheels):
         if (folder / "cuda_bf16.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
@@ -45,8 +48,11 @@ def sources() -> list[Path]:
 
 
 def build(kind: str, *files: Path, defines: Sequence[str] = ()) -> Path:
-    """Compile `files` into one shared library ('plain'; 'record': launches are written down, not run) or, with a main among
-    them, one program ('program', 'address', 'thread')."""
+    """Compile `files` into a shared library or a program for the CPU.
+
+    kind: 'plain' is a library; 'record' is one whose launches are written down, not run; 'program', 'address' and
+    'thread' are programs, for `files` that have a main.
+    """
     flags = [*FLAGS[kind], *(f"-D{d}" for d in defines)]
     headers = [*sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc").rglob("*.h"))]
     headers += sorted((ROOT / "tests/emulator").glob("*.h"))

@@ -45,7 +45,7 @@ class Figure:
 def run(
     function: Callable[..., Any], kwargs: dict[str, Any], grads: tuple[str, ...], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Outputs out0, out1, ... and gradients d<name> of sum(out_i * cotangent_i), cotangents seeded by shape.
+    """Return outputs out0, out1, ... and gradients d<name> of sum(out_i * cotangent_i), cotangents seeded by shape.
 
     dtype: cast every float tensor to it first (float64 for the truth).
     """
@@ -78,7 +78,7 @@ def run(
 
 
 def figures(function: Callable[..., Any], backend: str, case: Case, device: torch.device) -> list[Figure]:
-    """Errors of `function(..., backend=backend)` on the case, each beside its bar."""
+    """Return the errors of `function(..., backend=backend)` on the case, each beside its bar."""
     kwargs = case.make(device)
     truth = run(lambda **k: function(**k, backend="reference"), kwargs, case.grads, torch.float64)
     plain = run(lambda **k: function(**k, backend="reference"), kwargs, case.grads)
@@ -103,7 +103,7 @@ def _worst(x: Tensor) -> float:
 
 
 def check(function: Callable[..., Any], backend: str, case: Case, device: torch.device | str = "cpu") -> list[Figure]:
-    """`figures`, raising AssertionError with every tensor that misses its bar."""
+    """Return `figures`, raising AssertionError with every tensor that misses its bar."""
     rows = figures(function, backend, case, torch.device(device))
     bad = [f"{r.tensor}: error {r.error:.3g}, bar {r.bar:.3g}" for r in rows if not r.ok]
     assert not bad, f"{backend} on {case}: " + "; ".join(bad)
