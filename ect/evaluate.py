@@ -95,6 +95,7 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     writes. Raises UserError on what the user can mend."""
     _check_numbers(options)
     device = resolve(options.device, world)
+    self_check.choose(device)
     net, info = load_model(options.model, device=device, ema=options.ema)
     for line in self_check.of_sampling(net, device, world):
         console.print(Text(line))

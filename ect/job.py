@@ -19,7 +19,6 @@ from ect import precision
 from ect.assembly import idle_options, objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
-from ect.errors import UserError
 from ect.files.checkpoint import atomic, load_model
 from ect.files.resume import refuse_changed_maths
 from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
@@ -116,12 +115,7 @@ class Job:
 
     def _choose_kernels(self) -> None:
         """Apply --kernels, and say which backend each op uses where the networks run on the ops."""
-        try:
-            dispatch.set_choice(self.cfg.kernels)
-            dispatch.check_named(self.device)
-        except dispatch.BackendError as error:
-            asked = f"--kernels {self.cfg.kernels}" if self.cfg.kernels else "ECT_KERNELS"
-            raise UserError(f"{asked}: {error}") from error
+        self_check.choose(self.device, self.cfg.kernels)
         if self.cfg.resume is not None:
             self_check.keep(resolved(run_folder(self.cfg.resume)), self.device)
         if fused.wanted(None, torch.zeros(0, device=self.device)):

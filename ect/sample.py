@@ -77,6 +77,7 @@ def sample(options: Options, world: World = World()) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: expected at least 1")
     device = resolve(options.device, world)
+    self_check.choose(device)
     set_threads(options.threads, world)
     world.first(lambda: images.prepare(options.out))
     net, info = load_model(options.checkpoint, device=device, ema=options.ema)

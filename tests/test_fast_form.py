@@ -127,6 +127,13 @@ def test_a_preconditioning_of_its_own_is_not_replaced(monkeypatch: pytest.Monkey
     torch.testing.assert_close(on_ops, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_a_shifted_preconditioning_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = spied(monkeypatch)
+    plain, on_ops = losses(ConsistencyObjective(), lambda step: step.net.eval())
+    assert not called
+    torch.testing.assert_close(on_ops, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_the_network_says_for_which_data_it_is_preconditioned() -> None:
     plain, fast = losses(ConsistencyObjective(), lambda step: setattr(step.net, "sigma_data", 0.7))
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)

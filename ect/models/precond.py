@@ -28,8 +28,8 @@ class EDMPrecond(nn.Module):
 
     @property
     def is_edm(self) -> bool:
-        """Whether D_x in training is EDM's, which ect_kernels.consistency_loss has too, and not a subclass's own."""
-        return type(self) in (EDMPrecond, ECMPrecond)
+        """Whether D_x is EDM's, as ect_kernels.consistency_loss has it: no subclass's own, not shifted as in eval mode."""
+        return type(self) in (EDMPrecond, ECMPrecond) and self.shift() == 0
 
     @property
     def img_resolution(self) -> int:
