@@ -56,6 +56,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         preconditioning.coefficients,
         lambda sigma, sigma_data, shift=0.0: (1 / (2 + sigma), sigma_data * sigma / (3 + sigma), 1 / (4 + sigma)),
     ),
+    "noise label": (preconditioning.noise_label, lambda sigma: sigma / (1 + sigma)),
 }
 
 
