@@ -13,7 +13,7 @@ from ect.data import Dataset, ImageStream
 from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, describe
-from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
+from ect.objective import OBJECTIVES, Objective
 from ect.objectives.distillation import ConsistencyDistillation
 from ect.optim import FlatState
 from ect.ranks.distributed import World
@@ -58,20 +58,16 @@ def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
         yield f"--net.label-dropout {cfg.net.label_dropout}: there are no labels to drop; give --data.labels"
 
 
-def objective_type(cfg: ObjectiveConfig) -> type[ConsistencyObjective] | type[DiffusionObjective]:
-    """The configured objective's class, which says what it needs before there is a network."""
-    if cfg.kind == "diffusion":
-        return DiffusionObjective
-    return ConsistencyDistillation if cfg.target == "teacher" else ConsistencyObjective
+def objective_type(cfg: ObjectiveConfig) -> type[Objective]:
+    """The configured objective's class, which says what it needs before there is a network. UserError where none is known."""
+    if cfg.kind not in OBJECTIVES:
+        raise UserError(f"--objective.kind {cfg.kind}: there is no such objective; known: {', '.join(OBJECTIVES)}")
+    return ConsistencyDistillation if cfg.target == "teacher" else OBJECTIVES[cfg.kind]
 
 
 def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
     """The configured objective, for data of standard deviation sigma_data."""
-    chosen = objective_type(cfg)
-    if issubclass(chosen, DiffusionObjective):
-        return chosen(sigma_data, cfg.P_mean, cfg.P_std)
-    mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
-    return chosen(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+    return objective_type(cfg).configured(cfg, sigma_data)
 
 
 def frozen(cfg: Config, net: EDMPrecond) -> EDMPrecond:

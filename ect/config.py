@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from ect import emas
 
@@ -27,6 +27,18 @@ MID_T = (0.821,)
 """The noise levels after it, one a network evaluation: those of ECT's CIFAR-10 models."""
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
+
+
+Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
+Kind = Literal["consistency", "diffusion"]
+
+
+def admit(option: str, name: str) -> None:
+    """Let the fields of a type above, "Architecture" or "Kind", take one more name. `ect.models.register` and
+    `ect.objective.register` call it. The fields' types are read anew whenever a command line or a config.json is."""
+    known = get_args(globals()[option])
+    if name not in known:
+        globals()[option] = Literal.__getitem__((*known, name))
 
 
 Switch = Annotated[bool | None, _TAKES_NO_VALUE]
@@ -80,7 +92,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class NetConfig:
-    arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
+    arch: Architecture = "ddpmpp"
     """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
     model_channels: Annotated[int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0)] = 128
     """Channels at the first resolution, times channel_mult at the others."""
@@ -97,7 +109,7 @@ class NetConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["consistency", "diffusion"] = "consistency"
+    kind: Kind = "consistency"
     """'consistency' tunes with ECT; 'diffusion' trains a denoiser with EDM's loss."""
     P_mean: float = -1.1
     """Mean of ln(t)."""

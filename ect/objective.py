@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from ect_kernels import philox
@@ -18,6 +18,7 @@ from ect_kernels.levels import levels, lower_level, noise_level
 from ect_kernels.perturb import perturb
 from torch import Tensor
 
+from ect.config import ObjectiveConfig, admit
 from ect.sampler import Heun, Sampler, consistency_samplers
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -85,6 +86,11 @@ class Objective:
     staged: ClassVar[bool] = False
     wants_teacher: ClassVar[bool] = False
 
+    @classmethod
+    def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> Objective:
+        """Return the objective that a configuration means, for data of standard deviation sigma_data."""
+        return cls()
+
     def train_loss(self, denoiser: Denoiser, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss [N] of clean images y [N, C, H, W] in [-1, 1]. Further arguments: each of `draws` by its name,
         `stage` (0-d int64 tensor), and `teacher`, another denoiser, where `wants_teacher`."""
@@ -107,6 +113,23 @@ class Objective:
         return [Heun(steps) for steps in heun_steps]
 
 
+OBJECTIVES: dict[str, type[Objective]] = {}
+"""The objectives by the names that --objective.kind has for them."""
+_Of = TypeVar("_Of", bound=Objective)
+
+
+def register(kind: str) -> Callable[[type[_Of]], type[_Of]]:
+    """Return a decorator that makes an objective known to --objective.kind, as `kind`."""
+
+    def known(objective: type[_Of]) -> type[_Of]:
+        OBJECTIVES[kind] = objective
+        admit("Kind", kind)
+        return objective
+
+    return known
+
+
+@register("consistency")
 @dataclass(frozen=True)
 class ConsistencyObjective(Objective):
     """ECT: D(x_t, t) shall equal the stop-gradient D(x_r, r) of the same weights, noise and dropout mask.
@@ -129,6 +152,11 @@ class ConsistencyObjective(Objective):
             raise ValueError(f"pseudo-Huber c is {self.c}; it must be 0 (plain L2) or greater")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting is {self.weighting!r}; known: {', '.join(WEIGHTINGS)}")
+
+    @classmethod
+    def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> ConsistencyObjective:
+        mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
+        return cls(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
 
     def compare(
         self, denoiser: Denoiser, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, *, share_rng: bool = False
@@ -179,6 +207,7 @@ class ConsistencyObjective(Objective):
         return consistency_samplers(mid_t)
 
 
+@register("diffusion")
 @dataclass(frozen=True)
 class DiffusionObjective(Objective):
     """EDM's denoising loss, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |D(y + sigma eps, sigma) - y|^2."""
@@ -186,6 +215,10 @@ class DiffusionObjective(Objective):
     sigma_data: float = 0.5
     P_mean: float = -1.2
     P_std: float = 1.2
+
+    @classmethod
+    def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> DiffusionObjective:
+        return cls(sigma_data, cfg.P_mean, cfg.P_std)
 
     def loss(self, denoiser: Denoiser, y: Tensor, sigma: Tensor | float, eps: Tensor) -> Tensor:
         """Elementwise weighted squared error [N, C, H, W] of clean images y; sigma is a float, 0-d, [N] or [N, 1, 1, 1]."""

@@ -29,6 +29,7 @@ from ect.config import Config
 from ect.files.run_folder import to_dict
 from ect.options import parse
 from ect.presets import PRESETS
+from tests.extending.loaded import forgotten
 from tests.test_command_line import fields
 
 if sys.version_info >= (3, 11):
@@ -292,7 +293,8 @@ def test_an_unknown_option_or_target_is_noticed(tmp_path: Path, monkeypatch: pyt
 def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     code = "\n".join("\n".join(block.lines) for block in BLOCKS if block[:2] == (page, "python"))
-    exec(compile(code, page, "exec"), {"__name__": page})
+    with forgotten():
+        exec(compile(code, page, "exec"), {"__name__": page})
 
 
 @functools.cache

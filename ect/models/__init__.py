@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from ect.config import admit
 from ect.errors import UserError
 from ect.models.adm_unet import DhariwalUNet
 from ect.models.layers import MaskKey
@@ -21,9 +22,11 @@ _Net = TypeVar("_Net", bound=UNet)
 
 
 def register(unet: type[_Net]) -> type[_Net]:
-    """Make a network known: to build() by the name of its class, to describe() by those of its architectures. Also a
-    decorator of the class."""
+    """Make a network known: to build() by the name of its class, to describe() and --net.arch by those of its architectures.
+    Also a decorator of the class."""
     _UNETS[unet.__name__] = unet
+    for name in unet.architectures:
+        admit("Architecture", name)
     return unet
 
 
