@@ -13,6 +13,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,8 +294,10 @@ def test_an_unknown_option_or_target_is_noticed(tmp_path: Path, monkeypatch: pyt
 def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     code = "\n".join("\n".join(block.lines) for block in BLOCKS if block[:2] == (page, "python"))
+    module = types.ModuleType(page)
+    monkeypatch.setitem(sys.modules, page, module)  # where dataclasses look up the types of their fields
     with forgotten():
-        exec(compile(code, page, "exec"), {"__name__": page})
+        exec(compile(code, page, "exec"), vars(module))
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def test_the_data_itself_has_contrast_1() -> None:
 
 
 def test_it_is_a_column_of_the_table() -> None:
-    net, _ = load_model("ect/models/digits.safetensors")
+    net, _ = load_model(Path("ect/models/digits.safetensors"))
     evaluator = make_evaluator(load(DataConfig()), EvalConfig(samples=32), Path())
     headers, cells = quality_table(quality_rows(net, evaluator, [Consistency((80.0,))], samples=32), evaluator.columns)
     assert headers[-1] == "contrast" and 0.5 < float(cells[0][-1]) < 1.5

@@ -27,12 +27,15 @@ def own() -> Iterator[Any]:
         yield names
 
 
-def test_it_generates_the_same_in_any_batch(own: Any) -> None:
+def test_one_seed_is_one_image_and_the_noise_is_its_own(own: Any) -> None:
+    """A restart is a step of the consistency sampler to the same level again."""
     net, _ = load_model(MODEL)
-    (one, three) = (torch.cat(list(generate(net, range(3), own.Restarts(0.8, 2), batch=n))) for n in (1, 3))
-    assert one.shape == (3, 8, 8, 1) and (one.int() - three.int()).abs().max() <= 1
-    same = torch.cat(list(generate(net, range(3), Consistency((80.0, 0.8, 0.8)))))
-    assert not torch.equal(one[0], one[1]) and one.shape == same.shape
+    one, three, same = (
+        torch.cat(list(generate(net, range(3), sampler, batch=batch))).int()
+        for sampler, batch in [(own.Restarts(0.8, 2), 1), (own.Restarts(0.8, 2), 3), (Consistency((80.0, 0.8, 0.8)), 3)]
+    )
+    assert one.shape == (3, 8, 8, 1) and not torch.equal(one[0], one[1])
+    assert (one - three).abs().max() <= 1 and (three - same).abs().max() <= 1
 
 
 def test_without_noises_it_draws_its_own(own: Any) -> None:

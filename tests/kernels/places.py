@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ect_kernels.dispatch import Op
 
+Check = Callable[[Path, str], bool]
 NO_FORM = {
     (
         "skip_product",
@@ -19,16 +21,20 @@ NO_FORM = {
 NUMBERS = "a few numbers an image, no tensor of the data's size"
 
 
-def says(pattern: str) -> Callable[[str, str], bool]:
+def says(pattern: str) -> Check:
     """Return a check of a file's text for a pattern, in which <op> is the op's name."""
-    return lambda text, op: re.search(pattern.replace("<op>", re.escape(op)), text, re.MULTILINE) is not None
+
+    def check(path: Path, op: str) -> bool:
+        text = path.read_text(encoding="utf-8")
+        return re.search(pattern.replace("<op>", re.escape(op)), text, re.MULTILINE) is not None
+
+    return check
 
 
-def names_kernels(text: str, op: str) -> bool:
-    """Say whether the profiler's table places both the op and its kernels."""
-    names: dict[str, Callable[[str], str | None]] = {}
-    exec(compile(text.replace("@dataclass", ""), "categories", "exec"), names)  # type: ignore[arg-type]
-    return None not in (names["category"](f"ect::{op}"), names["category"](f"{op}_fwd_kernel"))
+def names_kernels(path: Path, op: str) -> bool:
+    """Say whether the profiler's table knows both the op and its kernels."""
+    category = runpy.run_path(str(path))["category"]
+    return None not in (category(f"ect::{op}"), category(f"{op}_fwd_kernel"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Place:
     """
 
     path: str
-    holds: Callable[[str, str], bool]
+    holds: Check
     form: str | None = None
     without: dict[str, str] = field(default_factory=dict)
 
@@ -48,7 +54,7 @@ class Place:
 
     def found(self, root: Path, op: str) -> bool:
         path = root / self.file(op)
-        return path.is_file() and self.holds(path.read_text(encoding="utf-8"), op)
+        return path.is_file() and self.holds(path, op)
 
 
 PLACES = [
@@ -86,7 +92,7 @@ PLACES = [
 
 
 def missing(op: Op, root: Path) -> list[str]:
-    """Return the places in the tree at `root` that do not know an op, by their paths, and the forms that it lacks unreasoned."""
+    """Return the places in the tree at `root` that do not know an op, by path, and the forms that it lacks without a reason."""
     found = []
     for form in ("triton", "cuda"):
         if form not in op.backends and (op.name, form) not in NO_FORM:
