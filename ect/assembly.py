@@ -62,7 +62,8 @@ def objective_type(cfg: ObjectiveConfig) -> type[Objective]:
     """The configured objective's class, which says what it needs before there is a network. UserError where none is known."""
     if cfg.kind not in OBJECTIVES:
         raise UserError(f"--objective.kind {cfg.kind}: there is no such objective; known: {', '.join(OBJECTIVES)}")
-    return ConsistencyDistillation if cfg.target == "teacher" else OBJECTIVES[cfg.kind]
+    distils = cfg.kind == "consistency" and cfg.target == "teacher"
+    return ConsistencyDistillation if distils else OBJECTIVES[cfg.kind]
 
 
 def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
