@@ -10,11 +10,11 @@ demo: .venv/.installed
 
 quick: .venv/.test-installed  # the tests that take at most two seconds each; what takes longer and hides it fails
 	$(BIN)/python -m ect_kernels.testing.emulator
-	$(BIN)/python -m pytest -q --quick -n auto --dist worksteal
+	$(BIN)/python -m pytest -q --quick -n auto --maxprocesses 8 --dist worksteal
 
 test: .venv/.test-installed
 	$(BIN)/python -m ect_kernels.testing.emulator
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 	$(BIN)/python tests/gpu_paths/report.py
 
 # The tests that need a CUDA device, by what is installed, with no network: $(PYTHON) where there is no .venv.

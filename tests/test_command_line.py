@@ -9,7 +9,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +102,8 @@ def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:
     candidates: dict[tuple[str, ...], list[Any]] = {}
     for path, kind in fields(Config):
         if path not in {("preset",), ("dry_run",), ("resume",)}:
-            candidates[path] = [v for v in others(kind, get(start, path)) if possible(changed(start, path, v))]
+            values = list(others(kind, get(start, path)))
+            candidates[path] = [v for v in values if possible(changed(start, path, v))] or values
     rounds = []
     for turn in range(max(map(len, candidates.values()))):
         cfg = start
@@ -112,8 +113,13 @@ def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:
                     cfg = changed(cfg, path, value)
                     break
         rounds.append(cfg)
-    same = {path for path in candidates if all(get(cfg, path) == get(start, path) for cfg in rounds)}
-    return rounds, same
+    alone = [changed(start, path, value) for path in unchanged(candidates, start, rounds) for value in candidates[path]]
+    rounds += filter(possible, alone)  # what another field's change had ruled out
+    return rounds, unchanged(candidates, start, rounds)
+
+
+def unchanged(paths: Iterable[tuple[str, ...]], start: Config, rounds: list[Config]) -> set[tuple[str, ...]]:
+    return {path for path in paths if all(get(cfg, path) == get(start, path) for cfg in rounds)}
 
 
 def pasted(cfg: Config) -> Config:

@@ -81,6 +81,7 @@ def test_a_run_resumes_to_the_weights_of_its_time(run: Path) -> None:
     assert_same_weights(run / f"{LAST}.safetensors", fixture / "final.safetensors", fixture / f"{FIRST}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["digits-diffusion", NO_PRESET])
 def test_a_run_resumes_in_its_diffusion_phase(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the phase is no preset of today's, and once more from the config.json that today's version wrote."""

@@ -254,3 +254,11 @@ def test_weights_keep_their_layout_where_no_other_is_asked_for() -> None:
     before = net.weight.detach().clone()
     Arenas(net)
     assert net.weight.is_contiguous() and torch.equal(net.weight, before)
+
+
+def test_gradients_are_set_to_zero() -> None:
+    state = FlatState(mlp())
+    backward(state, 0)
+    assert state.grads.any()
+    state.zero_grad()
+    assert not state.grads.any()

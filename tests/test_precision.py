@@ -20,6 +20,7 @@ from ect.presets import PRESETS
 IMAGES = load(DataConfig()).images[:64]
 
 
+@pytest.mark.slow
 def test_the_ends_are_where_rounding_hurts() -> None:
     found = precision.measure(load_model(precision.DIGITS)[0], IMAGES, None)
     assert list(found["fp32"]) == list(LEVELS)
@@ -115,6 +116,7 @@ def test_only_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls == [(0, "fp16"), (1, "fp32"), (1, "fp16")]
 
 
+@pytest.mark.slow
 def test_tunings_share_a_teacher_and_differ_in_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits_quality, "SAMPLES", 20)
     trained = []

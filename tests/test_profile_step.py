@@ -89,6 +89,7 @@ def run(out: Path) -> dict[str, dict[str, Any]]:
     return {way["name"]: way for way in result["ways"]}
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_against_what_was_predicted(machine: Machine, tmp_path: Path) -> None:
     ways = run(tmp_path)
     assert list(ways) == ["as the trainer runs it", "every op on Triton", "without the graph"]

@@ -313,3 +313,9 @@ def test_a_rank_draws_for_its_own_images(rank: int) -> None:
     """Also where it has one alone: the second rank's is the second of the batch."""
     step = make(batch=3, world=World(rank, 3))
     assert list(map(int, step.firsts)) == [rank]
+
+
+def test_a_sum_over_ranks_stays_between_two_captures() -> None:
+    for size in (1, 2, 3):
+        step = make(batch=size, world=World(0, size))
+        assert step.parts() == ([step.update] if size == 1 else [step.gradients, step.state.step])

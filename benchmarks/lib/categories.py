@@ -138,7 +138,8 @@ def _launches(events: Iterable[Any], gpu: bool) -> int:
 
 def _transient(trace: profile) -> int:
     """Return the peak of the running sum of allocations and releases."""
-    results: Any = trace.profiler.kineto_results  # type: ignore[union-attr]
+    assert trace.profiler is not None
+    results: Any = trace.profiler.kineto_results
     steps = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     live = peak = 0
     for _, size in steps:
