@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.job import Job
 from ect.models import build
+from ect.objective import OBJECTIVES, Objective, register
 from ect.options import parse
 from ect.step import TrainStep
 from ect.train import main
@@ -83,6 +84,16 @@ def test_a_run_trains_with_it_resumes_and_is_rated(tmp_path: Path) -> None:
         assert whole[name].keys() == resumed[name].keys()
         assert all(torch.equal(value, resumed[name][key]) for key, value in whole[name].items())
     assert "diffusion, 18 Heun steps" in (tmp_path / "half" / "results.md").read_text()
+
+
+def test_the_option_knows_every_objective_also_one_that_reads_no_option() -> None:
+    class Zero(Objective):
+        """An objective with nothing to configure."""
+
+    assert register("zero")(Zero) is Zero
+    assert get_args(get_type_hints(ObjectiveConfig)["kind"]) == tuple(OBJECTIVES)
+    assert tuple(OBJECTIVES) == ("consistency", "diffusion", "min_snr", "zero")
+    assert type(build_objective(ObjectiveConfig(kind="zero"), 0.5)) is Zero  # type: ignore[arg-type]
 
 
 def test_it_is_short() -> None:
