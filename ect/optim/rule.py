@@ -60,7 +60,7 @@ class _Setting:
 
 
 class Rule(ABC):
-    """One update of the parameters from the gradients.
+    """An optimizer: it makes one update of the parameters from the gradients.
 
     A subclass says what arenas it keeps (`moments`) and writes `step`. lr, eps, clip and ema_betas may be changed between
     steps. Everything that a step reads or counts is on the device, in `state_f64` and `state_i64` (ect_kernels.radam_ema
