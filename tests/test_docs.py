@@ -369,7 +369,9 @@ def test_every_preset_is_in_the_recipes() -> None:
 
 def test_the_foreign_package_is_never_recommended() -> None:
     files = [*PAGES, *(ROOT / "ect").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "pyproject.toml"]
-    assert not [file for file in files if re.search(r"""\binstall\W+ect\b|["']ect\[""", file.read_text(encoding="utf-8"))]
+    assert not [
+        file for file in files if re.search(r"""\binstall\W+ect\b|["']ect\[""", file.read_text(encoding="utf-8"))
+    ]
 
 
 def test_make_readme_finds_its_places() -> None:
