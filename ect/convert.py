@@ -24,7 +24,7 @@ class Options:
     destination: tyro.conf.Positional[Path]
     """The file to write; its name ends in .safetensors."""
     key: str = "ema"
-    """Which network of the snapshot: its averaged weights are 'ema'."""
+    """The network of the snapshot to convert: 'ema' has the averaged weights."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The weight averages of a run: what an entry of --optim.emas means. This module imports no torch."""
+"""The weight averages of a run, and the meaning of an entry of --optim.emas. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 MAX_EMAS = 3
-"""What one pass of the op radam_ema updates (ect_kernels.radam_ema.MAX_EMAS)."""
+"""The most averages that one pass of the op radam_ema updates (ect_kernels.radam_ema.MAX_EMAS)."""
 POWER = "rel:"
 
 
