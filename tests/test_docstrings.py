@@ -14,11 +14,12 @@ ROOT = Path(__file__).parents[1]
 VERBS = {
     "Add", "Append", "Apply", "Ask", "Attend", "Bound", "Bring", "Build", "Call", "Catch", "Change", "Check",
     "Choose", "Compare", "Compile", "Compute", "Convolve", "Copy", "Count", "Create", "Do", "Download",
-    "Downsample", "Draw", "End", "Fill", "Filter", "Fit", "Flatten", "Generate", "Give", "Group", "Invert", "Join",
-    "Keep", "Launch", "Lay", "Let", "Load", "Make", "Measure", "Move", "Multiply", "Name", "Note", "Plot",
-    "Predict", "Print", "Profile", "Put", "Raise", "Rate", "Read", "Record", "Refuse", "Register", "Remove",
-    "Replace", "Report", "Resample", "Return", "Round", "Run", "Say", "Set", "Show", "Split", "Stop", "Sum",
-    "Train", "Transform", "Turn", "Update", "Upsample", "Use", "Wait", "Walk", "Write", "Yield",
+    "Downsample", "Draw", "End", "Fill", "Filter", "Fit", "Flatten", "Generate", "Give", "Go", "Group", "Hold",
+    "Invert", "Join", "Keep", "Launch", "Lay", "Let", "Limit", "Load", "Make", "Measure", "Move", "Multiply",
+    "Name", "Note", "Order", "Plot", "Predict", "Print", "Profile", "Put", "Raise", "Rate", "Read", "Record",
+    "Refuse", "Register", "Remove", "Replace", "Report", "Resample", "Return", "Round", "Run", "Say", "Set", "Show",
+    "Split", "Stop", "Sum", "Train", "Transform", "Turn", "Update", "Upsample", "Use", "Wait", "Walk", "Write",
+    "Yield",
 }  # fmt: skip
 FRAGMENT = re.compile(
     r"(What|Which|Why|Whether|Where|How|Who|When|Of|By|In|With|For|From|At|To|As|Its?|Those|That|Until|Without|Beside)\b"
