@@ -34,8 +34,11 @@ Kind = Literal["consistency", "diffusion"]
 
 
 def admit(option: str, name: str) -> None:
-    """Let the fields of a type above, "Architecture" or "Kind", take one more name. `ect.models.register` and
-    `ect.objective.register` call it. The fields' types are read anew whenever a command line or a config.json is."""
+    """Let the fields of a type above, "Architecture" or "Kind", take one more name.
+
+    `ect.models.register` and `ect.objective.register` call it. The fields' types are read anew whenever a command line or a
+    config.json is.
+    """
     known = get_args(globals()[option])
     if name not in known:
         globals()[option] = Literal.__getitem__((*known, name))
@@ -47,9 +50,9 @@ Switch = Annotated[bool | None, _TAKES_NO_VALUE]
 
 @dataclass(frozen=True)
 class Limit:
-    """What a field's value must be, unless it is None: `ect.options.check` holds each value against the limits beside it.
+    """A condition on a field's value, unless that is None: `ect.options.check` holds each value against the limits beside it.
 
-    Args: expected: says it, in an error. holds: whether a value is so.
+    Args: expected: names it in an error, after "expected". holds: whether a value meets it.
     """
 
     expected: str
@@ -116,7 +119,7 @@ class ObjectiveConfig:
     P_std: Annotated[float, ABOVE_0] = 2.0
     """Standard deviation of ln(t)."""
     mapping: Literal["sigmoid", "const"] = "sigmoid"
-    """How r follows from t and the stage (consistency only)."""
+    """The formula by which r follows from t and the stage (consistency only)."""
     q: Annotated[float, Limit("greater than 1", lambda q: q > 1)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
     k: Annotated[float, FROM_0] = 8.0
@@ -131,8 +134,8 @@ class ObjectiveConfig:
     stage_kimg: Annotated[float, ABOVE_0] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
     target: Literal["self", "teacher"] = "self"
-    """Where the pair of x_t lies: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE from x_t
-    ('teacher', consistency distillation)."""
+    """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE
+    from x_t ('teacher', consistency distillation)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is learnt: noise levels, the mapping t -> r, weightings, and the consistency and diffusion objectives.
+"""The objectives: noise levels, the mapping t -> r, weightings, and the losses of consistency and of diffusion training.
 
 Everything here takes a denoiser, a callable (x [N, C, H, W], sigma [N]) -> D_x, not a network. Formulas that an op computes too
 are called where the op has them. Further objectives are files in ect/objectives/. Sources: Geng et al., "Consistency models
@@ -57,9 +57,10 @@ class Mapping:
         return self.q, {"sigmoid": self.k, "const": 0.0}[self.kind], self.b
 
     def __call__(self, t: Tensor, stage: Tensor | int) -> Tensor:
-        """t [N] > 0 and a stage (int or 0-d tensor, >= 0) -> r [N] with 0 <= r <= t, in t's dtype.
+        """Return r [N] with 0 <= r <= t, in t's dtype, of levels t [N] > 0 at a stage (int or 0-d tensor, >= 0).
 
-        r = t only where the gap q^-(stage + 1) is below the dtype's rounding (fp32: 2^-24)."""
+        r = t only where the gap q^-(stage + 1) is below the dtype's rounding (fp32: 2^-24).
+        """
         return lower_level(t, stage, *self.curve)
 
 
@@ -74,7 +75,7 @@ class Draw(NamedTuple):
 
 
 class Objective:
-    """What a training step minimises. A new objective derives from this class, and declares what differs.
+    """The loss that a training step minimises. A new objective derives from this class, and declares what differs.
 
     draws: the random numbers that `train_loss` takes, by the name of its argument; mirroring images is the step's. precond: the
     preconditioning of the network, a class of ect.models. staged: whether t and r close up in stages, from a pretrained network
@@ -92,8 +93,11 @@ class Objective:
         return cls()
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss [N] of clean images y [N, C, H, W] in [-1, 1]. Further arguments: each of `draws` by its name,
-        `stage` (0-d int64 tensor), and `teacher`, another denoiser, where `wants_teacher`."""
+        """Return the loss [N] of clean images y, fp32 [N, C, H, W] in [-1, 1].
+
+        Further arguments: each of `draws` by its name, `stage` (0-d int64 tensor), and `teacher`, another denoiser, where
+        `wants_teacher`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no train_loss")
 
     def fast_loss(
@@ -108,8 +112,10 @@ class Objective:
 
     @classmethod
     def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> Sequence[Sampler]:
-        """Return the samplers that suit a network so trained: here EDM's, of each number of heun_steps. mid_t: the levels of a
-        consistency sampler after its first."""
+        """Return the samplers that suit a network so trained: here EDM's Heun sampler, at each number of heun_steps.
+
+        mid_t: the noise levels of a consistency sampler after its first.
+        """
         return [Heun(steps) for steps in heun_steps]
 
 
@@ -161,8 +167,11 @@ class ConsistencyObjective(Objective):
     def compare(
         self, denoiser: Denoiser, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, *, share_rng: bool = False
     ) -> Tensor:
-        """Return the loss [N] of pairs x_t, x_r [N, C, H, W] at levels t > r >= 0 [N]. Rows with r = 0 take x_r as their target
-        (the answer to x_r there, D at sigma = 1, is discarded). share_rng: as for `loss`."""
+        """Return the loss [N] of pairs x_t, x_r [N, C, H, W] at levels t > r >= 0 [N].
+
+        Rows with r = 0 take x_r as their target: the answer to x_r there, D at sigma = 1, is discarded. share_rng: as for
+        `loss`.
+        """
         # x_r goes first: what its pass may keep for a backward is gone before the student's begins.
         generators = torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else [], enabled=share_rng)
         with torch.no_grad(), generators:
@@ -173,7 +182,7 @@ class ConsistencyObjective(Objective):
     def loss(
         self, denoiser: Denoiser, y: Tensor, t: Tensor, r: Tensor, eps: Tensor, *, share_rng: bool = True
     ) -> Tensor:
-        """Per-sample loss [N] of clean images y [N, C, H, W] in [-1, 1], levels t > r >= 0 [N] and unit noise eps like y.
+        """Return the loss [N] of clean images y [N, C, H, W] in [-1, 1], at levels t > r >= 0 [N], with unit noise eps like y.
 
         Rows with r = 0 take y as their target. share_rng makes both passes draw the same from torch's global generators; a
         denoiser that holds its dropout key itself does not need it.
@@ -182,15 +191,18 @@ class ConsistencyObjective(Objective):
         return self.compare(denoiser, x_t, x_r, t, r, share_rng=share_rng)
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int) -> Tensor:
-        """Per-sample loss [N] with t = exp(P_mean + P_std normal), r by the mapping; the denoiser fixes its own mask."""
+        """Return the loss [N] with t = exp(P_mean + P_std normal) and r by the mapping; the denoiser fixes its own mask."""
         t = noise_level(normal, self.P_mean, self.P_std)
         return self.loss(denoiser, y, t, self.mapping(t, stage), eps, share_rng=False)
 
     def fast_loss(
         self, unet: Denoiser, sigma_data: float, images: Tensor, key: Tensor, n0: Tensor | int, stage: Tensor, xflip: bool
     ) -> Tensor | None:  # fmt: skip
-        """Return what `train_loss` does in three launches: two from uint8 images to the U-Net's inputs, one from its outputs to
-        loss and gradient. None for a subclass of this class or of Mapping, whose formulas are its own."""
+        """Return what `train_loss` does, in three launches beside the network; None for a subclass of this class or Mapping.
+
+        Two lead from uint8 images to the U-Net's inputs, one from its outputs to loss and gradient. The formulas of a subclass
+        are its own, and the ops do not know them.
+        """
         if type(self) is not ConsistencyObjective or type(self.mapping) is not Mapping:
             return None
         levels_of = (self.P_mean, self.P_std, *self.mapping.curve)
@@ -221,12 +233,15 @@ class DiffusionObjective(Objective):
         return cls(sigma_data, cfg.P_mean, cfg.P_std)
 
     def loss(self, denoiser: Denoiser, y: Tensor, sigma: Tensor | float, eps: Tensor) -> Tensor:
-        """Elementwise weighted squared error [N, C, H, W] of clean images y; sigma is a float, 0-d, [N] or [N, 1, 1, 1]."""
+        """Return the weighted squared error of each value of clean images y [N, C, H, W], unit noise eps like y.
+
+        sigma: a float, 0-d, [N] or [N, 1, 1, 1].
+        """
         sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).reshape(-1).expand(y.shape[0])
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         D = denoiser(y + sigma.view(-1, 1, 1, 1) * eps, sigma)
         return weight.view(-1, 1, 1, 1) * (D - y) ** 2
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int) -> Tensor:
-        """Per-sample loss [N], summed over pixels, with sigma = exp(P_mean + P_std normal). The stage plays no role."""
+        """Return the loss [N], summed over pixels, with sigma = exp(P_mean + P_std normal). The stage plays no role."""
         return self.loss(denoiser, y, noise_level(normal, self.P_mean, self.P_std), eps).flatten(1).sum(1)

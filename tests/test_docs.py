@@ -194,6 +194,9 @@ def check_make(args: list[str]) -> None:
 
 def check_pip(args: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    if args[0] == "uninstall":
+        assert args[1:] == ["ect"], "the name of version 0.1"
+        return
     assert args[:2] == ["install", "-e"] and len(args) == 3
     found = re.fullmatch(r"\.(?:\[(\w+)\])?", args[2])
     assert found and found[1] in {None, *extras}
@@ -371,7 +374,9 @@ def test_every_preset_is_in_the_recipes() -> None:
 
 def test_the_foreign_package_is_never_recommended() -> None:
     files = [*PAGES, *(ROOT / "ect").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "pyproject.toml"]
-    assert not [file for file in files if re.search(r"""install\W+ect\b|["']ect\[""", file.read_text(encoding="utf-8"))]
+    assert not [
+        file for file in files if re.search(r"""\binstall\W+ect\b|["']ect\[""", file.read_text(encoding="utf-8"))
+    ]
 
 
 def test_make_readme_finds_its_places() -> None:
