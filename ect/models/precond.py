@@ -28,7 +28,7 @@ class EDMPrecond(nn.Module):
 
     @property
     def is_edm(self) -> bool:
-        """True where D_x is EDM's, as ect_kernels.consistency_loss has it: no subclass's own, and not shifted as in eval mode."""
+        """True where D_x is EDM's, as ect_kernels.consistency_loss has it: no subclass's own, not shifted as in eval mode."""
         return type(self) in (EDMPrecond, ECMPrecond) and self.shift() == 0
 
     @property
