@@ -25,6 +25,8 @@ SIGMA_MAX = 80.0
 """The noise level that sampling starts from (EDM, ECT)."""
 MID_T = (0.821,)
 """The noise levels after it, one a network evaluation: those of ECT's CIFAR-10 models."""
+MAX_BLOCKS, MAX_LEVELS = 32, 10
+"""Of a network: the public ones have 4 residual blocks a level, at 4 levels."""
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
 
@@ -44,6 +46,16 @@ class Limit:
     holds: Callable[[Any], bool]
 
 
+def at_most(most: int) -> Limit:
+    """Limit a number from above, so that a slip of the finger is refused, and not tried."""
+    return Limit(f"at most {most:,}", lambda value: value <= most)
+
+
+KIMG = at_most(10**9)
+BATCH = at_most(2**20)
+THREADS = at_most(1024)
+IMAGES = at_most(10**7)
+SIGMA_DATA = Limit("a number from 0.0001 to 10,000", lambda sigma: 1e-4 <= sigma <= 1e4)
 ABOVE_0 = Limit("greater than 0", lambda value: value > 0)
 FROM_0 = Limit("0 or greater", lambda value: value >= 0)
 FROM_1 = Limit("at least 1", lambda value: value >= 1)

@@ -29,6 +29,7 @@ from ect.emas import MAX_EMAS
 from ect.errors import UserError
 from ect.files import edm_pickle
 from ect.files.edm_pickle import Snapshot
+from ect.files.fit import about, check_finite, check_names
 from ect.models import EDMPrecond, build
 
 FORMAT = 1
@@ -136,6 +137,7 @@ def load_model(
     if precond is not None:
         snapshot = replace(snapshot, spec={**snapshot.spec, "precond": precond})
     check_fits(snapshot, str(path))
+    check_finite(snapshot.state, str(path))
     net = build(snapshot.spec)
     net.load_state_dict(snapshot.state)
     net = net.eval().to(device)
@@ -170,7 +172,8 @@ def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
             f"model.map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
             "set --data.labels as the network was trained"
         )
-    _check_names(ours, state, "the pretrained network")
+    check_names(ours, state, "the pretrained network")
+    check_finite(state, "the pretrained network")
     net.load_state_dict(state)
     return notes
 
@@ -178,35 +181,19 @@ def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
 def check_fits(snapshot: Snapshot, source: str) -> None:
     """Raise UserError, naming `source` and what differs, unless the network of snapshot.spec has exactly these weights.
 
-    Costs no memory, whatever a foreign file asks for: the network is built without storage.
+    Costs no memory, whatever a foreign file asks for: the network is built without storage, and given up where the
+    file holds far fewer tensors than it has.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), about(len(snapshot.state)):
             expected = build(snapshot.spec).state_dict()
     except (UserError, ArithmeticError, LookupError, RuntimeError) as error:
         raise UserError(f"{source}: its description makes no network ({error})") from error
-    _check_names(expected, snapshot.state, source)
-
-
-def _check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    wrong = [f"missing {key}" for key in expected if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in expected]
-    wrong += [
-        f"{key} is {_shape(state[key])} instead of {_shape(tensor)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UserError(f"{source}: the weights do not fit the network: {'; '.join(wrong[:6])}{more}")
+    check_names(expected, snapshot.state, source)
 
 
 def _num_classes(state: dict[str, Tensor]) -> int:
     return next((t.shape[-1] for key, t in state.items() if key.endswith(".map_label.weight")), 0)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
 def _read_model_file(path: Path, weights: bool = True) -> Snapshot:
@@ -226,7 +213,7 @@ def _parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, A
             raise UserError(f"{path}: format {header['format']}, this version reads up to {FORMAT}; update the package")
         if not all(isinstance(header[field], dict) for field in fields):
             raise TypeError(f"{' and '.join(fields)} must be objects")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path}: its description is damaged ({error!r}); copy or convert it again") from error
     return dict(header)
 

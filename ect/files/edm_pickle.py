@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
-import math
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from ect import models
 from ect.errors import UserError
 from ect.files.pickled_tensors import NUMBERS, TENSORS, TORCH_MAGIC, load_storage
 from ect.files.safe_pickle import Budget, Built, Machine, UnsafePickle, describe, make_set, sequence, show
+from ect.models import spec as bounds
 
 __all__ = ["LICENSE", "Snapshot", "UnsafePickle", "read"]
 
@@ -71,7 +70,7 @@ def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapsh
     try:
         net = _network(data, key)
         spec, state = _spec(net), _state(net)
-    except UnsafePickle as error:
+    except UserError as error:
         raise UnsafePickle(f"{path}: {error}") from error.__cause__
     except Exception as error:  # whatever a damaged file trips over, callers see one kind of error
         cause = f"{type(error).__name__}: {show(str(error))}; it begins with {data[:12]!r}"
@@ -217,9 +216,9 @@ def _spec(net: _Persistent) -> dict[str, Any]:
         raise UnsafePickle(f"network class {show(net.class_name)}: {reason}")
     given = _arguments(net, _PRECOND_ARGS)
     given |= {name: net.state[name] for name in _PRECOND_ARGS if name in net.state}
-    spec: dict[str, Any] = {"precond": net.class_name, "sigma_data": _sigma("sigma_data", given.get("sigma_data", 0.5))}
+    spec: dict[str, Any] = {"precond": net.class_name, "sigma_data": bounds.sigma_data(given.get("sigma_data", 0.5))}
     if net.class_name == "ECMPrecond":
-        spec["sigma_min"] = _sigma("sigma_min", given.get("sigma_min", 0.003))
+        spec["sigma_min"] = bounds.sigma_min(given.get("sigma_min", 0.003))
     unet = (net.state.get("_modules") or {}).get("model")
     if type(unet) is not _Persistent or unet.class_name not in ("SongUNet", "DhariwalUNet"):
         name = show(unet.class_name) if type(unet) is _Persistent else describe(unet)
@@ -229,8 +228,8 @@ def _spec(net: _Persistent) -> dict[str, Any]:
 
 def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
     """Return all keyword arguments of the U-Net. Ours has EDM's signature and defaults, so it serves as the schema."""
-    constructor = getattr(models, unet.class_name).__init__
-    kinds = {name: kind for name, kind in typing.get_type_hints(constructor).items() if name != "return"}
+    cls = getattr(models, unet.class_name)
+    kinds = bounds.arguments(cls)
     given = _arguments(unet, list(kinds))
     if not given:  # then the preconditioner knows what it passed on
         given = {name: value for name, value in precond.items() if name not in _PRECOND_ARGS}
@@ -239,8 +238,8 @@ def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
     unknown = [name for name in given if name not in kinds]
     if unknown:
         raise UnsafePickle(f"{unet.class_name} was made with the unknown argument {show(str(unknown[0]))}")
-    defaults = {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
-    return {name: _checked(name, given.get(name, defaults[name]), kind) for name, kind in kinds.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    return {name: bounds.checked(name, given.get(name, defaults[name]), kind) for name, kind in kinds.items()}
 
 
 def _arguments(module: _Persistent, names: list[str]) -> dict[str, Any]:
@@ -249,28 +248,3 @@ def _arguments(module: _Persistent, names: list[str]) -> dict[str, Any]:
     if len(args) > len(names):
         raise UnsafePickle(f"{show(module.class_name)} was made with {len(args)} arguments instead of {len(names)}")
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    most = 64 if name == "num_blocks" else 1 << 16  # whatever the file claims, building the network must come to an end
-
-    def count(item: Any) -> bool:
-        return type(item) is int and 0 <= item < most
-
-    if kind is int and count(value):
-        return value
-    if kind is float and type(value) in (int, float) and 0 <= value < 1:
-        return float(value)
-    if kind is str and type(value) is str and len(value) < 32:
-        return value
-    if kind == Sequence[int] and isinstance(value, list | tuple) and len(value) < 16 and all(map(count, value)):
-        return list(value)
-    raise UnsafePickle(
-        f"the U-Net argument {name} is missing or impossible; expected {getattr(kind, '__name__', kind)}"
-    )
-
-
-def _sigma(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise UnsafePickle(f"{name} is {describe(value)}, or negative or not finite")
-    return float(value)
