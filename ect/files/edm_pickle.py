@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ect import models
 from ect.errors import UserError
+from ect.files.foreign import what_it_is
 from ect.files.pickled_tensors import NUMBERS, TENSORS, TORCH_MAGIC, load_storage
-from ect.files.safe_pickle import Budget, Built, Machine, UnsafePickle, describe, make_set, sequence, show
+from ect.files.safe_pickle import Budget, Built, Dictionary, Machine, UnsafePickle, describe, make_set, sequence, show
 from ect.models import spec as bounds
 
 __all__ = ["LICENSE", "Snapshot", "UnsafePickle", "read"]
@@ -40,7 +41,8 @@ _OTHER_PRECOND = (
     "edm-imagenet-64x64-cond-adm.pkl ('vp' and 've' in these names are architectures), not a baseline-*.pkl"
 )
 _UNSUPPORTED = {
-    "Precond": "EDM2 networks are not supported yet; use an EDM or ECT snapshot",
+    "Precond": "EDM2 networks are not supported yet (EDM2's snapshots, and ECT's for ImageNet 64x64); "
+    "EDM's, and ECT's for CIFAR-10, are",
     "VPPrecond": _OTHER_PRECOND,
     "VEPrecond": _OTHER_PRECOND,
     "iDDPMPrecond": _OTHER_PRECOND,
@@ -73,8 +75,10 @@ def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapsh
     except UserError as error:
         raise UnsafePickle(f"{path}: {error}") from error.__cause__
     except Exception as error:  # whatever a damaged file trips over, callers see one kind of error
-        cause = f"{type(error).__name__}: {show(str(error))}; it begins with {data[:12]!r}"
-        raise UnsafePickle(f"{path}: truncated, damaged or no EDM/ECT snapshot ({cause}); download it again") from error
+        cause = what_it_is(data[:64]) or f"{type(error).__name__}: {show(str(error))}"
+        raise UnsafePickle(
+            f"{path}: truncated, damaged or no EDM/ECT snapshot ({cause}; it begins with {data[:12]!r}); download it again"
+        ) from error
     info = {
         "source": path.name, "key": key, "class": net.class_name, "sha256": hashlib.sha256(data).hexdigest(),
         "source_sha256": hashlib.sha256(net.source.encode("utf-8", "surrogatepass")).hexdigest(), "license": LICENSE,
@@ -106,8 +110,13 @@ def _network(data: bytes, key: str) -> _Persistent:
     root = Machine(table, budget).run(io.BytesIO(data))
     if type(root) is int and root == TORCH_MAGIC:
         raise UnsafePickle(not_a_snapshot)
-    if type(root) is not dict:
+    if not isinstance(root, dict):
         raise UnsafePickle(f"holds {describe(root)}; expected a dictionary with the network under {key!r}")
+    if key not in root and root and all(isinstance(value, Tensor) for value in root.values()):
+        raise UnsafePickle(
+            "weights by name (a state dict), without the description of their network; give the snapshot that they are "
+            "from, network-snapshot-*.pkl"
+        )
     if key not in root:
         names = ", ".join(show(str(name)) for name in list(root)[:8])
         raise UnsafePickle(f"has no {key!r}; it holds {names or 'nothing'}")
@@ -133,10 +142,10 @@ class _Container(Built):
 
 
 def _persistent(meta: Any) -> _Persistent:
-    if type(meta) is not dict or meta.get("type") != "class" or meta.get("version") != 6:
+    if not isinstance(meta, dict) or meta.get("type") != "class" or meta.get("version") != 6:
         raise UnsafePickle("unknown persistent object; expected type 'class', version 6")
     name, source, state = meta.get("class_name"), meta.get("module_src"), meta.get("state")
-    if type(name) is not str or type(source) is not str or type(state) is not dict:
+    if type(name) is not str or type(source) is not str or not isinstance(state, dict):
         raise UnsafePickle("a persistent object without class_name, module_src or state")
     return _Persistent(name, source, state)
 
@@ -153,7 +162,7 @@ _TABLE: dict[str, Callable[..., object] | None] = {
     **NUMBERS,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "dnnlib.util.EasyDict": lambda: {},
-    "collections.OrderedDict": lambda: {},
+    "collections.OrderedDict": lambda: Dictionary(),
     "torch.nn.modules.container.ModuleDict": lambda: _Container(),
     "torch.nn.modules.container.ModuleList": lambda: _Container(),
     "torch.nn.modules.container.Sequential": lambda: _Container(),
@@ -184,7 +193,7 @@ def _state(net: _Persistent) -> dict[str, Tensor]:
         return [(name, value) for name, value in found.items() if value is not None]
 
     def visit(module: Any, prefix: str) -> None:
-        if type(module) not in (_Persistent, _Container) or type(module.state) is not dict:
+        if type(module) not in (_Persistent, _Container) or not isinstance(module.state, dict):
             raise UnsafePickle(f"{show(prefix)} is {describe(module)} instead of a module")
         if prefix.count(".") > _MAX_DEPTH:
             raise UnsafePickle(f"{show(prefix)} is nested deeper than any known network")
