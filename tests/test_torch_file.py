@@ -130,6 +130,14 @@ def test_storages_beyond_the_file(path: Path) -> None:
     assert "storages of more bytes than the file has" in refusal(path, old + b"\x80\x04" + claim + b".")
 
 
+def test_expanded_tensors_are_read_within_bounds(path: Path) -> None:
+    torch.save({"a": torch.ones(()).expand(1 << 20)}, path)
+    assert torch.equal(torch_file.read(path)["a"], torch.ones(1 << 20))
+    for sizes in ([1 << 30], [1 << 28] * 3, [1 << 62]):
+        data = edm.blob_of({f"a{i}": torch.ones(()).expand(size) for i, size in enumerate(sizes)}, zipped=True)
+        assert " elements " in refusal(path, data)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_every_truncation_is_reported(path: Path, zipped: bool) -> None:
     data = edm.blob_of({"a": torch.arange(4.0), "b": torch.ones(2, 2)}, zipped)

@@ -53,9 +53,8 @@ class StoredValues:
     flat: Tensor  # 1-D
 
 
-def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = 0, hooks: Any = None, meta: Any = None
-) -> Tensor:
+def view(storage: Any, offset: Any, size: Any, stride: Any, hooks: Any = None, meta: Any = None) -> Tensor:
+    """Return a tensor on a storage, which it must not leave; by strides of 0 it may have more elements than that."""
     size, stride = sequence(size), sequence(stride)
     if type(storage) is not StoredValues or hooks or meta:
         raise UnsafePickle("a tensor without storage, or with hooks or metadata")
@@ -64,11 +63,20 @@ def _tensor(
     if any(type(value) is not int or not 0 <= value < 2**63 for value in (offset, *size, *stride)):
         raise UnsafePickle("a tensor whose offset, sizes or strides are no counts")
     numel = storage.flat.numel()
-    if math.prod(size) > numel:
-        raise UnsafePickle(f"a tensor of {math.prod(size)} elements on a storage of {numel}")
     if 0 not in size and offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= numel:
         raise UnsafePickle(f"a tensor that reaches outside its storage of {numel} elements")
+    if math.prod(size) >= 2**48:
+        raise UnsafePickle(f"a tensor of {math.prod(size)} elements on a storage of {numel}")
     return storage.flat.as_strided(size, [step if n > 1 else 1 for n, step in zip(size, stride, strict=True)], offset)
+
+
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = 0, hooks: Any = None, meta: Any = None
+) -> Tensor:
+    tensor = view(storage, offset, size, stride, hooks, meta)
+    if tensor.numel() > storage.flat.numel():
+        raise UnsafePickle(f"a tensor of {tensor.numel()} elements on a storage of {storage.flat.numel()}")
+    return tensor
 
 
 def _parameter(data: Any, _requires_grad: Any = False, hooks: Any = None) -> Tensor:

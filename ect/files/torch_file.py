@@ -27,10 +27,14 @@ from ect.files.pickled_tensors import (
     StoredValues,
     member,
     storage_id,
+    view,
 )
 from ect.files.safe_pickle import Budget, Built, Dictionary, Machine, UnsafePickle, describe, show
 
 MAX_BYTES = 4 << 30
+MAX_ELEMENTS = 1 << 29
+"""Of all tensors: DINOv2's ViT-L has 304 million. They may be more than the bytes of the file: torch.save keeps what
+`expand` made as it is."""
 _OLD_VERSION = 1001
 
 
@@ -43,7 +47,6 @@ _TABLE: dict[str, Callable[..., object] | None] = {
     **NUMBERS,
     **ARRAYS,
     **STORAGE_TYPES,
-    "torch._utils._rebuild_tensor": TENSORS["torch._utils._rebuild_tensor_v2"],  # of the same four first arguments
     "torch.nn.parameter.Parameter": lambda *_: _Parameter(),
     "collections.OrderedDict": lambda: Dictionary(),
 }
@@ -81,9 +84,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _table() -> dict[str, Callable[..., object] | None]:
+    """Return the table of one file."""
+    room = MAX_ELEMENTS
+
+    def tensor(
+        storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = 0, hooks: Any = None, meta: Any = None
+    ) -> Tensor:
+        nonlocal room
+        made = view(storage, offset, size, stride, hooks, meta)
+        room -= made.numel()
+        if room < 0:
+            raise UnsafePickle("tensors of more elements than any known network has")
+        return made
+
+    return {**_TABLE, "torch._utils._rebuild_tensor_v2": tensor, "torch._utils._rebuild_tensor": tensor}
+
+
 def _zipped(path: Path) -> Any:
     storages: dict[StorageId, StoredValues] = {}
-    room = path.stat().st_size  # two names may stand for the same bytes
+    table, room = _table(), path.stat().st_size  # two names may stand for the same bytes
     with zipfile.ZipFile(path) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
 
@@ -99,11 +119,11 @@ def _zipped(path: Path) -> Any:
             return storages[found]
 
         pickled = member(archive, name)
-        return Machine(_TABLE, Budget(work=_work(pickled)), storage, kind="weight file").run(io.BytesIO(pickled))
+        return Machine(table, Budget(work=_work(pickled)), storage, kind="weight file").run(io.BytesIO(pickled))
 
 
 def _old(data: bytes) -> Any:
-    file, budget = io.BytesIO(data), Budget(work=_work(data))
+    file, budget, table = io.BytesIO(data), Budget(work=_work(data)), _table()
     storages: dict[str, tuple[StorageId, StoredValues]] = {}
     room = len(data)
 
@@ -118,7 +138,7 @@ def _old(data: bytes) -> Any:
         return storages[found.key][1]
 
     def value() -> Any:
-        return Machine(_TABLE, budget, storage, kind="weight file").run(file)
+        return Machine(table, budget, storage, kind="weight file").run(file)
 
     if (magic := value()) != TORCH_MAGIC or value() != _OLD_VERSION:
         raise UnsafePickle(f"holds {describe(magic)}; torch.save has not written it")
