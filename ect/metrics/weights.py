@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ect.errors import UserError
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 
 _TIMEOUT = 30  # seconds without an answer before a download counts as failed
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ect.errors import UserError
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 from ect.show.grid import save_grid, save_png
 
 _FILES = (".png", ".npz")
