@@ -11,8 +11,8 @@ import tyro
 
 from ect.errors import UserError
 from ect.files import edm_pickle
-from ect.files.checkpoint import check_fits, save_model
 from ect.files.edm_pickle import Snapshot
+from ect.files.model_file import check_fits, save_model
 
 
 @dataclass(frozen=True)

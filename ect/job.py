@@ -20,7 +20,8 @@ from ect.assembly import idle_options, objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.errors import UserError
-from ect.files.checkpoint import atomic, load_model
+from ect.files.atomic import atomic
+from ect.files.checkpoint import load_model
 from ect.files.resume import refuse_changed_maths
 from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
 from ect.files.run_folder import load as load_config

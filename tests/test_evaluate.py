@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ect import evaluate, precision
 from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
-from ect.files.checkpoint import save_model
+from ect.files.model_file import save_model
 from ect.metrics import (
     Column,
     QualityRow,

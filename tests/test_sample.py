@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ect import sample as cli
-from ect.files.checkpoint import Checkpoints, load_model, read_model, save_model
+from ect.files.checkpoint import Checkpoints, load_model, read_model
+from ect.files.model_file import save_model
 from ect.models import build
 from ect.sampler import Consistency, Heun, generate
 from ect.show.grid import make_grid

@@ -1,4 +1,4 @@
-"""ect.files.torch_file: what torch.load(weights_only=True) gives, from the old form and the new, and nothing of a hostile file."""
+"""ect.files.torch_file: what torch.load(weights_only=True) gives, from the old form and the new; hostile files are refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_statistics_of_numpy(path: Path) -> None:
     statistics = {"mu": np.arange(3, dtype=np.float32), "sigma": np.asfortranarray(np.arange(6.0).reshape(2, 3))}
     torch.save(statistics, path)
     got = torch_file.read(path)
-    assert all(np.array_equal(got[name], value) and got[name].dtype == value.dtype for name, value in statistics.items())
+    assert all(
+        np.array_equal(got[name], value) and got[name].dtype == value.dtype for name, value in statistics.items()
+    )
     torch.save(torch.ones(2), path)
     assert torch.equal(torch_file.read(path), torch.ones(2))
 
@@ -105,7 +107,9 @@ BOMBS = {
     "deep key": b"}" + b")" + b"\x85" * DEEP + b"Ns",
     "deep": b")" + b"\x85" * DEEP + b"0N",
     "deep argument": b"ctorch._utils\n_rebuild_parameter\n)" + b"\x85" * DEEP + b"R",
-    "hash": b"}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(60_000)) + b"u",
+    "hash": b"}("
+    + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(60_000))
+    + b"u",
     "length": b"\x8e" + struct.pack("<Q", 1 << 62),
 }
 
@@ -117,7 +121,7 @@ def test_bombs(path: Path, name: str, old: bool) -> None:
     if old:
         pickled = pickle.dumps(torch_file.TORCH_MAGIC) + pickle.dumps(1001) + pickle.dumps({}) + pickled
     path.write_bytes(pickled if old else with_pickle(pickled))
-    with pytest.raises(UserError, match="cannot be read safely|holds NoneType"):
+    with pytest.raises(UserError, match=r"cannot be read safely|holds NoneType"):
         read_state(path)
 
 

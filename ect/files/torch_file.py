@@ -134,7 +134,10 @@ def _old(data: bytes) -> Any:
             room -= found.nbytes
             if room < 0:
                 raise UnsafePickle("storages of more bytes than the file has")
-            storages[found.key] = found, StoredValues(torch.zeros(found.nbytes // found.dtype.itemsize, dtype=found.dtype))
+            storages[found.key] = (
+                found,
+                StoredValues(torch.zeros(found.nbytes // found.dtype.itemsize, dtype=found.dtype)),
+            )
         return storages[found.key][1]
 
     def value() -> Any:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ect.data import Dataset
 from ect.errors import UserError
 from ect.files import torch_file
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 from ect.files.resume import data_fingerprint
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.weights import DINOV2, INCEPTION, VGG16, Unavailable, WeightFile, file_sha256, read_state

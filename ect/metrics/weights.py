@@ -13,7 +13,7 @@ import torch
 
 from ect.errors import UserError
 from ect.files import torch_file
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 from ect.files.safe_pickle import UnsafePickle
 
 _TIMEOUT = 30  # seconds without an answer before a download counts as failed

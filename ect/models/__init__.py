@@ -62,7 +62,10 @@ def build(spec: dict[str, Any]) -> EDMPrecond:
             f"unknown preconditioning {bounds.shown(precond)} in the model's description; known: EDMPrecond, ECMPrecond"
         )
     kwargs = bounds.checked_arguments(_UNETS[unet], spec.get("kwargs"))
-    sigma_data, sigma_min = bounds.sigma_data(spec.get("sigma_data", 0.5)), bounds.sigma_min(spec.get("sigma_min", 0.003))
+    sigma_data, sigma_min = (
+        bounds.sigma_data(spec.get("sigma_data", 0.5)),
+        bounds.sigma_min(spec.get("sigma_min", 0.003)),
+    )
     try:
         net = _UNETS[unet](**kwargs)
     except (KeyError, TypeError, ValueError) as error:

@@ -34,8 +34,10 @@ def arguments(unet: type) -> dict[str, Any]:
 
 
 def checked_arguments(unet: type, given: Any) -> dict[str, Any]:
-    """Return the keyword arguments of a description, lists as lists and floats as floats. Raises UserError naming the first
-    that the class does not know, or whose value is impossible."""
+    """Return the keyword arguments of a description, lists as lists and floats as floats.
+
+    Raises UserError naming the first that the class does not know, or whose value is impossible.
+    """
     kinds = arguments(unet)
     if not isinstance(given, dict):
         raise UserError(f"the arguments of {unet.__name__} are {shown(given)}; expected an object")
@@ -46,7 +48,10 @@ def checked_arguments(unet: type, given: Any) -> dict[str, Any]:
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """Return the value of the argument `name`, of type `kind`. Raises UserError where it is of another type or out of bounds."""
+    """Return the value of the argument `name`, of type `kind`.
+
+    Raises UserError where it is of another type or out of bounds.
+    """
     most = MAX_BLOCKS if name == "num_blocks" else MAX_COUNT
     longest = MAX_LEVELS if name == "channel_mult" else _MOST_ITEMS
 
@@ -83,6 +88,8 @@ def sigma_min(value: Any) -> float:
 def shown(value: Any) -> str:
     """Return a stranger's value for a message: itself where it is short, else its type."""
     plain = type(value) in (int, float, str, bool, type(None))
-    return repr(value) if plain and (type(value) is not int or abs(value) < 10**20) and len(repr(value)) <= 40 else (
-        f"of type {type(value).__name__}"
+    return (
+        repr(value)
+        if plain and (type(value) is not int or abs(value) < 10**20) and len(repr(value)) <= 40
+        else (f"of type {type(value).__name__}")
     )

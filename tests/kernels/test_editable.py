@@ -37,7 +37,12 @@ def run(site: Path, folder: Path, module: str) -> subprocess.CompletedProcess[st
     """python -m MODULE --help in a folder, with the install and torch, and without any other install of ours."""
     code = RUN.format(packages=sysconfig.get_paths()["purelib"], site=str(site), module=module)
     return subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=folder, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-S", "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"OMP_NUM_THREADS": "1"},
     )
 
 

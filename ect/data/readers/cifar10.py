@@ -111,7 +111,13 @@ def _parse_batch(pickled: bytes, where: Path) -> tuple[np.ndarray, np.ndarray]:
     data, labels = (batch.get(key, batch.get(key.encode())) for key in ("data", "labels"))
     values = data.values() if isinstance(data, Array) else None
     if values is None or values.dtype != np.uint8 or values.shape != (ROWS, 3072):
-        found = type(data).__name__ if values is None else f"shape {values.shape}" if values.dtype == np.uint8 else f"{values.dtype}"
+        found = (
+            type(data).__name__
+            if values is None
+            else f"shape {values.shape}"
+            if values.dtype == np.uint8
+            else f"{values.dtype}"
+        )
         raise UserError(
             f"{where}: data must be a uint8 array of shape ({ROWS}, 3072), found {found}. {_DOWNLOAD} again"
         )
