@@ -111,7 +111,9 @@ class DataConfig:
 class NetConfig:
     arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
     """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
-    model_channels: Annotated[int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0), CHANNELS] = 128
+    model_channels: Annotated[
+        int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0), CHANNELS
+    ] = 128
     """Channels at the first resolution, times channel_mult at the others."""
     channel_mult: Annotated[tuple[int, ...], FACTORS, FEW_LEVELS] = (2, 2, 2)
     num_blocks: Annotated[int, FROM_1, at_most(MAX_BLOCKS)] = 4

@@ -41,11 +41,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def convert(options: Options) -> Snapshot:
     """Read, check and write. Raises UserError (`UnsafePickle` on hostile content) and then writes nothing."""
-    if options.destination.suffix != ".safetensors":
-        raise UserError(f"{options.destination}: the file to write must be named *.safetensors")
-    snapshot = edm_pickle.read(options.source, options.key)
-    check_fits(snapshot, str(options.source))
-    save_model(options.destination, snapshot.state, snapshot.spec, snapshot.info)
+    source, destination = options.source.expanduser(), options.destination.expanduser()
+    if destination.suffix != ".safetensors":
+        raise UserError(f"{destination}: the file to write must be named *.safetensors")
+    snapshot = edm_pickle.read(source, options.key)
+    check_fits(snapshot, str(source))
+    save_model(destination, snapshot.state, snapshot.spec, snapshot.info)
     return snapshot
 
 

@@ -118,7 +118,9 @@ def _seeds(options: Options) -> list[int]:
             what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100"
             raise UserError(f"--seeds {options.seeds:.60}: {what}")
         if not COUNT.holds(len(seeds) + int(high) - int(low) + 1):
-            raise UserError(f"--seeds {options.seeds:.60}: expected {COUNT.expected} images; sample the rest afterwards")
+            raise UserError(
+                f"--seeds {options.seeds:.60}: expected {COUNT.expected} images; sample the rest afterwards"
+            )
         seeds.extend(range(int(low), int(high) + 1))
     return seeds
 

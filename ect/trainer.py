@@ -120,7 +120,7 @@ class Trainer:
         if cfg.init_from is None:
             spec = network_spec(cfg.net, precond, self.dataset, augment_dim)
             return spec, build(spec).to(self.device).train()
-        snapshot = checkpoint.read_model(cfg.init_from)
+        snapshot = checkpoint.read_model(cfg.init_from.expanduser())
         check_fits(snapshot, str(cfg.init_from))
         kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": self.dataset.label_dim}
         kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}

@@ -41,6 +41,7 @@ class WeightFile:
         Raises UserError where `given` does not exist, Unavailable where no source has the file.
         """
         if given is not None:
+            given = given.expanduser()
             if not given.is_file():
                 raise UserError(f"{self.option} {given}: no such file; expected {self.what} weights, {self.filename}")
             return given
