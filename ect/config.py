@@ -26,7 +26,7 @@ SIGMA_MAX = 80.0
 """The noise level that sampling starts from (EDM, ECT)."""
 MID_T = (0.821,)
 """The noise levels after it, one a network evaluation: those of ECT's CIFAR-10 models."""
-MAX_BLOCKS, MAX_LEVELS = 32, 10
+MAX_BLOCKS, MAX_LEVELS = 24, 8
 """Of a network: the public ones have 4 residual blocks a level, at 4 levels."""
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""

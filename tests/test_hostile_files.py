@@ -120,7 +120,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "kwargs unknown": model(built(eval="1")),
     "many blocks": model(built(num_blocks=10**7), {"x": torch.zeros(1)}),
     "many levels": model(built(channel_mult=[1] * 200_000), {"x": torch.zeros(1)}),
-    "as many as may be": model(built(num_blocks=32, channel_mult=[1] * 10, img_resolution=1024), {"x": torch.zeros(1)}),
+    "as many as may be": model(built(num_blocks=24, channel_mult=[1] * 8, img_resolution=1024), {"x": torch.zeros(1)}),
     "wide": model(built(model_channels=10**9)),
     "float channels": model(built(model_channels=8.0)),
     "text resolution": model(built(img_resolution="8")),
@@ -144,7 +144,7 @@ SNAPSHOTS: dict[str, bytes] = {
     "path": pickle.dumps({"ema": Path("x")}, 4),
     "many blocks": edm.dump({"ema": edm.small_net({**SMALL, "num_blocks": 10**7})}),
     "sigma_data 0": edm.dump({"ema": edm.with_state(edm.small_net(), sigma_data=0)}),
-    "as many as may be": edm.dump({"ema": edm.small_net({**SMALL, "num_blocks": 32, "channel_mult": [1] * 10})}),
+    "as many as may be": edm.dump({"ema": edm.small_net({**SMALL, "num_blocks": 24, "channel_mult": [1] * 8})}),
 }
 WEIGHTS: dict[str, bytes] = {
     "deep key": saved(b"}" + TUPLES + b"Ns"),
