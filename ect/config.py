@@ -27,7 +27,7 @@ SIGMA_MAX = 80.0
 MID_T = (0.821,)
 """The noise levels after it, one a network evaluation: those of ECT's CIFAR-10 models."""
 MAX_BLOCKS, MAX_LEVELS = 24, 8
-"""Of a network: the public ones have 4 residual blocks a level, at 4 levels."""
+"""A network has at most so many residual blocks a level, and levels; the public ones have 4 and 4."""
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
 
@@ -76,9 +76,9 @@ def refuse_beyond(options: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 MAX_STEPS = 1000
-"""Of the Heun sampler."""
+"""The Heun sampler takes at most so many steps."""
 COUNT = at_most(10**6)
-"""Images of one command, whose seeds are in memory."""
+"""One command makes at most so many images: their seeds are in memory."""
 KIMG = at_most(10**9)
 BATCH = at_most(2**20)
 THREADS = at_most(1024)

@@ -1,4 +1,4 @@
-"""Whether weights fit a network: by name, shape and number, and each of them finite."""
+"""Compare weights with a network: names, shapes and number must agree, and each value be finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ect.errors import UserError
 
 @contextlib.contextmanager
 def about(tensors: int) -> Iterator[None]:
-    """Inside, making a network of far more parameters than the `tensors` of a file raises UserError, at the first too many.
+    """Let no network be made inside that has far more parameters than the `tensors` of a file: the first too many raises UserError.
 
     A few too many pass: `check_names` then names those that the file lacks.
     """

@@ -1,4 +1,4 @@
-"""What a file is that somebody took for another, by its first bytes."""
+"""Recognise a file that somebody took for another, by its first bytes."""
 
 from __future__ import annotations
 

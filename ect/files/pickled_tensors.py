@@ -152,7 +152,7 @@ ARRAYS: dict[str, Callable[..., object] | None] = {
 
 @dataclass(frozen=True)
 class StorageId:
-    """What a file of torch.save says about a storage whose values lie elsewhere in it."""
+    """A storage as a file of torch.save refers to it; its values lie elsewhere in the file."""
 
     dtype: torch.dtype
     key: str

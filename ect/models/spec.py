@@ -16,7 +16,7 @@ from ect.errors import UserError
 from ect.models.unet import UNet
 
 MAX_COUNT = (1 << 16) - 1
-"""Of channels, classes, pixels a side, and whatever else is counted."""
+"""Channels, classes, pixels a side, and whatever else is counted, are at most so many."""
 _MAX_TEXT = 31  # characters of an argument such as encoder_type
 _MOST_ITEMS = 15  # of a list such as resample_filter
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
