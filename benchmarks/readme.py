@@ -15,7 +15,8 @@ from pathlib import Path
 from lib.options import Parser, command
 
 from ect.errors import UserError
-from ect.files.checkpoint import read_model, save_model
+from ect.files.checkpoint import read_model
+from ect.files.model_file import save_model
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"digits": ROOT / "README.md", "seeds": ROOT / "docs/recipes.md"}

@@ -19,8 +19,9 @@ from ect import precision
 from ect.assembly import idle_options, objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
-from ect.files.checkpoint import atomic, load_model
-from ect.files.resume import refuse_changed_maths
+from ect.files.atomic import atomic
+from ect.files.checkpoint import load_model
+from ect.files.resume import refuse_changed_maths, refuse_new_start
 from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
 from ect.files.run_folder import load as load_config
 from ect.metrics import (
@@ -107,7 +108,9 @@ class Job:
             self.run_dir = Path(self.world.first(lambda: str(new_run_dir(cfg))))
         else:
             self.run_dir = run_folder(cfg.resume)
-            refuse_changed_maths(to_dict(load_config(self.run_dir)), to_dict(cfg))
+            begun = load_config(self.run_dir)
+            refuse_changed_maths(to_dict(begun), to_dict(cfg))
+            refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
             self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)

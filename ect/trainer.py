@@ -23,6 +23,7 @@ from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
 from ect.errors import UserError
 from ect.files import checkpoint
+from ect.files.model_file import check_fits, load_weights
 from ect.files.resume import (
     data_fingerprint,
     refuse_changed_data,
@@ -123,8 +124,8 @@ class Trainer:
         if cfg.init_from is None:
             spec = network_spec(cfg.net, precond, self.dataset, augment_dim)
             return spec, build(spec).to(self.device).train()
-        snapshot = checkpoint.read_model(cfg.init_from)
-        checkpoint.check_fits(snapshot, str(cfg.init_from))
+        snapshot = checkpoint.read_model(cfg.init_from.expanduser())
+        check_fits(snapshot, str(cfg.init_from))
         kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": self.dataset.label_dim}
         kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}
         spec = {**snapshot.spec, "precond": precond, "kwargs": kwargs}
@@ -136,7 +137,7 @@ class Trainer:
                 f"{self.dataset.channels}; choose data or checkpoint to match, or resize with --data.resolution"
             )
         net = build(spec)
-        self.notes += checkpoint.load_weights(net, snapshot)
+        self.notes += load_weights(net, snapshot)
         self.notes.append(f"architecture and sigma_data are those of {cfg.init_from}; of --net only the dropouts count")
         return spec, net.to(self.device).train()
 

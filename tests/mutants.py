@@ -37,7 +37,8 @@ AREAS: dict[str, list[str]] = {
     "ect/optim*": ["test_rules", "test_optim", "test_emas", "test_resume"],
     "ect/precision": ["test_precision_of_a_gpu", "test_evaluate"],
     "ect/schedule": ["test_schedule", "test_emas"],
-    "ect/files/checkpoint": ["test_checkpoint", "test_weights", "test_resume"],
+    "ect/files/checkpoint": ["test_checkpoint", "test_model_file", "test_resume"],
+    "ect/files/model_file": ["test_model_file", "test_checkpoint"],
 }
 # Changes after which the code does the same: {(file, function, "old -> new"): why}. Another change takes the place of each.
 EQUIVALENT: dict[tuple[str, str, str], str] = {

@@ -17,8 +17,9 @@ from torch import nn
 from ect import models
 from ect.convert import Options, convert, main
 from ect.errors import UserError
-from ect.files.checkpoint import check_fits, load_model
+from ect.files.checkpoint import load_model
 from ect.files.edm_pickle import Snapshot, UnsafePickle
+from ect.files.model_file import check_fits
 from tests import edm_files as edm
 from tests.edm_files import SMALL, Call
 
@@ -124,7 +125,7 @@ def test_missing_and_unknown_weights_are_named(net: nn.Module) -> None:
 
 def test_the_check_allocates_nothing(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     built, build = [], models.build
-    monkeypatch.setattr("ect.files.checkpoint.build", lambda spec: built.append(build(spec)) or built[0])
+    monkeypatch.setattr("ect.files.model_file.build", lambda spec: built.append(build(spec)) or built[0])
     check_fits(Snapshot(SPEC, dict(net.state_dict()), {}), "file")
     assert built and all(value.is_meta for value in built[0].state_dict().values())
 

@@ -19,7 +19,7 @@ from ect import evaluate
 from ect.config import EvalConfig
 from ect.data import Dataset
 from ect.errors import UserError
-from ect.files.checkpoint import save_model
+from ect.files.model_file import save_model
 from ect.metrics import make_evaluator
 from ect.metrics.fidelity import FidelityEvaluator, FidelityOptions, read_statistics
 from ect.metrics.weights import read_state

@@ -1,7 +1,6 @@
-"""Model files and checkpoints: safetensors only, written atomically, nothing in them is ever executed.
+"""Checkpoints of a run, and reading a model from any file or folder that holds one.
 
-A model file holds `net.state_dict()` under EDM's parameter names; its metadata says how to build the network. A
-checkpoint of a run is three files, written in this order: `checkpoint-<kimg>.state.safetensors` (what a resume needs),
+A checkpoint is three files, written in this order: `checkpoint-<kimg>.state.safetensors` (what a resume needs),
 `checkpoint-<kimg>.safetensors` (a model file with the averaged weights) and `checkpoint-<kimg>.json` (size and SHA-256
 of the others). Further weight averages have model files too, `checkpoint-<kimg>.ema1.safetensors` and so on, written before
 that last file. A checkpoint without it is incomplete and never loaded. `latest` names the newest one.
@@ -9,77 +8,40 @@ that last file. A checkpoint without it is incomplete and never loaded. `latest`
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
-import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ect.emas import MAX_EMAS
 from ect.errors import UserError
 from ect.files import edm_pickle
+from ect.files.atomic import atomic
 from ect.files.edm_pickle import Snapshot
+from ect.files.fit import check_finite
+from ect.files.model_file import (
+    FORMAT,
+    check_fits,
+    parse_header,
+    read_model_file,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
 from ect.models import EDMPrecond, build
 
-FORMAT = 1
 Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
 """(training state, meta, path of the model file) of a checkpoint."""
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
 """The ends of the names of the model files, one for each weight average."""
-
-
-@contextlib.contextmanager
-def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes its place, on any error `path` stays as it was.
-
-    durable=False spares the flush to the disk: safe when the process is killed, not when the power fails. Raises
-    UserError naming `path` where the system refuses (no such folder, no permission, disk full).
-    """
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temp
-        if durable:
-            _flush(temp, os.O_RDWR)  # Windows flushes only what is open for writing
-        os.replace(temp, path)
-        if durable and os.name != "nt":  # Windows cannot flush a folder
-            _flush(path.parent, os.O_RDONLY)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot write it ({reason}); choose a writable place with room") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temp.unlink(missing_ok=True)
-
-
-def _flush(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- model files ---
-
-
-def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info: dict[str, Any]) -> None:
-    """Write a model file, atomically.
-
-    Args: state: net.state_dict(), fp32, any device and memory format. spec: what `ect.models.build` takes. info: free,
-    JSON-able ("preset", "nimg", "data", "mid_t", ...). Raises UserError where `path` cannot be written.
-    """
-    _write_tensors(Path(path), state, {"ect": json.dumps({"format": FORMAT, "spec": spec, "info": info})})
 
 
 def read_model(path: Path, ema: int | None = None) -> Snapshot:
@@ -93,7 +55,7 @@ def read_model(path: Path, ema: int | None = None) -> Snapshot:
     if path.is_dir():
         stem = _newest(path, (_MODEL,))
         kind = _average(path, stem, ema or 0)
-        return _read_model_file(path / f"{stem if kind == _MODEL else _newest(path, (kind,))}{kind}")
+        return read_model_file(path / f"{stem if kind == _MODEL else _newest(path, (kind,))}{kind}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a model (.safetensors or .pkl) or the folder of a run")
     named = _parts(path)
@@ -101,17 +63,17 @@ def read_model(path: Path, ema: int | None = None) -> Snapshot:
     if ema and not whole:
         raise UserError(f"--ema {ema}: {path} holds one network; give the folder of a run, or a checkpoint in it")
     if named is None:
-        return edm_pickle.read(path) if path.suffix == ".pkl" else _read_model_file(path)
+        return edm_pickle.read(path) if path.suffix == ".pkl" else read_model_file(path)
     stem, kind = named[0], named[1] if named[1] in _MODELS else _MODEL
     if whole:
         kind = kind if ema is None else _average(path.parent, stem, ema)
         _verify(path.parent, stem, (kind,))
-    return _read_model_file(path.parent / f"{stem}{kind}")
+    return read_model_file(path.parent / f"{stem}{kind}")
 
 
 def read_spec(path: Path) -> dict[str, Any]:
     """Return the description of the network in a model file of ours, whose weights stay unread. Raises as `read_model`."""
-    return _read_model_file(path, weights=False).spec
+    return read_model_file(path, weights=False).spec
 
 
 def _average(folder: Path, stem: str, ema: int) -> str:
@@ -136,6 +98,7 @@ def load_model(
     if precond is not None:
         snapshot = replace(snapshot, spec={**snapshot.spec, "precond": precond})
     check_fits(snapshot, str(path))
+    check_finite(snapshot.state, str(path))
     net = build(snapshot.spec)
     net.load_state_dict(snapshot.state)
     net = net.eval().to(device)
@@ -144,121 +107,6 @@ def load_model(
     ):  # where convolutions take channels-last weights as they are, others by a copy
         net = net.to(memory_format=torch.channels_last)
     return net, snapshot.info
-
-
-def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
-    """Copy a pretrained network's weights into `net`, in place; returns one line for each thing left out on purpose.
-
-    The augmentation head of a teacher (EDM pretrains with labels of the augmentation, tuning has none) is left out.
-    Anything else that differs raises UserError by name.
-    """
-    state, ours, notes = dict(snapshot.state), net.state_dict(), []
-    heads = [key for key in state if ".map_augment." in key and key not in ours]
-    for key in heads:
-        del state[key]
-    if heads:
-        notes.append(f"left out the pretrained augmentation head ({', '.join(heads)}): this run uses no such labels")
-    missing_head = [key for key in ours if ".map_augment." in key and key not in state]
-    if missing_head:
-        raise UserError(
-            f"the pretrained network has no augmentation head ({missing_head[0]}), but --data.augment wants one; "
-            "tune with --data.augment 0"
-        )
-    theirs, wanted = _num_classes(state), _num_classes(ours)
-    if theirs != wanted:
-        raise UserError(
-            f"model.map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
-            "set --data.labels as the network was trained"
-        )
-    _check_names(ours, state, "the pretrained network")
-    net.load_state_dict(state)
-    return notes
-
-
-def check_fits(snapshot: Snapshot, source: str) -> None:
-    """Raise UserError, naming `source` and what differs, unless the network of snapshot.spec has exactly these weights.
-
-    Costs no memory, whatever a foreign file asks for: the network is built without storage.
-    """
-    try:
-        with torch.device("meta"):
-            expected = build(snapshot.spec).state_dict()
-    except (UserError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise UserError(f"{source}: its description makes no network ({error})") from error
-    _check_names(expected, snapshot.state, source)
-
-
-def _check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    wrong = [f"missing {key}" for key in expected if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in expected]
-    wrong += [
-        f"{key} is {_shape(state[key])} instead of {_shape(tensor)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UserError(f"{source}: the weights do not fit the network: {'; '.join(wrong[:6])}{more}")
-
-
-def _num_classes(state: dict[str, Tensor]) -> int:
-    return next((t.shape[-1] for key, t in state.items() if key.endswith(".map_label.weight")), 0)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"
-
-
-def _read_model_file(path: Path, weights: bool = True) -> Snapshot:
-    tensors, metadata = _read_tensors(path, weights)
-    if "ect" not in metadata:
-        hint = "it is the training state of a checkpoint" if "ect_state" in metadata else "it has no 'ect' metadata"
-        raise UserError(f"{path}: not a model file of ours: {hint}; make one with python -m ect.convert or ect.train")
-    header = _parse_header(path, metadata["ect"], ("spec", "info"))
-    return Snapshot(header["spec"], tensors, header["info"])
-
-
-def _parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    """Return the JSON object that describes one of our files. Raises UserError where it is damaged or of a later format."""
-    try:
-        header = json.loads(text)
-        if int(header["format"]) > FORMAT:
-            raise UserError(f"{path}: format {header['format']}, this version reads up to {FORMAT}; update the package")
-        if not all(isinstance(header[field], dict) for field in fields):
-            raise TypeError(f"{' and '.join(fields)} must be objects")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its description is damaged ({error!r}); copy or convert it again") from error
-    return dict(header)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    # Clones: weights may be channels-last or share one arena, and a safetensors file holds plain contiguous tensors.
-    plain = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    with atomic(path) as temp:
-        temp.touch()
-        mode = temp.stat().st_mode  # the user's umask; safetensors would make the file private
-        try:
-            save_file(plain, temp, metadata)
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(str(error)) from error
-        temp.chmod(mode)
-
-
-def _read_tensors(path: Path, wanted: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors if they are wanted, metadata) of a safetensors file.
-
-    Raises UserError where it is missing, truncated or no such file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            # Clones: a mapped file could not be replaced or pruned on Windows while its tensors live.
-            names = file.keys() if wanted else []
-            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({error})") from error
-
-
-# --- checkpoints of a run ---
 
 
 @dataclass(frozen=True)
@@ -289,7 +137,7 @@ class Checkpoints:
                 leftover.unlink(missing_ok=True)
         stem = f"checkpoint-{nimg / 1000:010.3f}"
         state_meta = {"ect_state": json.dumps({"format": FORMAT, "meta": meta})}
-        _write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)
+        write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)
         names = []
         for kind, (weights, about) in zip(_MODELS, itertools.chain([(model_state, info)], averages), strict=False):
             names.append(f"{stem}{kind}")
@@ -319,8 +167,8 @@ class Checkpoints:
             stem = named[0]
             _verify(folder, stem, (_MODEL, _STATE))
         state_file = folder / f"{stem}{_STATE}"
-        tensors, metadata = _read_tensors(state_file)
-        meta = _parse_header(state_file, metadata.get("ect_state", "{}"), ("meta",))["meta"]
+        tensors, metadata = read_tensors(state_file)
+        meta = parse_header(state_file, metadata.get("ect_state", "{}"), ("meta",))["meta"]
         return tensors, meta, folder / f"{stem}{_MODEL}"
 
     def _prune(self, newest: str) -> None:
@@ -387,7 +235,7 @@ def _listed(folder: Path, stem: str) -> dict[str, Any]:
         text = manifest.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest}: cannot be read ({error})") from error
-    files: dict[str, Any] = _parse_header(manifest, text, ("files",))["files"]
+    files: dict[str, Any] = parse_header(manifest, text, ("files",))["files"]
     return files
 
 

@@ -47,6 +47,7 @@ def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None) -> Path:
         model = model.resolve()
         name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
         run_dir = Path("runs") / f"evaluation-{name}{f'-ema{ema}' if ema else ''}"
+    run_dir = run_dir.expanduser()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

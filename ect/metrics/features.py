@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ect.config import DataConfig
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.frechet import Array, Statistics, frechet_distance
 

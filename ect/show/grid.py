@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 
 _TARGET = 900  # pixels; the largest whole enlargement within it gives 450 to 900
 
@@ -38,7 +38,7 @@ def make_grid(images: Tensor, columns: int | None = None, scale: int | None = No
 
 
 def save_png(image: Tensor, path: Path, durable: bool = True) -> None:
-    """Write one image, uint8 [H, W, 1 or 3], atomically (`ect.files.checkpoint.atomic`, which raises UserError)."""
+    """Write one image, uint8 [H, W, 1 or 3], atomically (`ect.files.atomic.atomic`, which raises UserError)."""
     array = image.cpu().numpy()
     with atomic(path, durable) as temp:
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temp, "PNG")

@@ -19,7 +19,7 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 from ect.show.grid import make_grid, save_png
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ect.files.checkpoint import atomic
+from ect.files.atomic import atomic
 from ect.metrics import Column, Evaluator, QualityRow, quality_table
 from ect.show.grid import make_grid
 from ect.show.table import Table

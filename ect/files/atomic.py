@@ -1,0 +1,41 @@
+"""Writing a file so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ect.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes its place, on any error `path` stays as it was.
+
+    durable=False spares the flush to the disk: safe when the process is killed, not when the power fails. Raises
+    UserError naming `path` where the system refuses (no such folder, no permission, disk full).
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temp
+        if durable:
+            _flush(temp, os.O_RDWR)  # Windows flushes only what is open for writing
+        os.replace(temp, path)
+        if durable and os.name != "nt":  # Windows cannot flush a folder
+            _flush(path.parent, os.O_RDONLY)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot write it ({reason}); choose a writable place with room") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
