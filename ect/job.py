@@ -190,10 +190,12 @@ class Job:
             for note in trainer.notes:
                 log.note(note)
             log.phase(name)
-            path = trainer.run(log)
+            try:
+                path = trainer.run(log)
+            finally:
+                if trainer.state.nonfinite > 0:
+                    log.note(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
         self.seconds[name] = trainer.seconds
-        if trainer.state.nonfinite > 0:
-            self.console.print(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
         return path if trainer.nimg >= total_img else None
 
     @staticmethod

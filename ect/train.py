@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 when done or stopped by a signal (all is saved), 2 on bad input, 130 on an impatient second Ctrl-C."""
+    """Exit status: 0 when done or stopped by a signal (all is saved), 2 on bad input, 3 where the run diverged, 130 on an
+    impatient second Ctrl-C."""
 
     def configure() -> Config | None:
         cfg = parse(argv)

@@ -21,7 +21,7 @@ from ect.config import HEUN_STEPS, Config
 from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
-from ect.errors import UserError
+from ect.errors import Diverged, UserError
 from ect.files import checkpoint
 from ect.files.model_file import check_fits, load_weights
 from ect.files.resume import (
@@ -34,24 +34,13 @@ from ect.files.resume import (
 from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, build
+from ect.optim.health import PATIENCE, Health, all_finite, first_bad
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
-
-
-@dataclass
-class Tally:
-    """Sums since the last row of statistics, on the device: reading them waits for it."""
-
-    loss: Tensor
-    steps: int = 0
-
-    def add(self, loss: Tensor) -> None:
-        self.loss = self.loss + loss
-        self.steps += 1
 
 
 @dataclass
@@ -98,7 +87,7 @@ class Trainer:
         cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
         self.step = train_step(cfg_of_step, self.state, stream, self.world, self.teacher)
         self.notes += [str(plan), self.state.note(), stream.note]
-        self.tally = Tally(torch.zeros((), device=self.device))
+        self.health = Health(self.state, self.world)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
         if saved is not None:
@@ -178,7 +167,7 @@ class Trainer:
             stage = self._stage()
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
             self.state.ema_betas = schedule.ema_betas_at(self.nimg, cfg.batch, cfg.optim)
-            self.tally.add(self.step(self.nimg, stage))
+            self.health.add(self.step(self.nimg, stage))
             before, self.nimg = self.nimg, self.nimg + cfg.batch
             last, stopping = self.nimg >= self.total_img, self.stop.heard()
             step_seconds += time.monotonic() - started
@@ -191,12 +180,13 @@ class Trainer:
                 row = self.row(stage, step_seconds / (self.nimg - row_nimg) * 1000)
                 shown = {"loss": row["loss"], "stage": stage} if self.objective.staged else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
+                self._judge(last)
             self.log.step(self.nimg, **shown)
             if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
             if due(every.sample_kimg):
                 self.grids()
-            if due(every.eval_kimg) and not last and self.evaluator is not None:
+            if due(every.eval_kimg) and not last and self.evaluator is not None and not self.health.bad_rows:
                 self.evaluate()
         return self.path
 
@@ -204,17 +194,38 @@ class Trainer:
         return schedule.stage_at(self.nimg, self.cfg.objective)
 
     def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:
-        """Write the statistics since the last row; the loss is their mean over steps and ranks."""
-        row = {
-            "loss": self.world.mean(float(self.tally.loss)) / self.tally.steps,
+        """Write the statistics since the last row; the loss is the mean over steps and ranks of those that are finite."""
+        row = self.health.row() | {
             "stage": stage, "lr": self.state.lr,
             **{f"ema{i or ''}_beta": beta for i, beta in enumerate(self.state.ema_betas)},
             "grad_norm": float(self.state.grad_norm), "nonfinite": int(self.state.nonfinite),
             "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
         }  # fmt: skip
+        if self.state.loss_scale is not None:
+            row |= {"loss_scale": float(self.state.loss_scale), "skipped": int(self.state.skipped)}
         self.log.row(self.nimg, row)
-        self.tally = Tally(torch.zeros((), device=self.device))
         return row
+
+    def _judge(self, last: bool) -> None:
+        """Say that the row just written has bad updates; raise Diverged after several such rows, or where it is the last."""
+        rows = self.health.bad_rows
+        if rows >= PATIENCE or (last and rows):
+            raise self._diverged(f"a loss or most gradients were not finite in the last {rows} row(s) of statistics")
+        if rows == 1:
+            self.log.note(
+                f"at {self.nimg / 1000:g} kimg: a loss or most gradients were not finite since the last row of statistics; "
+                f"the run stops after {PATIENCE} such rows"
+            )
+
+    def _diverged(self, why: str) -> Diverged:
+        """What to raise; from here on the run folder stands for its last healthy checkpoint."""
+        kept = self.world.first(lambda: str(self.checkpoints.back()))
+        bad = first_bad(self.step)
+        return Diverged(
+            f"the run diverged and stopped at {self.nimg / 1000:g} kimg: {why}"
+            f"{f'; the first bad tensor is {bad}' if bad else ''}. The last healthy checkpoint is {kept}: start a new run from "
+            f"it with --init-from {kept} and a lower --optim.lr, --optim.clip 1 or --precision fp32"
+        )
 
     def average(self, i: int = 0) -> EDMPrecond:
         """The network with the weights of average i, in eval mode; a later call changes it."""
@@ -255,24 +266,26 @@ class Trainer:
             self.log.row(self.nimg, figures)
 
     def save(self) -> Path:
-        """Write a checkpoint; the path of its model file."""
-        loss = torch.tensor(self.world.mean(float(self.tally.loss)))
-        return Path(self.world.first(lambda: str(self._write(loss))))
+        """Write a checkpoint; the path of its model file. Raises Diverged rather than write what is not finite."""
+        if not all_finite(self.state.saved_arenas().values()):
+            raise self._diverged("weights, moments or averages are not finite")
+        healthy, tensors, meta = self.health.saved()
+        return Path(self.world.first(lambda: str(self._write(healthy, tensors, meta))))
 
-    def _write(self, tally_loss: Tensor) -> Path:
+    def _write(self, healthy: bool, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
         info = {
             "preset": self.cfg.preset, "objective": self.cfg.objective.kind, "nimg": self.nimg,
             "data": self.dataset.name, "mid_t": list(self.cfg.eval.mid_t),
         }  # fmt: skip
-        tensors = self.state.state_tensors()
-        tensors |= {"tally_loss": tally_loss, "grad_norm": self.state.grad_norm}
-        meta = {
-            "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
+        tensors |= self.state.state_tensors()
+        tensors["grad_norm"] = torch.nan_to_num(self.state.grad_norm, 0.0, 0.0, 0.0)  # inf where a step was skipped
+        meta |= {
+            "nimg": self.nimg, "seconds": self.seconds,
             "config": to_dict(self.cfg), "data": self.fingerprint, "teacher": self.teacher_digest,
         }  # fmt: skip
         emas = self.cfg.optim.emas
         (model, about), *more = [(self.state.ema_state_dict(i), {**info, "ema": emas[i]}) for i in range(len(emas))]
-        return self.checkpoints.save(self.nimg, model, self.spec, about, tensors, meta, more)
+        return self.checkpoints.save(self.nimg, model, self.spec, about, tensors, meta, more, healthy)
 
     def _agree(self) -> None:
         """Raise UserError unless all ranks start from the same point."""
@@ -290,7 +303,7 @@ class Trainer:
         try:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm.copy_(tensors["grad_norm"])
-            self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
+            self.health.restore(tensors, meta)
         except KeyError as error:
             raise UserError(
                 f"--resume {self.cfg.resume}: its training state is damaged, missing {error.args[0]}; resume from another "

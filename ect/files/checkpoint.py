@@ -123,12 +123,14 @@ class Checkpoints:
         tensors: dict[str, Tensor],
         meta: dict[str, Any],
         averages: Iterable[tuple[dict[str, Tensor], dict[str, Any]]] = (),
+        healthy: bool = True,
     ) -> Path:
         """Write the checkpoint of `nimg` images seen, prune older ones, and return the path of its model file.
 
         Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume
-        needs; meta is JSON-able. averages: (model_state, info) of further weight averages. Killed at any point, the run
-        folder still loads the checkpoint before.
+        needs; meta is JSON-able. averages: (model_state, info) of further weight averages. healthy: False where
+        updates since the checkpoint before were not finite; the last healthy one is never pruned. Killed at any point,
+        the run folder still loads the checkpoint before.
         """
         for pattern in (".*.tmp", ".tmp*"):  # what a kill while writing left: of `atomic`, of safetensors
             for leftover in self.run_dir.glob(pattern):
@@ -142,9 +144,9 @@ class Checkpoints:
             save_model(self.run_dir / names[-1], weights, spec, about)
         files = {name: _fingerprint(self.run_dir / name) for name in [*names, f"{stem}{_STATE}"]}
         with atomic(self.run_dir / f"{stem}{_MANIFEST}") as temp:
-            temp.write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": files}, indent=1) + "\n")
-        with atomic(self.run_dir / "latest") as temp:
-            temp.write_text(f"{stem}\n")
+            manifest = {"format": FORMAT, "nimg": nimg, "healthy": healthy, "files": files}
+            temp.write_text(json.dumps(manifest, indent=1) + "\n")
+        self._point(stem)
         self._prune(stem)
         return self.run_dir / f"{stem}{_MODEL}"
 
@@ -169,15 +171,30 @@ class Checkpoints:
         meta = parse_header(state_file, metadata.get("ect_state", "{}"), ("meta",))["meta"]
         return tensors, meta, folder / f"{stem}{_MODEL}"
 
+    def back(self) -> Path:
+        """Let `latest` name the last healthy checkpoint up to the one that it names now; return the path of its model file."""
+        stem = _newest(self.run_dir, (_MODEL, _STATE))
+        stem = self._healthy([known for known in _stems(self.run_dir, _MANIFEST) if known <= stem]) or stem
+        self._point(stem)
+        return self.run_dir / f"{stem}{_MODEL}"
+
+    def _point(self, stem: str) -> None:
+        with atomic(self.run_dir / "latest") as temp:
+            temp.write_text(f"{stem}\n")
+
+    def _healthy(self, stems: list[str]) -> str | None:
+        """Return the last of these checkpoints that is healthy, as all of version 0.1 are; None without one."""
+        return next((stem for stem in reversed(stems) if _manifest(self.run_dir, stem).get("healthy", True)), None)
+
     def _prune(self, newest: str) -> None:
-        """Remove what is older than the last `keep`, and what a killed save or prune left incomplete.
+        """Remove what is older than the last `keep` but the last healthy one, and what a killed save or prune left incomplete.
 
         Checkpoints beyond `newest` are of a run that was then continued from further back: not ours to remove.
         The manifest goes first and the state last, so that a half-removed checkpoint is known as one.
         """
         complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if stem <= newest]
         incomplete = set(_stems(self.run_dir, _STATE)) - set(_stems(self.run_dir, _MANIFEST))
-        for stem in {*complete[: -max(self.keep, 1)], *incomplete}:
+        for stem in {*complete[: -max(self.keep, 1)], *incomplete} - {self._healthy(complete)}:
             for kind in (_MANIFEST, *_MODELS, _STATE):
                 (self.run_dir / f"{stem}{kind}").unlink(missing_ok=True)
 
@@ -226,6 +243,12 @@ def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
 
 def _listed(folder: Path, stem: str) -> dict[str, Any]:
     """Return size and SHA-256 of a checkpoint's files, by name, as its manifest has them. Raises UserError on a damaged one."""
+    files: dict[str, Any] = _manifest(folder, stem)["files"]
+    return files
+
+
+def _manifest(folder: Path, stem: str) -> dict[str, Any]:
+    """Return a checkpoint's manifest. Raises UserError on a damaged one."""
     manifest = folder / f"{stem}{_MANIFEST}"
     if not manifest.is_file():
         raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")
@@ -233,8 +256,7 @@ def _listed(folder: Path, stem: str) -> dict[str, Any]:
         text = manifest.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest}: cannot be read ({error})") from error
-    files: dict[str, Any] = parse_header(manifest, text, ("files",))["files"]
-    return files
+    return parse_header(manifest, text, ("files",))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], interrupted: str = "interrupted") -> int:
-    """Return the exit status of an entry point: what `work` returns; 2 after a UserError, 130 after Ctrl-C.
+    """Return the exit status of an entry point: what `work` returns; a UserError's own, 130 after Ctrl-C.
 
     Both come with one message.
     """
@@ -72,4 +72,6 @@ def _report(error: BaseException, world: World, interrupted: str) -> int:
     elif before == "crashed":
         reason = (str(error).splitlines() or [""])[0]
         print(f"rank {world.rank} ended after it: {type(error).__name__}: {reason}", file=sys.stderr)
-    return (2 if mendable else 130) if expected else 1
+    if isinstance(error, UserError):
+        return error.status
+    return 130 if expected else 1

@@ -1,0 +1,106 @@
+"""Health of a run: how many of its updates were finite, and what to say where it has diverged.
+
+An update is bad where its loss, or most of its gradient values, are not finite: the rule puts numbers in their place, which
+teach nothing. With a loss scale such a step is skipped and the scale halves, which is normal; it is bad only where the scale
+can fall no further. All of it is counted on the device: reading the counts waits for it, once a row or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ect_kernels.radam_ema import SCALE_RANGE
+from torch import Tensor
+
+from ect.optim import FlatState
+from ect.ranks.distributed import World
+
+if TYPE_CHECKING:
+    from ect.step import TrainStep
+
+PATIENCE = 3
+"""Rows of statistics in a row with bad updates after which a run stops."""
+
+
+class Health:
+    """Losses and bad updates since the last row of statistics.
+
+    Args: state: of the run. world: every method but `add` is called by all ranks together, and answers the same on all.
+    """
+
+    def __init__(self, state: FlatState[Any], world: World = World()) -> None:
+        self.state, self.world = state, world
+        self.values = sum(p.numel() for p in state.inputs)
+        self.bad_rows = 0
+        """Bad rows in a row, up to now."""
+        self._unbroken = True  # no bad update between the last checkpoint and the last row
+        self._begin(torch.zeros((), device=state.params.device))
+
+    def _begin(self, loss: Tensor, counts: tuple[float, float] = (0.0, 0.0), steps: int = 0) -> None:
+        self.loss, self.steps = loss, steps
+        self.counts = torch.tensor(counts, dtype=torch.float64, device=loss.device)  # finite losses, bad updates
+        self._seen = self.state.nonfinite.clone()
+
+    def add(self, loss: Tensor) -> None:
+        """Count an update that was just done. Args: loss: mean over this rank's images, a 0-d tensor."""
+        finite, met = loss.isfinite(), self.state.nonfinite - self._seen
+        if self.state.loss_scale is None:
+            bad = ~finite | (2 * met > self.values)
+        else:
+            bad = (met > 0) & (self.state.loss_scale <= SCALE_RANGE[0])
+        self.loss = self.loss + torch.where(finite, loss, 0.0)
+        self.counts += torch.stack([finite, bad])
+        self._seen.copy_(self.state.nonfinite)
+        self.steps += 1
+
+    def _read(self) -> tuple[float, float, float]:
+        """Sum of the finite losses, their number, number of bad updates: means over the ranks."""
+        loss, finite, bad = torch.cat([self.loss.double().view(1), self.counts]).tolist()
+        return self.world.mean(loss), self.world.mean(finite), self.world.mean(bad)
+
+    def row(self) -> dict[str, Any]:
+        """Return the mean of the finite losses since the last row (nan without one) and how many updates were bad."""
+        loss, finite, bad = self._read()
+        self.bad_rows = self.bad_rows + 1 if bad else 0
+        self._unbroken &= not bad
+        row = {"loss": loss / finite if finite else math.nan, "bad_steps": math.ceil(bad)}
+        self._begin(torch.zeros_like(self.loss))
+        return row
+
+    def saved(self) -> tuple[bool, dict[str, Tensor], dict[str, Any]]:
+        """Return (whether no update since the last checkpoint was bad, the tensors, the numbers that a resume needs)."""
+        loss, finite, bad = self._read()
+        healthy, self._unbroken = self._unbroken and not bad, True
+        return healthy, {"tally_loss": torch.tensor(loss)}, {"tally_steps": self.steps, "tally_counts": [finite, bad]}
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Go on where `saved` was; a checkpoint of version 0.1 counted no bad updates."""
+        steps = meta["tally_steps"]
+        finite, bad = meta.get("tally_counts", (steps, 0))
+        self._begin(tensors["tally_loss"].to(self.loss.device), (finite, bad), steps)
+
+
+def all_finite(arenas: Iterable[Tensor]) -> bool:
+    """Return whether every value of non-empty tensors is finite; no copy is made of them."""
+    return bool(torch.stack([end for arena in arenas for end in torch.aminmax(arena)]).isfinite().all())
+
+
+def first_bad(step: TrainStep) -> str | None:
+    """Return the name of the first tensor that is not finite: of the saved state, else of the gradients of the last images."""
+    state = step.state
+    for name, view in state.saved_views().items():
+        if not all_finite([view]):
+            return name
+    step.use(compiled=False, graph=False)  # whatever is captured overwrites non-finite gradients
+    try:
+        step.gradients()
+    except torch.OutOfMemoryError:  # a captured update leaves little room
+        return None
+    names = (name for name, _ in state.net.named_parameters())
+    for name, view in zip(names, state.views(state.grads), strict=True):
+        if not all_finite([view]):
+            return f"the gradient of {name}"
+    return None
