@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,20 @@ from ect.data import load
 from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.files.checkpoint import load_model
+from ect.files.lock import locked
 from ect.files.resume import refuse_changed_maths
-from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
+from ect.files.run_folder import (
+    CONFIG,
+    RESOLVED,
+    can_make,
+    has_begun,
+    new_run_dir,
+    refuse_used,
+    remove_empty,
+    resolved,
+    run_folder,
+    to_dict,
+)
 from ect.files.run_folder import load as load_config
 from ect.metrics import (
     Evaluator,
@@ -102,14 +114,16 @@ class Job:
         self.stop = StopSignal(world=self.world)
         self.seconds: dict[str, float] = {}
         self.checked: list[str] = []
+        self._made: list[Path] = []
         if cfg.resume is None:
-            self.run_dir = Path(self.world.first(lambda: str(new_run_dir(cfg))))
+            self.run_dir = Path(self.world.first(self._new_run_dir))
         else:
             self.run_dir = run_folder(cfg.resume)
             refuse_changed_maths(to_dict(load_config(self.run_dir)), to_dict(cfg))
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
-            self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
+            with self._leaving_nothing():
+                self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
         elif cfg.eval.samples:
             self.evaluator = RemoteEvaluator()
         for note in self.evaluator.notes if self.evaluator is not None else []:
@@ -129,14 +143,24 @@ class Job:
             for op, backend, why in dispatch.table(self.device):
                 self.console.print(f"{op}: {backend} ({why})", markup=False, highlight=False)
 
-    def run(self) -> bool:
+    def _new_run_dir(self) -> str:
+        path, self._made = new_run_dir(self.cfg)
+        return str(path)
+
+    @contextlib.contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """Remove the folders made for this run where the block ends with nothing in them: a refused start leaves none."""
         try:
-            with self.stop.watch():
-                return self._run()
+            yield
         finally:
-            if self.world.rank == 0 and self.cfg.run_dir is None:  # a refused start must not take the next number along
-                with contextlib.suppress(OSError):
-                    self.run_dir.rmdir()  # which only an empty folder allows
+            remove_empty(self._made)
+
+    def run(self) -> bool:
+        lock = locked(self.run_dir) if self.world.rank == 0 else contextlib.nullcontext()
+        with self._leaving_nothing(), self.stop.watch(), lock:
+            if self.cfg.resume is None and self.world.rank == 0:
+                refuse_used(self.run_dir)  # by another process that found it empty too
+            return self._run()
 
     def _run(self) -> bool:
         cfg = self.cfg
@@ -165,8 +189,12 @@ class Job:
             named = self.cfg.resume.expanduser()
             if named.is_file() and named.parent == run_dir and named.name != CONFIG:
                 resume = named
-            elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
+            elif has_begun(run_dir):
                 resume = run_dir
+            elif run_dir != self.run_dir and has_begun(self.run_dir):
+                raise UserError(f"--resume {self.run_dir}: the phase before is gone, {run_dir}; put it back")
+            else:
+                self.console.print(f"{name}: no checkpoint yet, starting anew")
         cfg = replace(cfg, resume=resume)
         before = resolved(run_dir) if resume else {}
         self_check.keep(before, self.device)
@@ -179,10 +207,11 @@ class Job:
         trainer.notes += self_check.changes(before, now)
         writes = self.world.rank == 0
         if writes:
-            run_dir.mkdir(exist_ok=True)  # not before the trainer stands: a refused start leaves nothing behind
+            with can_make(str(run_dir)):  # not before the trainer stands: a refused start leaves nothing behind
+                run_dir.mkdir(exist_ok=True)
             self._write_config(cfg, run_dir, now)
             self._write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
-        total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None
+        total_img, resume_nimg = trainer.total_img, None if self.cfg.resume is None else trainer.nimg
         log = RunLog(
             run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
         )
