@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
 """Of each weight average."""
+_STEM = re.compile(r"checkpoint-\d{6}\.\d{3}")
 
 
 def read_model(path: Path, ema: int | None = None) -> Snapshot:
@@ -213,20 +215,39 @@ def _parts(path: Path) -> tuple[str, str] | None:
 
 
 def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
-    """Return the checkpoint that `latest` names, or the newest whole one before it; warn of each one passed over."""
-    pointer = run_dir / "latest"
-    latest = pointer.read_text().strip() if pointer.is_file() else None
-    complete = set(_stems(run_dir, _MANIFEST))
-    for stem in sorted(complete | set(_stems(run_dir, _STATE)), reverse=True):
-        if latest is not None and stem > latest and stem in complete:
-            continue  # the run was then continued from further back, or killed before it moved the pointer
+    """Return the checkpoint that `latest` names, or the newest whole one before it, else after it.
+
+    Warns of each one that is passed over.
+    """
+    latest, complete = _pointer(run_dir), set(_stems(run_dir, _MANIFEST))
+    stems = sorted(complete | set(_stems(run_dir, _STATE)), reverse=True)
+    # Those after it: the run was then continued from further back, or killed before it moved the pointer.
+    after = [stem for stem in stems if latest is not None and stem > latest and stem in complete]
+    for stem in [*(stem for stem in stems if stem not in after), *after]:
         try:
             _verify(run_dir, stem, kinds)
         except UserError as error:
             warnings.warn(f"{error}; using the checkpoint before it", stacklevel=3)
         else:
+            if stem in after:
+                warnings.warn(f"{run_dir / 'latest'}: it names {latest}, which is not here; using {stem}", stacklevel=3)
             return stem
     raise UserError(f"{run_dir}: no complete checkpoint in this folder; give a run folder or a model file")
+
+
+def _pointer(run_dir: Path) -> str | None:
+    """Return what `latest` names; None where it is missing or names no checkpoint, with a warning in the second case."""
+    path = run_dir / "latest"
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_bytes().decode().strip()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if _STEM.fullmatch(text):
+        return text
+    warnings.warn(f"{path}: it names no checkpoint; using the newest whole one", stacklevel=4)
+    return None
 
 
 def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
