@@ -54,7 +54,7 @@ from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
 from ect.show import report
 from ect.show.grid import save_png
-from ect.show.log import RunLog
+from ect.show.log import RunLog, Screen
 from ect.trainer import Trainer
 
 STRIP_SEEDS = range(20)
@@ -99,7 +99,7 @@ class Job:
     """
 
     cfg: Config
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=Screen)
     world: World = World()
 
     def __post_init__(self) -> None:

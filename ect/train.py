@@ -6,6 +6,11 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from ect.ranks.interrupts import install, leave
+
+    install(leave)
+
 # Before torch loads OpenMP: idle threads sleep, instead of spinning against other work on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ect.errors import UserError
 from ect.files.atomic import atomic
+from ect.ranks.interrupts import silence
 from ect.show.grid import make_grid, save_png
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10.0  # between two plain lines, where there is no terminal for a bar
 _RATE_SECONDS = 30.0  # window of the rate
+
+
+class Screen(Console):
+    """A console that falls silent where nobody reads it any more (`| head`), and does not end the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence()
 
 
 class RunLog:
@@ -57,7 +66,7 @@ class RunLog:
         quiet = quiet or not writes
         self.run_dir, self.total_nimg, self.nimg = Path(run_dir), total_nimg, resume_nimg or 0
         self.device = torch.device(device)
-        self.console = console if console is not None and writes else Console(quiet=quiet)
+        self.console = console if console is not None and writes else Screen(quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, 120)  # a file or a pipe has no width to wrap at
         self._quiet = quiet
@@ -148,7 +157,8 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """Print one line on the console, above the bar."""
-        self.console.print(Text(text))
+        with self._surviving("the console"):
+            self.console.print(Text(text))
 
     def close(self) -> None:
         """Stop the bar and close the files; a second call does nothing."""
