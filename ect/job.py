@@ -27,6 +27,7 @@ from ect.files.resume import refuse_changed_maths
 from ect.files.run_folder import (
     CONFIG,
     RESOLVED,
+    absent,
     can_make,
     has_begun,
     new_run_dir,
@@ -115,6 +116,7 @@ class Job:
         self.seconds: dict[str, float] = {}
         self.checked: list[str] = []
         self._made: list[Path] = []
+        self._trained = False  # whether a phase has done steps of its own, here and now
         if cfg.resume is None:
             self.run_dir = Path(self.world.first(self._new_run_dir))
         else:
@@ -144,16 +146,20 @@ class Job:
                 self.console.print(f"{op}: {backend} ({why})", markup=False, highlight=False)
 
     def _new_run_dir(self) -> str:
-        path, self._made = new_run_dir(self.cfg)
+        asked = self.cfg.run_dir
+        made = absent(Path("runs") if asked is None else asked)
+        path = new_run_dir(self.cfg)
+        self._made = [path, *made] if asked is None else made
         return str(path)
 
     @contextlib.contextmanager
     def _leaving_nothing(self) -> Iterator[None]:
-        """Remove the folders made for this run where the block ends with nothing in them: a refused start leaves none."""
+        """Remove the folders made for this run where the block fails with nothing in them: a refused start leaves none."""
         try:
             yield
-        finally:
+        except BaseException:
             remove_empty(self._made)
+            raise
 
     def run(self) -> bool:
         lock = locked(self.run_dir) if self.world.rank == 0 else contextlib.nullcontext()
@@ -189,7 +195,7 @@ class Job:
             named = self.cfg.resume.expanduser()
             if named.is_file() and named.parent == run_dir and named.name != CONFIG:
                 resume = named
-            elif has_begun(run_dir):
+            elif has_begun(run_dir, early=self._trained):
                 resume = run_dir
             elif run_dir != self.run_dir and has_begun(self.run_dir):
                 raise UserError(f"--resume {self.run_dir}: the phase before is gone, {run_dir}; put it back")
@@ -211,7 +217,8 @@ class Job:
                 run_dir.mkdir(exist_ok=True)
             self._write_config(cfg, run_dir, now)
             self._write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
-        total_img, resume_nimg = trainer.total_img, None if self.cfg.resume is None else trainer.nimg
+        total_img, start = trainer.total_img, trainer.nimg
+        resume_nimg = None if self.cfg.resume is None else start
         log = RunLog(
             run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
         )
@@ -224,7 +231,7 @@ class Job:
             finally:
                 if trainer.state.nonfinite > 0:
                     log.note(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
-        self.seconds[name] = trainer.seconds
+        self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
         return path if trainer.nimg >= total_img else None
 
     @staticmethod

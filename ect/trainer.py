@@ -34,9 +34,9 @@ from ect.files.resume import (
 from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, build
-from ect.optim.health import PATIENCE, Health, all_finite, first_bad
 from ect.ranks import self_check
 from ect.ranks.distributed import World
+from ect.ranks.health import PATIENCE, Health, all_finite
 from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
@@ -87,7 +87,7 @@ class Trainer:
         cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
         self.step = train_step(cfg_of_step, self.state, stream, self.world, self.teacher)
         self.notes += [str(plan), self.state.note(), stream.note]
-        self.health = Health(self.state, self.world)
+        self.health = Health(self.step, self.world)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
         if saved is not None:
@@ -220,7 +220,7 @@ class Trainer:
     def _diverged(self, why: str) -> Diverged:
         """What to raise; from here on the run folder stands for its last healthy checkpoint."""
         kept = self.world.first(lambda: str(self.checkpoints.back()))
-        bad = first_bad(self.step)
+        bad = self.health.first_bad()
         return Diverged(
             f"the run diverged and stopped at {self.nimg / 1000:g} kimg: {why}"
             f"{f'; the first bad tensor is {bad}' if bad else ''}. The last healthy checkpoint is {kept}: start a new run from "

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ from ect.errors import Diverged
 from ect.files.checkpoint import Checkpoints, load_model
 from ect.job import Job
 from ect.optim import FlatState
-from ect.optim.health import PATIENCE, Health, all_finite
 from ect.options import parse
+from ect.ranks.health import PATIENCE, Health, all_finite
 from ect.step import TrainStep
 from ect.train import main
 from tests.tiny import config, run
@@ -166,8 +167,8 @@ def test_a_tallied_interval_survives_a_resume(tmp_path: Path, monkeypatch: pytes
     assert [(row["loss"], row["bad_steps"]) for row in after] == [(row["loss"], row["bad_steps"]) for row in before]
 
 
-def state(loss_scale: float | None) -> FlatState[nn.Linear]:
-    return FlatState(nn.Linear(4, 4), loss_scale=loss_scale)
+def health_of_20_weights(loss_scale: float | None) -> Health:
+    return Health(SimpleNamespace(state=FlatState(nn.Linear(4, 4), loss_scale=loss_scale)))  # type: ignore[arg-type]
 
 
 def update(health: Health, bad: int, loss: float = 1.0) -> None:
@@ -183,16 +184,15 @@ def update(health: Health, bad: int, loss: float = 1.0) -> None:
     ("bad", "loss", "counts"), [(0, 1.0, 0), (10, 1.0, 0), (11, 1.0, 1), (0, math.inf, 1), (20, 1.0, 1)]
 )
 def test_an_update_is_bad_by_its_loss_or_by_most_of_its_gradients(bad: int, loss: float, counts: int) -> None:
-    health = Health(state(None))
+    health = health_of_20_weights(None)
     update(health, bad, loss)
     update(health, 0)
     assert health.row() == {"loss": 1.0, "bad_steps": counts} and health.bad_rows == counts
 
 
 def test_a_skipped_step_counts_only_where_the_loss_scale_can_fall_no_further() -> None:
-    health = Health(state(4 * SCALE_RANGE[0]))
-    for _ in range(1):
-        update(health, 20, math.nan)
+    health = health_of_20_weights(4 * SCALE_RANGE[0])
+    update(health, 20, math.nan)
     assert math.isnan(health.row()["loss"]) and health.bad_rows == 0
     update(health, 1)
     update(health, 1)

@@ -248,9 +248,9 @@ def test_evaluation_at_intervals_goes_to_the_statistics(tmp_path: Path) -> None:
 
 def test_run_folders(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
-    assert [new_run_dir(Config())[0].name for _ in range(2)] == ["00000-digits", "00001-digits"]
+    assert [new_run_dir(Config()).name for _ in range(2)] == ["00000-digits", "00001-digits"]
     (tmp_path / "mine").mkdir()
-    assert new_run_dir(Config(run_dir=Path("mine"))) == (Path("mine"), [])
+    assert new_run_dir(Config(run_dir=Path("mine"))) == Path("mine")
     (tmp_path / "mine" / "x").touch()
     with pytest.raises(UserError, match="--run-dir mine: not an empty folder"):
         new_run_dir(Config(run_dir=Path("mine")))

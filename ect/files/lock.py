@@ -22,7 +22,7 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder inside the block. Raises UserError, naming host and process, where another one holds it.
+    """Keep the lock of a run folder inside the block. Raises UserError, naming host and process, where another one holds it.
 
     The system gives the lock back when its process ends, however it ends: the file that a kill leaves locks nothing. On
     Windows there is no such lock, and two processes in one folder go unnoticed; so they do, after a warning, on a file

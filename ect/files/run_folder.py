@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ RESOLVED = "resolved"
 """Key in config.json beside the options."""
 
 
-def new_run_dir(cfg: Config) -> tuple[Path, list[Path]]:
-    """Make --run-dir if it is new or empty, else the next free runs/<number>-<preset>; return it, and all folders made for it.
+def new_run_dir(cfg: Config) -> Path:
+    """Create and return --run-dir if it is new or empty, else the next free runs/<number>-<preset>.
 
     Raises UserError where it cannot be made.
     """
@@ -31,16 +32,17 @@ def new_run_dir(cfg: Config) -> tuple[Path, list[Path]]:
         with can_make(f"--run-dir {cfg.run_dir}"):
             path = cfg.run_dir.expanduser()
             refuse_used(path)
-            return path, _make(path)
+            _make(path)
+            return path
     with can_make("runs, where a run without --run-dir goes"):
         root = Path("runs")
-        made = _make(root)
+        _make(root)
         number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
         while True:
             path = root / f"{number:05d}-{cfg.preset}"
             try:
                 path.mkdir()
-                return path, [path, *made]
+                return path
             except FileExistsError:  # another job took the number
                 number += 1
 
@@ -51,15 +53,20 @@ def refuse_used(path: Path) -> None:
         raise UserError(f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}")
 
 
-def _make(path: Path) -> list[Path]:
-    """Make a folder and its parents; return those that there were not, the deepest first."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+def absent(path: Path) -> list[Path]:
+    """Return a folder and its parents, as far as there are none yet, the deepest first."""
+    path = Path(os.path.expanduser(path))
+    return [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+
+
+def _make(path: Path) -> None:
+    """Make a folder and its parents, or none of them and raise OSError."""
+    missing = absent(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError:
         remove_empty(missing)
         raise
-    return missing
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -79,13 +86,15 @@ def can_make(what: str) -> Iterator[None]:
         raise UserError(f"{what}: cannot make this folder ({reason}); choose another with --run-dir") from error
 
 
-def has_begun(folder: Path) -> bool:
+def has_begun(folder: Path, early: bool = False) -> bool:
     """Return whether a phase has a checkpoint in its folder; a run writes one before its first step.
 
-    Raises UserError, naming what is missing, where it once had one.
+    early: it cannot have had one, because the phase before has just come to its end. Else raises UserError, naming what is
+    missing, where it once had one.
     """
-    if any(folder.glob("checkpoint-*.json")):
-        return True
+    found = any(folder.glob("checkpoint-*.json"))
+    if early or found:
+        return found
     gone = [name for name in ("latest", "stats.jsonl") if (folder / name).is_file() and (folder / name).stat().st_size]
     if gone:
         raise UserError(

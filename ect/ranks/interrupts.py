@@ -61,11 +61,6 @@ def read_or_not() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        silence()
+        with open(os.devnull, "w") as nowhere:  # for what is flushed at the exit
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         raise SystemExit(NOBODY_READS) from None
-
-
-def silence() -> None:
-    """Send what is still printed to nowhere."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ect.errors import UserError
 from ect.files.atomic import atomic
-from ect.ranks.interrupts import silence
 from ect.show.grid import make_grid, save_png
 
 if TYPE_CHECKING:
@@ -40,8 +39,9 @@ class Screen(Console):
     """A console that falls silent where nobody reads it any more (`| head`), and does not end the run."""
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
-        silence()
+        """Do what rich does, which sends the output to nowhere, but do not exit."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 class RunLog:
@@ -143,7 +143,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
-        """Warn, once, of a failure to write inside the block: what is only told of a run never ends it."""
+        """Report once, as a warning, a failure to write inside the block: what is only told of a run never ends it."""
         try:
             yield
         except (OSError, UserError) as error:

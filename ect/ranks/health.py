@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from ect_kernels.radam_ema import SCALE_RANGE
 from torch import Tensor
 
-from ect.optim import FlatState
 from ect.ranks.distributed import World
-
-if TYPE_CHECKING:
-    from ect.step import TrainStep
+from ect.step import TrainStep
 
 PATIENCE = 3
 """Rows of statistics in a row with bad updates after which a run stops."""
@@ -28,16 +25,16 @@ PATIENCE = 3
 class Health:
     """Losses and bad updates since the last row of statistics.
 
-    Args: state: of the run. world: every method but `add` is called by all ranks together, and answers the same on all.
+    Args: step: of the run. world: every method but `add` is called by all ranks together, and answers the same on all.
     """
 
-    def __init__(self, state: FlatState[Any], world: World = World()) -> None:
-        self.state, self.world = state, world
-        self.values = sum(p.numel() for p in state.inputs)
+    def __init__(self, step: TrainStep, world: World = World()) -> None:
+        self.step, self.state, self.world = step, step.state, world
+        self.values = sum(p.numel() for p in self.state.inputs)
         self.bad_rows = 0
         """Bad rows in a row, up to now."""
         self._unbroken = True  # no bad update between the last checkpoint and the last row
-        self._begin(torch.zeros((), device=state.params.device))
+        self._begin(torch.zeros((), device=self.state.params.device))
 
     def _begin(self, loss: Tensor, counts: tuple[float, float] = (0.0, 0.0), steps: int = 0) -> None:
         self.loss, self.steps = loss, steps
@@ -77,30 +74,29 @@ class Health:
         return healthy, {"tally_loss": torch.tensor(loss)}, {"tally_steps": self.steps, "tally_counts": [finite, bad]}
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Go on where `saved` was; a checkpoint of version 0.1 counted no bad updates."""
+        """Load what `saved` returned, to go on where it was; a checkpoint of version 0.1 counted no bad updates."""
         steps = meta["tally_steps"]
         finite, bad = meta.get("tally_counts", (steps, 0))
         self._begin(tensors["tally_loss"].to(self.loss.device), (finite, bad), steps)
+
+    def first_bad(self) -> str | None:
+        """Return the name of the first tensor that is not finite: of the state, else of the last images' gradients."""
+        state, step = self.state, self.step
+        for name, view in state.saved_views().items():
+            if not all_finite([view]):
+                return name
+        step.use(compiled=False, graph=False)  # whatever is captured overwrites non-finite gradients
+        try:
+            step.gradients()
+        except torch.OutOfMemoryError:  # a captured update leaves little room
+            return None
+        names = (name for name, _ in state.net.named_parameters())
+        for name, view in zip(names, state.views(state.grads), strict=True):
+            if not all_finite([view]):
+                return f"the gradient of {name}"
+        return None
 
 
 def all_finite(arenas: Iterable[Tensor]) -> bool:
     """Return whether every value of non-empty tensors is finite; no copy is made of them."""
     return bool(torch.stack([end for arena in arenas for end in torch.aminmax(arena)]).isfinite().all())
-
-
-def first_bad(step: TrainStep) -> str | None:
-    """Return the name of the first tensor that is not finite: of the saved state, else of the gradients of the last images."""
-    state = step.state
-    for name, view in state.saved_views().items():
-        if not all_finite([view]):
-            return name
-    step.use(compiled=False, graph=False)  # whatever is captured overwrites non-finite gradients
-    try:
-        step.gradients()
-    except torch.OutOfMemoryError:  # a captured update leaves little room
-        return None
-    names = (name for name, _ in state.net.named_parameters())
-    for name, view in zip(names, state.views(state.grads), strict=True):
-        if not all_finite([view]):
-            return f"the gradient of {name}"
-    return None
