@@ -48,7 +48,7 @@ class Options:
     """A trained network: what python -m ect.sample takes."""
     data: DataConfig = field(default_factory=DataConfig)
     samples: int = 2000
-    """At most this many images, all at every level. Over 500 images the ratios still move by 2 %, over all digits by 1 %."""
+    """The most images taken, all at every level. Over 500 images the ratios still move by 2 %, over all digits by 1 %."""
     device: str = "auto"
     check: bool = False
     """Exit 1 unless fp16's error is at most 1.3 times TF32's at every level."""

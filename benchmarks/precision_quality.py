@@ -56,7 +56,7 @@ class Options:
     """Print the table in Markdown."""
     results: Path = RESULTS
     folder: Path = Path("runs/precision-quality")
-    """Where the teachers are kept."""
+    """The folder in which the pretrained networks are kept."""
     kimg: float = PRESETS["digits"].total_kimg
     """Length of each phase, to try the script; the digits recipe otherwise."""
 

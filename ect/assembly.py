@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: the network's description, the objective, optimizer state and update."""
+"""The parts of a run, made from its configuration: the network's description, the objective, optimizer state and update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ect.data import Dataset, ImageStream
 from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, describe
-from ect.objective import ConsistencyObjective, DiffusionObjective, Mapping, Objective
+from ect.objective import OBJECTIVES, Objective
 from ect.objectives.distillation import ConsistencyDistillation
 from ect.optim import FlatState
 from ect.ranks.distributed import World
@@ -25,7 +25,10 @@ few minutes of compiling against a few per cent of a step of tens of millisecond
 
 
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
-    """Describe a new network of the configured architecture to ect.models.build. Raises UserError where none fits."""
+    """Return what ect.models.build needs for a new network of the configured architecture.
+
+    Raises UserError where the data's resolution or the channels do not fit it.
+    """
     mult = " ".join(map(str, cfg.channel_mult))
     if dataset.resolution % 2 ** (len(cfg.channel_mult) - 1):
         raise UserError(
@@ -48,7 +51,7 @@ def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: in
 
 
 def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
-    """Options that do nothing on this data set, as lines for the console."""
+    """Name the options that do nothing on this data set, as lines for the console."""
     sizes = [dataset.resolution >> level for level in range(len(cfg.net.channel_mult))]
     idle = [size for size in cfg.net.attn_resolutions if size not in sizes]
     if idle and cfg.init_from is None and cfg.resume is None:
@@ -58,20 +61,20 @@ def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
         yield f"--net.label-dropout {cfg.net.label_dropout}: there are no labels to drop; give --data.labels"
 
 
-def objective_type(cfg: ObjectiveConfig) -> type[ConsistencyObjective] | type[DiffusionObjective]:
-    """The configured objective's class, which says what it needs before there is a network."""
-    if cfg.kind == "diffusion":
-        return DiffusionObjective
-    return ConsistencyDistillation if cfg.target == "teacher" else ConsistencyObjective
+def objective_type(cfg: ObjectiveConfig) -> type[Objective]:
+    """Return the configured objective's class, which says what it needs before there is a network.
+
+    Raises UserError where none is known.
+    """
+    if cfg.kind not in OBJECTIVES:
+        raise UserError(f"--objective.kind {cfg.kind}: there is no such objective; known: {', '.join(OBJECTIVES)}")
+    distils = cfg.kind == "consistency" and cfg.target == "teacher"
+    return ConsistencyDistillation if distils else OBJECTIVES[cfg.kind]
 
 
 def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
-    """The configured objective, for data of standard deviation sigma_data."""
-    chosen = objective_type(cfg)
-    if issubclass(chosen, DiffusionObjective):
-        return chosen(sigma_data, cfg.P_mean, cfg.P_std)
-    mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
-    return chosen(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+    """Make the configured objective, for data of standard deviation sigma_data."""
+    return objective_type(cfg).configured(cfg, sigma_data)
 
 
 def frozen(cfg: Config, net: EDMPrecond) -> EDMPrecond:
@@ -85,7 +88,7 @@ def frozen(cfg: Config, net: EDMPrecond) -> EDMPrecond:
 
 
 def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
-    """The configured optimizer state of a network, in the configured precision and memory layout of its device."""
+    """Make the configured optimizer state of a network, in the configured precision and memory layout of its device."""
     device = next(net.parameters()).device
     arithmetic = precision.resolve(cfg.precision, device)
     state = FlatState(
@@ -102,7 +105,10 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
 def train_step(
     cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World(), teacher: EDMPrecond | None = None
 ) -> TrainStep:  # fmt: skip
-    """The configured update of `state`, on images of `stream`. teacher: made by `frozen`, for an objective that wants one."""
+    """Make the configured update of `state`, on images of `stream`.
+
+    teacher: made by `frozen`, for an objective that wants one. Raises ValueError where `batch_per_device` is still 'auto'.
+    """
     device = state.params.device
     if cfg.batch_per_device == "auto":
         raise ValueError("batch_per_device is 'auto'; ect.cost.memory.plan finds the number")
@@ -114,20 +120,22 @@ def train_step(
 
 
 def compiles(cfg: Config, device: torch.device) -> bool:
-    """Whether a run on `device` puts its network through torch.compile: as configured, else where it is likely to pay."""
+    """Say whether a run on `device` puts its network through torch.compile: as configured, else where it is likely to pay."""
     if cfg.compile is not None:
         return cfg.compile
     return device.type == "cuda" and cfg.total_kimg * 1000 / cfg.batch >= COMPILE_PAYS_STEPS
 
 
 def captures(cfg: Config, device: torch.device) -> bool:
-    """Whether a run on `device` captures its update into a CUDA graph: on a GPU, unless configured otherwise. Raises UserError
-    where a graph is asked for by name on a device that has none."""
+    """Say whether a run on `device` captures its update into a CUDA graph: on a GPU, unless configured otherwise.
+
+    Raises UserError where a graph is asked for by name on a device that has none.
+    """
     if cfg.graph and device.type != "cuda":
         raise UserError(f"--graph: a CUDA graph needs a GPU, and this run is on {device}; leave the option out")
     return device.type == "cuda" and cfg.graph is not False
 
 
 def keeps_channels_last(cfg: Config, device: torch.device) -> bool:
-    """Whether a run on `device` keeps the weights of convolutions channels last: as configured, else on a GPU."""
+    """Say whether a run on `device` keeps the weights of convolutions channels last: as configured, else on a GPU."""
     return device.type == "cuda" if cfg.channels_last is None else cfg.channels_last

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from ect import emas
 
@@ -29,15 +29,30 @@ HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
 
 
+Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
+Kind = Literal["consistency", "diffusion"]
+
+
+def admit(option: str, name: str) -> None:
+    """Let the fields of a type above, "Architecture" or "Kind", take one more name.
+
+    `ect.models.register` and `ect.objective.register` call it. The fields' types are read anew whenever a command line or a
+    config.json is.
+    """
+    known = get_args(globals()[option])
+    if name not in known:
+        globals()[option] = Literal.__getitem__((*known, name))
+
+
 Switch = Annotated[bool | None, _TAKES_NO_VALUE]
 """`--name` or `--no-name`; None where neither is given: as the device and the run suggest."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a field's value must be, unless it is None: `ect.options.check` holds each value against the limits beside it.
+    """A condition on a field's value, unless that is None: `ect.options.check` holds each value against the limits beside it.
 
-    Args: expected: says it, in an error. holds: whether a value is so.
+    Args: expected: names it in an error, after "expected". holds: whether a value meets it.
     """
 
     expected: str
@@ -80,7 +95,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class NetConfig:
-    arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
+    arch: Architecture = "ddpmpp"
     """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
     model_channels: Annotated[int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0)] = 128
     """Channels at the first resolution, times channel_mult at the others."""
@@ -97,14 +112,14 @@ class NetConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["consistency", "diffusion"] = "consistency"
+    kind: Kind = "consistency"
     """'consistency' tunes with ECT; 'diffusion' trains a denoiser with EDM's loss."""
     P_mean: float = -1.1
     """Mean of ln(t)."""
     P_std: Annotated[float, ABOVE_0] = 2.0
     """Standard deviation of ln(t)."""
     mapping: Literal["sigmoid", "const"] = "sigmoid"
-    """How r follows from t and the stage (consistency only)."""
+    """The formula by which r follows from t and the stage (consistency only)."""
     q: Annotated[float, Limit("greater than 1", lambda q: q > 1)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
     k: Annotated[float, FROM_0] = 8.0
@@ -119,8 +134,8 @@ class ObjectiveConfig:
     stage_kimg: Annotated[float, ABOVE_0] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
     target: Literal["self", "teacher"] = "self"
-    """Where the pair of x_t lies: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE from x_t
-    ('teacher', consistency distillation)."""
+    """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE
+    from x_t ('teacher', consistency distillation)."""
 
 
 @dataclass(frozen=True)

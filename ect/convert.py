@@ -1,4 +1,4 @@
-"""python -m ect.convert model.pkl model.safetensors: a public EDM or ECT snapshot as a model file, executing nothing."""
+"""python -m ect.convert model.pkl model.safetensors makes a model file of a public EDM or ECT snapshot, executing nothing."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Options:
     destination: tyro.conf.Positional[Path]
     """The file to write; its name ends in .safetensors."""
     key: str = "ema"
-    """Which network of the snapshot: its averaged weights are 'ema'."""
+    """The network of the snapshot to convert: 'ema' has the averaged weights."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line; exits with status 2 and one message where the user can mend it."""
+    """Run the command line; exit with status 2 and one message where the user can mend it."""
 
     def work(options: Options, world: World) -> int:
         print(report(convert(options)))
@@ -46,7 +46,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def convert(options: Options) -> Snapshot:
-    """Read, check and write. Raises UserError (`UnsafePickle` on hostile content) and then writes nothing."""
+    """Read the snapshot, check it, write the model file, and return the snapshot.
+
+    Raises UserError on a snapshot that cannot be read or does not fit (`UnsafePickle` on hostile content), and on a
+    destination of another name than *.safetensors. Nothing is written then.
+    """
     if options.destination.suffix != ".safetensors":
         raise UserError(f"{options.destination}: the file to write must be named *.safetensors")
     snapshot = edm_pickle.read(options.source, options.key)
@@ -56,7 +60,7 @@ def convert(options: Options) -> Snapshot:
 
 
 def report(snapshot: Snapshot) -> str:
-    """What was found, in a few lines."""
+    """Say in a few lines what was found: networks, weights, checksums, licence."""
     spec, info = snapshot.spec, snapshot.info
     numel = sum(tensor.numel() for tensor in snapshot.state.values())
     kwargs = ", ".join(f"{name}={value!r}" for name, value in spec["kwargs"].items())

@@ -1,4 +1,4 @@
-"""The weight averages of a run: what an entry of --optim.emas means. This module imports no torch."""
+"""The weight averages of a run, and the meaning of an entry of --optim.emas. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 MAX_EMAS = 3
-"""What one pass of the op radam_ema updates (ect_kernels.radam_ema.MAX_EMAS)."""
+"""The most averages that one pass of the op radam_ema updates (ect_kernels.radam_ema.MAX_EMAS)."""
 POWER = "rel:"
 
 
@@ -30,15 +30,15 @@ def spelled(entry: str) -> str:
 
 
 def are_few(entries: Sequence[str]) -> bool:
-    """Return whether a run can keep so many averages, each of them once."""
+    """Say whether these are 1 to 3 averages, none of them named twice, in whatever spelling."""
     return 1 <= len({spelled(entry) for entry in entries}) == len(entries) <= MAX_EMAS
 
 
 def have_no_power(entries: Sequence[str]) -> bool:
-    """Return whether no entry asks for a power-function profile (Karras et al., 2024), which no version has yet."""
+    """Say whether no entry asks for a power-function profile (Karras et al., 2024), which no version has yet."""
     return not any(entry.startswith(POWER) for entry in entries)
 
 
 def are_decays(entries: Sequence[str]) -> bool:
-    """Return whether every entry is a decay per step: from 0, the weights themselves, to below 1, which never moves."""
+    """Say whether every entry is a decay per step: from 0, which is the weights themselves, to below 1, which never moves."""
     return all(0 <= beta_of(entry) < 1 for entry in entries)

@@ -1,4 +1,4 @@
-"""python -m ect.evaluate: the quality of a model at 1 and 2 network evaluations, in one table and in metrics.json."""
+"""python -m ect.evaluate rates a model at 1 and 2 network evaluations, in one table and in metrics.json."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Options:
     model: tyro.conf.Positional[Path]
     """A model (.safetensors of ours, .pkl of EDM or ECT) or a run folder (its latest checkpoint)."""
     ema: int | None = None
-    """Which weight average of a run: --ema 1 is the second entry of its --optim.emas. Default: the first."""
+    """The weight average of a run, counted from 0: --ema 1 is the second entry of its --optim.emas. Default: the first."""
     data: str | None = None
     """Reference images: 'digits', or a path as for ect.train. Default: the digits for a model of the digits."""
     resolution: int | None = None
@@ -84,7 +84,7 @@ class Options:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line; exits with status 2 and one message where the user can mend it."""
+    """Run the command line; exit with status 2 and one message where the user can mend it."""
 
     def work(options: Options, world: World) -> int:
         evaluate(options, Console(width=None if sys.stdout.isatty() else _WIDTH), world)
@@ -96,8 +96,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def evaluate(options: Options, console: Console, world: World = World()) -> list[QualityRow]:
-    """Rate the model, print the table and write metrics.json. All ranks of `world` make images, rank 0 rates them, prints and
-    writes. Raises UserError on what the user can mend."""
+    """Rate the model, print the table, write metrics.json, and return the table's rows.
+
+    All ranks of `world` make images, rank 0 rates them, prints and writes. Raises UserError on what the user can mend.
+    """
     _check_numbers(options)
     device = resolve(options.device, world)
     net, info = load_model(options.model, device=device, ema=options.ema)

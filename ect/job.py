@@ -63,8 +63,11 @@ STRIP_WIDTH = 900  # pixels, about
 
 
 def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
-    """The diffusion phase as a configuration of its own: --pretrain's preset gives length, objective and optimizer, `cfg` the
-    rest. run_dir: the folder of the phase; once it has begun there, it goes on as it began, whatever became of the preset."""
+    """Return the diffusion phase as a configuration of its own.
+
+    --pretrain's preset gives length, objective and optimizer, `cfg` the rest. run_dir: the folder of the phase; once it has
+    begun there, it goes on as it began, whatever became of the preset.
+    """
     assert cfg.pretrain is not None
     if run_dir is not None and (run_dir / CONFIG).is_file():
         phase = load_config(run_dir)
@@ -82,19 +85,19 @@ class Rated:
     path: Path
     ema: int
     entry: str | None
-    """Its entry of --optim.emas, where there are several."""
+    """The entry of --optim.emas that names it, where there are several."""
     samplers: Sequence[Sampler]
 
     @classmethod
     def averages(cls, path: Path, cfg: Config, samplers: Sequence[Sampler]) -> list[Rated]:
-        """All weight averages of the phase with this configuration and model file."""
+        """Return all weight averages of the phase with this configuration and model file."""
         emas = cfg.optim.emas
         return [cls(path, i, entry if len(emas) > 1 else None, samplers) for i, entry in enumerate(emas)]
 
 
 @dataclass
 class Job:
-    """`run` trains all phases and reports; it returns False if a signal stopped it before the end.
+    """The phases of a run and its report: `run` does them all, and returns False if a signal stopped it before the end.
 
     world: every rank runs the job; rank 0 alone writes and reports. Raises UserError where options, data and files do not fit.
     """
@@ -189,7 +192,10 @@ class Job:
         return self.finish(models)
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
-        """One phase, from its last checkpoint if it has one. Returns its model file, or None if stopped before its end."""
+        """Train one phase, from its last checkpoint if it has one.
+
+        Returns its model file, or None if stopped before its end.
+        """
         resume = None
         if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
@@ -241,7 +247,10 @@ class Job:
             temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, models: Sequence[Rated]) -> bool:
-        """Samples side by side (samples.png), the table on the console, results.json and results.md; False if stopped."""
+        """Report on the models: samples.png (side by side), the table on the console, results.json and results.md.
+
+        Returns False if stopped before the end.
+        """
         begin, cfg = time.monotonic(), self.cfg.eval
         rows: list[QualityRow] = []
         pictures = {"data": self.dataset.images[: len(STRIP_SEEDS)]}

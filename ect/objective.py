@@ -1,4 +1,4 @@
-"""What is learnt: noise levels, the mapping t -> r, weightings, and the consistency and diffusion objectives.
+"""The objectives: noise levels, the mapping t -> r, weightings, and the losses of consistency and of diffusion training.
 
 Everything here takes a denoiser, a callable (x [N, C, H, W], sigma [N]) -> D_x, not a network. Formulas that an op computes too
 are called where the op has them. Further objectives are files in ect/objectives/. Sources: Geng et al., "Consistency models
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from ect_kernels import philox
@@ -18,6 +18,7 @@ from ect_kernels.levels import levels, lower_level, noise_level
 from ect_kernels.perturb import perturb
 from torch import Tensor
 
+from ect.config import ObjectiveConfig, admit
 from ect.sampler import Heun, Sampler, consistency_samplers
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -56,9 +57,10 @@ class Mapping:
         return self.q, {"sigmoid": self.k, "const": 0.0}[self.kind], self.b
 
     def __call__(self, t: Tensor, stage: Tensor | int) -> Tensor:
-        """t [N] > 0 and a stage (int or 0-d tensor, >= 0) -> r [N] with 0 <= r <= t, in t's dtype.
+        """Return r [N] with 0 <= r <= t, in t's dtype, of levels t [N] > 0 at a stage (int or 0-d tensor, >= 0).
 
-        r = t only where the gap q^-(stage + 1) is below the dtype's rounding (fp32: 2^-24)."""
+        r = t only where the gap q^-(stage + 1) is below the dtype's rounding (fp32: 2^-24).
+        """
         return lower_level(t, stage, *self.curve)
 
 
@@ -73,7 +75,7 @@ class Draw(NamedTuple):
 
 
 class Objective:
-    """What a training step minimises. A new objective derives from this class, and declares what differs.
+    """The loss that a training step minimises. A new objective derives from this class, and declares what differs.
 
     draws: the random numbers that `train_loss` takes, by the name of its argument; mirroring images is the step's. precond: the
     preconditioning of the network, a class of ect.models. staged: whether t and r close up in stages, from a pretrained network
@@ -85,9 +87,17 @@ class Objective:
     staged: ClassVar[bool] = False
     wants_teacher: ClassVar[bool] = False
 
+    @classmethod
+    def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> Objective:
+        """Return the objective that a configuration means, for data of standard deviation sigma_data."""
+        return cls()
+
     def train_loss(self, denoiser: Denoiser, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss [N] of clean images y [N, C, H, W] in [-1, 1]. Further arguments: each of `draws` by its name,
-        `stage` (0-d int64 tensor), and `teacher`, another denoiser, where `wants_teacher`."""
+        """Return the loss [N] of clean images y, fp32 [N, C, H, W] in [-1, 1].
+
+        Further arguments: each of `draws` by its name, `stage` (0-d int64 tensor), and `teacher`, another denoiser, where
+        `wants_teacher`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no train_loss")
 
     def fast_loss(
@@ -102,11 +112,30 @@ class Objective:
 
     @classmethod
     def samplers(cls, mid_t: Sequence[float], heun_steps: Sequence[int]) -> Sequence[Sampler]:
-        """Return the samplers that suit a network so trained: here EDM's, of each number of heun_steps. mid_t: the levels of a
-        consistency sampler after its first."""
+        """Return the samplers that suit a network so trained: here EDM's Heun sampler, at each number of heun_steps.
+
+        mid_t: the noise levels of a consistency sampler after its first.
+        """
         return [Heun(steps) for steps in heun_steps]
 
 
+OBJECTIVES: dict[str, type[Objective]] = {}
+"""The objectives by the names that --objective.kind has for them."""
+_Of = TypeVar("_Of", bound=Objective)
+
+
+def register(kind: str) -> Callable[[type[_Of]], type[_Of]]:
+    """Return a decorator that makes an objective known to --objective.kind, as `kind`."""
+
+    def known(objective: type[_Of]) -> type[_Of]:
+        OBJECTIVES[kind] = objective
+        admit("Kind", kind)
+        return objective
+
+    return known
+
+
+@register("consistency")
 @dataclass(frozen=True)
 class ConsistencyObjective(Objective):
     """ECT: D(x_t, t) shall equal the stop-gradient D(x_r, r) of the same weights, noise and dropout mask.
@@ -130,11 +159,19 @@ class ConsistencyObjective(Objective):
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting is {self.weighting!r}; known: {', '.join(WEIGHTINGS)}")
 
+    @classmethod
+    def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> ConsistencyObjective:
+        mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
+        return cls(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std)
+
     def compare(
         self, denoiser: Denoiser, x_t: Tensor, x_r: Tensor, t: Tensor, r: Tensor, *, share_rng: bool = False
     ) -> Tensor:
-        """Return the loss [N] of pairs x_t, x_r [N, C, H, W] at levels t > r >= 0 [N]. Rows with r = 0 take x_r as their target
-        (the answer to x_r there, D at sigma = 1, is discarded). share_rng: as for `loss`."""
+        """Return the loss [N] of pairs x_t, x_r [N, C, H, W] at levels t > r >= 0 [N].
+
+        Rows with r = 0 take x_r as their target: the answer to x_r there, D at sigma = 1, is discarded. share_rng: as for
+        `loss`.
+        """
         # x_r goes first: what its pass may keep for a backward is gone before the student's begins.
         generators = torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else [], enabled=share_rng)
         with torch.no_grad(), generators:
@@ -145,7 +182,7 @@ class ConsistencyObjective(Objective):
     def loss(
         self, denoiser: Denoiser, y: Tensor, t: Tensor, r: Tensor, eps: Tensor, *, share_rng: bool = True
     ) -> Tensor:
-        """Per-sample loss [N] of clean images y [N, C, H, W] in [-1, 1], levels t > r >= 0 [N] and unit noise eps like y.
+        """Return the loss [N] of clean images y [N, C, H, W] in [-1, 1], at levels t > r >= 0 [N], with unit noise eps like y.
 
         Rows with r = 0 take y as their target. share_rng makes both passes draw the same from torch's global generators; a
         denoiser that holds its dropout key itself does not need it.
@@ -154,15 +191,18 @@ class ConsistencyObjective(Objective):
         return self.compare(denoiser, x_t, x_r, t, r, share_rng=share_rng)
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int) -> Tensor:
-        """Per-sample loss [N] with t = exp(P_mean + P_std normal), r by the mapping; the denoiser fixes its own mask."""
+        """Return the loss [N] with t = exp(P_mean + P_std normal) and r by the mapping; the denoiser fixes its own mask."""
         t = noise_level(normal, self.P_mean, self.P_std)
         return self.loss(denoiser, y, t, self.mapping(t, stage), eps, share_rng=False)
 
     def fast_loss(
         self, unet: Denoiser, sigma_data: float, images: Tensor, key: Tensor, n0: Tensor | int, stage: Tensor, xflip: bool
     ) -> Tensor | None:  # fmt: skip
-        """Return what `train_loss` does in three launches: two from uint8 images to the U-Net's inputs, one from its outputs to
-        loss and gradient. None for a subclass of this class or of Mapping, whose formulas are its own."""
+        """Return what `train_loss` does, in three launches beside the network; None for a subclass of this class or Mapping.
+
+        Two lead from uint8 images to the U-Net's inputs, one from its outputs to loss and gradient. The formulas of a subclass
+        are its own, and the ops do not know them.
+        """
         if type(self) is not ConsistencyObjective or type(self.mapping) is not Mapping:
             return None
         levels_of = (self.P_mean, self.P_std, *self.mapping.curve)
@@ -179,6 +219,7 @@ class ConsistencyObjective(Objective):
         return consistency_samplers(mid_t)
 
 
+@register("diffusion")
 @dataclass(frozen=True)
 class DiffusionObjective(Objective):
     """EDM's denoising loss, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |D(y + sigma eps, sigma) - y|^2."""
@@ -187,13 +228,20 @@ class DiffusionObjective(Objective):
     P_mean: float = -1.2
     P_std: float = 1.2
 
+    @classmethod
+    def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> DiffusionObjective:
+        return cls(sigma_data, cfg.P_mean, cfg.P_std)
+
     def loss(self, denoiser: Denoiser, y: Tensor, sigma: Tensor | float, eps: Tensor) -> Tensor:
-        """Elementwise weighted squared error [N, C, H, W] of clean images y; sigma is a float, 0-d, [N] or [N, 1, 1, 1]."""
+        """Return the weighted squared error of each value of clean images y [N, C, H, W], unit noise eps like y.
+
+        sigma: a float, 0-d, [N] or [N, 1, 1, 1].
+        """
         sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).reshape(-1).expand(y.shape[0])
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         D = denoiser(y + sigma.view(-1, 1, 1, 1) * eps, sigma)
         return weight.view(-1, 1, 1, 1) * (D - y) ** 2
 
     def train_loss(self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int) -> Tensor:
-        """Per-sample loss [N], summed over pixels, with sigma = exp(P_mean + P_std normal). The stage plays no role."""
+        """Return the loss [N], summed over pixels, with sigma = exp(P_mean + P_std normal). The stage plays no role."""
         return self.loss(denoiser, y, noise_level(normal, self.P_mean, self.P_std), eps).flatten(1).sum(1)

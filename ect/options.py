@@ -1,4 +1,4 @@
-"""From a command line to a Config and back: presets, overrides, config.json, and checks that name the option."""
+"""The way from a command line to a Config and back: presets, overrides, config.json, and checks that name the option."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ MAX_TIGHTNESS = 16
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """The configuration of `python -m ect.train argv`: preset (or the resumed run's config.json), then overrides.
+    """Return the configuration of `python -m ect.train argv`: preset (or the resumed run's config.json), then overrides.
 
-    tyro answers --help and unknown or ill-typed options itself, with the option meant, and exits with status 2.
+    Raises UserError where a value is impossible. tyro answers --help, and unknown or ill-typed options, itself: it names the
+    option meant, and exits with status 2.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -44,12 +45,12 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def base(name: str, resume: Path | None) -> Config:
-    """What a command line overrides: the configuration of the run it resumes, else the preset `name`."""
+    """Return what a command line overrides: the configuration of the run it resumes, else the preset `name`."""
     return load(run_folder(resume)) if resume else preset(name)
 
 
 def preset(name: str, asked_by: str = "--preset") -> Config:
-    """PRESETS[name]; raises UserError that names the option and says what was meant."""
+    """Return the preset of this name. Raises UserError, which names the option `asked_by` and says what was meant."""
     if name in PRESETS:
         return PRESETS[name]
     close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -58,7 +59,7 @@ def preset(name: str, asked_by: str = "--preset") -> Config:
 
 
 def fields(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[Limit]]]:
-    """(option, value, limits of the value) of every field, nested ones included."""
+    """Yield (option, value, limits of the value) of every field, nested ones included."""
     for field, limits in _limits(cfg.__class__).items():
         value, name = getattr(cfg, field), prefix + field.replace("_", "-")
         if dataclasses.is_dataclass(value):
@@ -69,7 +70,7 @@ def fields(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[Limit]]]
 
 @functools.cache
 def _limits(cls: type) -> dict[str, list[Limit]]:
-    """The limits beside each field of a dataclass."""
+    """Return the limits beside each field of a dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         field: [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Limit)]
@@ -78,7 +79,7 @@ def _limits(cls: type) -> dict[str, list[Limit]]:
 
 
 def option(name: str, value: Any) -> str:
-    """An option as a shell's command line has it."""
+    """Return an option with its value as a shell's command line has it."""
     if isinstance(value, bool):
         group, _, last = name.rpartition(".")
         no = "" if value else "no-"
@@ -91,7 +92,7 @@ def option(name: str, value: Any) -> str:
 
 
 def check(cfg: Config) -> None:
-    """Raises UserError naming the first option whose value is impossible: by itself, then beside other options."""
+    """Raise UserError naming the first option whose value is impossible: by itself, then beside other options."""
     values = {}
     for name, value, limits in fields(cfg):
         values[name] = value
@@ -107,7 +108,7 @@ def check(cfg: Config) -> None:
 
 
 def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
-    """(option, whether its value fits the other options, what is expected): the rules that no field has by itself."""
+    """Yield (option, whether its value fits the others, what is expected) for each rule that no field has by itself."""
     per_device, objective, optim = cfg.batch_per_device, cfg.objective, cfg.optim
     divides = not isinstance(per_device, int) or (per_device >= 1 and cfg.batch % per_device == 0)
     yield "batch-per-device", divides, f"a divisor of --batch {cfg.batch}"

@@ -1,4 +1,4 @@
-"""In which arithmetic a step runs, and where half precision begins and ends.
+"""The arithmetic of a step, and where half precision begins and ends.
 
 The signal of consistency tuning is a small difference of two large outputs, so rounding matters where they are formed: the
 first convolution, the last norm and convolution, the preconditioning and the loss stay fp32, and so do the embedding, the
@@ -21,8 +21,11 @@ FIRST_WITH_TF32 = 8  # major compute capability of the first GPUs with TF32 and 
 
 @dataclass(frozen=True)
 class Precision:
-    """half: dtype of the blocks' activations and convolution weights (None: fp32). tf32: tensor cores for fp32 products.
-    loss_scale: the first one, for gradients that fp16 would flush to zero; None: no scaling."""
+    """An arithmetic that --precision names.
+
+    half: dtype of the blocks' activations and convolution weights (None: fp32). tf32: tensor cores for fp32 products.
+    loss_scale: the first one, for gradients that fp16 would flush to zero; None: no scaling.
+    """
 
     name: str
     half: torch.dtype | None = None
@@ -42,8 +45,11 @@ PRECISIONS = {
 
 
 def resolve(name: str, device: torch.device) -> Precision:
-    """The Precision of a name; 'auto' is fp16 on a GPU and fp32 elsewhere. On a CPU fp16 and bf16 emulate a GPU's rounding.
-    Raises UserError where the GPU has no such arithmetic, which it would emulate slowly (bf16) or leave out (TF32)."""
+    """Return the Precision of a name; 'auto' is fp16 on a GPU and fp32 elsewhere.
+
+    On a CPU fp16 and bf16 emulate a GPU's rounding. Raises UserError where the GPU has no such arithmetic, which it would
+    emulate slowly (bf16) or leave out (TF32).
+    """
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
     if name in ("bf16", "tf32") and device.type == "cuda" and torch.cuda.is_available():
@@ -65,8 +71,11 @@ def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
 
 
 def apply(precision: Precision) -> None:
-    """Tell torch: TF32 products or true fp32 ones, half-precision sums in fp32, and the fastest kernel for each convolution,
-    found by trial at its first call. All that runs the step, benchmarks too, is set up here alone."""
+    """Set torch's switches: TF32 products or true fp32 ones, half-precision sums in fp32, convolutions chosen by trial.
+
+    The trial takes the fastest kernel at a convolution's first call. All that runs the step, benchmarks too, is set up here
+    alone.
+    """
     _allow_tf32(precision.tf32, precision.tf32)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -75,8 +84,10 @@ def apply(precision: Precision) -> None:
 
 @contextmanager
 def sampling(precision: Precision) -> Iterator[None]:
-    """Inside the block, images are made and rated: in fp32 networks whose products take TF32, save where fp32 was asked for.
-    An image does not need the digits that the training signal needs; what follows has the products of before again."""
+    """Let the block, in which images are made and rated, compute fp32 products in TF32, save where fp32 was asked for.
+
+    An image does not need the digits that the training signal needs. What follows has the products of before again.
+    """
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     tf32 = precision.name != "fp32"
     _allow_tf32(tf32, tf32)
@@ -87,7 +98,7 @@ def sampling(precision: Precision) -> Iterator[None]:
 
 
 def products(device: torch.device) -> str:
-    """What the products of fp32 tensors are computed in on `device` as torch is set now: 'TF32' or 'fp32'."""
+    """Say what the products of fp32 tensors are computed in, on `device`, as torch is set now: 'TF32' or 'fp32'."""
     if device.type != "cuda" or not (torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32):
         return "fp32"
     return "TF32" if torch.cuda.get_device_capability(device)[0] >= FIRST_WITH_TF32 else "fp32"

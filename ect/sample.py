@@ -1,4 +1,4 @@
-"""python -m ect.sample: images from a checkpoint, as a grid, a folder of PNG files or an .npz."""
+"""python -m ect.sample makes images from a checkpoint: a grid, a folder of PNG files or an .npz."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Options:
     checkpoint: tyro.conf.Positional[Path]
     """A model (.safetensors of ours, .pkl of EDM or ECT) or a run folder (its latest checkpoint)."""
     ema: int | None = None
-    """Which weight average of a run: --ema 1 is the second entry of its --optim.emas. Default: the first."""
+    """The weight average of a run, counted from 0: --ema 1 is the second entry of its --optim.emas. Default: the first."""
     seeds: str | None = None
     """Seeds as a list of numbers and ranges: 0-63 or 3,7,100-199. Default: --count seeds from --seed on."""
     seed: int = 0
@@ -64,7 +64,7 @@ class Options:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line; exits with status 2 and one message where the user can mend it."""
+    """Run the command line; exit with status 2 and one message where the user can mend it."""
 
     def work(options: Options, world: World) -> int:
         sample(options, world)
@@ -75,8 +75,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def sample(options: Options, world: World = World()) -> None:
-    """Generate the images and write them where `options.out` says. All ranks of `world` make images, rank 0 writes them. Raises
-    UserError on options that do not fit."""
+    """Generate the images and write them where `options.out` says.
+
+    All ranks of `world` make images, rank 0 writes them. Raises UserError on options that do not fit.
+    """
     seeds = _seeds(options)
     for name, value in (("batch", options.batch), ("threads", options.threads)):
         if value is not None and value < 1:
@@ -129,7 +131,10 @@ def _seeds(options: Options) -> list[int]:
 
 
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
-    """The sampler that the options ask for, or else the one that suits the model."""
+    """Return the sampler that the options ask for, or else the one that suits the model.
+
+    Raises UserError on options that exclude one another, or are out of range.
+    """
     nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
     if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
         heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur

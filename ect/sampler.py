@@ -1,4 +1,4 @@
-"""From noise to images: the samplers as values, and batched generation by seed with any of them.
+"""The samplers, which lead from noise to images, as values, and batched generation by seed with any of them.
 
 A sampler is a frozen dataclass with the members of `Sampler`. Another one is another such class, here or elsewhere:
 `generate`, `ect.metrics.quality_rows` and the tables take any of them.
@@ -44,7 +44,7 @@ class Sampler(Protocol):
         """Fresh noises that an image takes after its latents."""
 
     def __call__(self, denoiser: Denoiser, latents: Tensor, noises: Sequence[Tensor] | Tensor | None = None) -> Tensor:
-        """Images float64 [N, C, H, W], about [-1, 1].
+        """Return images, float64 [N, C, H, W], about in [-1, 1].
 
         Args: denoiser: the network. latents: unit normal [N, C, H, W]; the sampler scales them itself. noises: noises[i] is
         the i-th fresh unit noise [N, C, H, W], of at least `self.noises`; None draws them from torch's global generator.
@@ -143,13 +143,13 @@ def _denoise(denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:
 
 
 def consistency_samplers(mid_t: Sequence[float]) -> list[Consistency]:
-    """The consistency sampler at 1, 2, ... len(mid_t) + 1 evaluations: SIGMA_MAX first, then mid_t in order."""
+    """Return the consistency sampler at 1, 2, ... len(mid_t) + 1 evaluations: SIGMA_MAX first, then mid_t in order."""
     sigmas = (SIGMA_MAX, *mid_t)
     return [Consistency(sigmas[:nfe]) for nfe in range(1, len(sigmas) + 1)]
 
 
 def levels_after_first(given: Sequence[float] | None, info: dict[str, Any]) -> tuple[float, ...]:
-    """The noise levels after SIGMA_MAX: those given as --mid-t, else the model's own (`info` of its file), else MID_T.
+    """Return the noise levels after SIGMA_MAX: those given as --mid-t, else those in the model file's `info`, else MID_T.
 
     Raises UserError unless they fall.
     """
@@ -165,7 +165,7 @@ def levels_after_first(given: Sequence[float] | None, info: dict[str, Any]) -> t
 def consistency_sample(
     denoiser: Denoiser, latents: Tensor, sigmas: Sequence[float], noises: Sequence[Tensor] | Tensor | None = None
 ) -> Tensor:
-    """`Consistency(sigmas)` called at once; arguments, result and errors are its."""
+    """Return what `Consistency(sigmas)(denoiser, latents, noises)` does; arguments and errors are the same."""
     return Consistency(tuple(sigmas))(denoiser, latents, noises)
 
 
@@ -177,17 +177,20 @@ def heun_sample(
     sigma_max: float = SIGMA_MAX,
     rho: float = RHO,
 ) -> Tensor:
-    """`Heun(num_steps, ...)` called at once; arguments, result and errors are its."""
+    """Return what `Heun(num_steps, sigma_min, sigma_max, rho)(denoiser, latents)` does; arguments and errors are the same."""
     return Heun(num_steps, sigma_min, sigma_max, rho)(denoiser, latents)
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] by floor(127.5 x + 128), the field's convention."""
+    """Turn float [N, C, H, W] in [-1, 1] into uint8 [N, H, W, C] by floor(127.5 x + 128), the field's convention."""
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def draw(net: EDMPrecond, seed: int, noises: int = 0) -> tuple[Tensor, int, Tensor]:
-    """What one image starts from: latents [C, R, R], class (-1 for an unconditional net), fresh noises [noises, C, R, R]."""
+    """Draw what the image of a seed starts from: latents [C, R, R], a class (-1: unconditional), noises [noises, C, R, R].
+
+    Latents and noises are unit normal, fp32, on the CPU.
+    """
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     generator = torch.Generator().manual_seed(int(seed))
     latents = torch.randn(shape, generator=generator)
@@ -205,7 +208,7 @@ def generate(
     device: torch.device | str = "cpu",
     world: World = World(),
 ) -> Iterator[Tensor]:
-    """Images of a preconditioned network, one per seed, in batches of uint8 [n, H, W, C] on the CPU.
+    """Yield images of a preconditioned network, one for each seed, in batches of uint8 [n, H, W, C] on the CPU.
 
     Each image draws latents, class (class-conditional networks with class_idx None) and noises from a generator of its
     own seed, so an image depends on the batch size by rounding only.
@@ -226,7 +229,7 @@ def generate(
 def _images(
     net: EDMPrecond, seeds: Sequence[int], sampler: Sampler, class_idx: int | None, device: torch.device | str
 ) -> Tensor:
-    """One batch, float64 [len(seeds), C, H, W] on the device."""
+    """Make one batch of images, float64 [len(seeds), C, H, W], on the device."""
     latents, labels, noises = zip(*(draw(net, seed, sampler.noises) for seed in seeds), strict=True)
     classes: Tensor | None = None
     if net.label_dim:

@@ -9,7 +9,7 @@ from ect.emas import beta_of
 
 
 def stage_at(nimg: int, cfg: ObjectiveConfig) -> int:
-    """The mapping's stage: 0 ... n_stages - 1, each stage_kimg long, the last one open-ended.
+    """Return the mapping's stage: 0 ... n_stages - 1, each stage_kimg long, the last one open-ended.
 
     (The public code's first tick is a single step, which shifts its stages by one step; this one has no such quirk.)
     """
@@ -18,7 +18,10 @@ def stage_at(nimg: int, cfg: ObjectiveConfig) -> int:
 
 
 def lr_at(nimg: int, batch: int, total_img: int, cfg: OptimConfig) -> float:
-    """Learning rate: linear warm-up (the first step is already above 0) times the decay."""
+    """Return the learning rate: a linear warm-up (the first step is already above 0) times the decay.
+
+    batch, total_img: images an update, and of the whole run.
+    """
     lr = cfg.lr
     if cfg.warmup_kimg > 0:
         lr *= min((nimg + batch) / (cfg.warmup_kimg * 1000), 1.0)
@@ -31,7 +34,7 @@ def lr_at(nimg: int, batch: int, total_img: int, cfg: OptimConfig) -> float:
 
 
 def ema_betas_at(nimg: int, batch: int, cfg: OptimConfig) -> tuple[float, ...]:
-    """Decay of each weight average for this step; during ramp-up its half-life is at most ema_rampup * nimg (EDM)."""
+    """Return the decay of each weight average in this step; with ema_rampup its half-life is at most that times nimg (EDM)."""
     return tuple(_ema_beta_at(nimg, batch, beta_of(entry), cfg.ema_rampup) for entry in cfg.emas)
 
 

@@ -1,4 +1,5 @@
 """TrainStep: one update, top to bottom, without a host synchronisation; the same code on CPU, GPU and meta device.
+
 Random draws are pure functions of (run seed, step, index in the batch): micro-batches and ranks equal one large batch to fp32
 rounding, and a resume needs no generator state. All that changes is on the device: one CUDA graph serves the whole run.
 """
@@ -26,8 +27,9 @@ WARM_UP = 3  # updates before a capture: libraries choose algorithms and allocat
 
 
 class TrainStep:
-    """Calling it with (nimg, stage) trains on the images nimg ... nimg + batch of the stream, and returns the mean loss over
-    this rank's images, a 0-d tensor that the next call overwrites.
+    """One update of the weights, called with (nimg, stage): it trains on the images nimg ... nimg + batch of the stream.
+
+    A call returns the mean loss over this rank's images, a 0-d tensor that the next call overwrites.
 
     Args: state: its `compute` is the preconditioned network in train mode. objective: what to minimise. stream: uint8 images.
     seed: the run's. batch, micro_batch: images an update (all ranks together), and a forward pass. xflip: mirror half the
@@ -60,7 +62,7 @@ class TrainStep:
         self.mean_loss = torch.zeros((), device=device)
 
     def use(self, compiled: bool, graph: bool) -> None:
-        """From the next call on run the network through torch.compile or not, and capture the update or not."""
+        """Choose, from the next call on, whether torch.compile runs the network, and whether the update is captured."""
         self.compiled, self.wants_graph = compiled, graph
         self.graphs: list[torch.cuda.CUDAGraph] = []
         model = self.net.model
@@ -85,13 +87,13 @@ class TrainStep:
         return self.mean_loss
 
     def update(self) -> None:
-        """One update of `tensors()`, from the images and scalars that __call__ put in place."""
+        """Update all of `tensors()` once, from the images and scalars that __call__ put in place."""
         self.gradients()
         self.world.sum_(self.state.grads)
         self.state.step()
 
     def gradients(self) -> None:
-        """The update's first part: mean loss and gradients of this rank's images."""
+        """Do the update's first part: compute the mean loss and the gradients of this rank's images."""
         scale = self.mean_loss.new_full((), 1 / self.batch)
         if self.state.loss_scale is not None:
             scale = scale * self.state.loss_scale
@@ -103,7 +105,7 @@ class TrainStep:
             self.mean_loss += loss.detach() / (self.batch // self.world.size)
 
     def loss(self, i: int) -> Tensor:
-        """Per-sample loss [micro_batch] of the i-th micro-batch."""
+        """Compute the loss of each sample, [micro_batch], of the i-th micro-batch."""
         images, labels = self.stream.batch(self.starts[i], self.micro_batch)
         n0, net, objective = self.firsts[i], self.net, self.objective
         mask = MaskKey(self.key, n0)
@@ -121,7 +123,7 @@ class TrainStep:
         return objective.train_loss(denoiser, y, stage=self.stage, **inputs)
 
     def bind(self, module: nn.Module, labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey) -> Denoiser:
-        """The network, or its U-Net, as a function of images and noise level. Without gradients it rounds as with them."""
+        """Return the network, or its U-Net, as a function of images and noise level, which rounds alike without gradients."""
 
         def call(x: Tensor, level: Tensor) -> Tensor:
             student = torch.is_grad_enabled()
@@ -133,7 +135,7 @@ class TrainStep:
         return call
 
     def draw(self, draw: Draw, y: Tensor, n0: Tensor | int) -> Tensor:
-        """The numbers that an objective declares, for images y [n, C, H, W]; see ect.objective.Draw for their shape."""
+        """Draw the fp32 numbers that an objective declares, for images y [n, C, H, W]; ect.objective.Draw has their shape."""
         size = y[0].numel() if draw.size is None else draw.size
         numbers = philox.normal(self.key, draw.stream, n0, len(y), size, y.device)
         if draw.size is None:
@@ -141,12 +143,12 @@ class TrainStep:
         return numbers.view(-1) if size == 1 else numbers
 
     def flips(self, n: int, n0: Tensor | int) -> Tensor | None:
-        """Which images to mirror, bool [n]; None: none."""
+        """Draw which of n images to mirror, bool [n]; None: none of them."""
         u = philox.uniform(self.key, philox.STREAM_FLIP, n0, n, 1, self.key.device) if self.xflip else None
         return None if u is None else u.view(n) < 0.5
 
     def prepare(self, images: Tensor, n0: Tensor | int) -> tuple[Tensor, Tensor | None]:
-        """uint8 [n, H, W, C] -> (float32 [n, C, H, W] in [-1, 1], flipped and augmented; augmentation labels [n, 9])."""
+        """Turn uint8 [n, H, W, C] into fp32 [n, C, H, W] in [-1, 1], flipped and augmented, and augmentation labels [n, 9]."""
         n, device = len(images), images.device
         y = to_float(images, self.flips(n, n0))
         if self.augment is None:
@@ -156,12 +158,14 @@ class TrainStep:
         return self.augment(y, uniform, normal)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that update() writes and that outlives it."""
+        """Return every tensor that update() writes and that outlives it."""
         return [*self.state.tensors(), self.mean_loss]
 
     def parts(self) -> list[Callable[[], None]]:
-        """The update in pieces, a CUDA graph each: with several ranks the sum over them stays between two graphs, for no device
-        has shown yet that NCCL's sums can be captured."""
+        """Return the update in pieces, each of which becomes a CUDA graph.
+
+        With several ranks the sum over them stays between two graphs: no device has shown yet that NCCL's can be captured.
+        """
         return [self.update] if self.world.size == 1 else [self.gradients, self.state.step]
 
     def warm_up(self, updates: int = WARM_UP) -> None:
@@ -175,8 +179,10 @@ class TrainStep:
             torch._foreach_copy_(self.tensors(), saved)
 
     def capture(self) -> str | None:
-        """Record `parts()` into CUDA graphs, which later calls replay. Returns None, or why not: then everything is as it was,
-        and an update runs without graphs."""
+        """Record `parts()` into CUDA graphs, which later calls replay.
+
+        Returns None, or why that failed: then everything is as it was, and an update runs without graphs.
+        """
         device = self.state.params.device
         try:
             self.graphs = self._captured(device)

@@ -1,4 +1,4 @@
-"""python -m ect.train: train a diffusion model, tune it into a consistency model, or both (the default, on digits)."""
+"""python -m ect.train trains a diffusion model, tunes it into a consistency model, or does both (the default, on digits)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 when done or stopped by a signal (all is saved), 2 on bad input, 3 where the run diverged, 130 on an
-    impatient second Ctrl-C."""
+    """Train as the command line says, and return the exit status.
+
+    It is 0 when done or stopped by a signal (all is saved), 2 on bad input, 3 where the run diverged, 130 on an impatient
+    second Ctrl-C.
+    """
 
     def configure() -> Config | None:
         cfg = parse(argv)

@@ -93,13 +93,17 @@ class Trainer:
         if saved is not None:
             self._resume(saved)
         self.checked = self_check.run(self.step, ops.calls, self.nimg, self._stage()) if checking else []
-        """What the self-check found, as lines for log and report."""
+        """Lines for log and report that say what the self-check found."""
         self.notes += self.checked
         if self.precision.half is not None and self.objective.staged:
             self.notes.append(signal_noise.note(self.net, self.precision.name, self.dataset))
 
     def _build(self, saved: checkpoint.Saved | None) -> tuple[dict[str, Any], EDMPrecond]:
-        """The network in train mode: of the checkpoint's architecture with --resume and --init-from, else new."""
+        """Build the network, in train mode, and its description for ect.models.build.
+
+        The architecture is the checkpoint's with --resume and --init-from, else new. Raises UserError where the network of
+        --init-from does not fit the data.
+        """
         cfg = self.cfg
         if saved is not None:
             spec = checkpoint.read_spec(saved[2])
@@ -127,7 +131,10 @@ class Trainer:
         return spec, net.to(self.device).train()
 
     def _teacher(self) -> EDMPrecond:
-        """The frozen network of --init-from, which a resume reads again."""
+        """Load the frozen network of --init-from, which a resume reads again.
+
+        Raises UserError where there is none, or a consistency model.
+        """
         source = self.cfg.init_from
         if source is None:
             raise UserError(
@@ -150,7 +157,7 @@ class Trainer:
         return self._seconds + time.monotonic() - self._since
 
     def run(self, log: RunLog) -> Path:
-        """Train to total_kimg or to a stop signal; returns the last checkpoint's model file. No step can follow."""
+        """Train to total_kimg or to a stop signal; return the last checkpoint's model file. No step can follow."""
         with closing(self.step.stream):
             return self._run(log)
 
@@ -194,7 +201,7 @@ class Trainer:
         return schedule.stage_at(self.nimg, self.cfg.objective)
 
     def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:
-        """Write the statistics since the last row; the loss is the mean over steps and ranks of those that are finite."""
+        """Write the statistics since the last row, and return them; the loss is the mean of the finite ones, over all ranks."""
         row = self.health.row() | {
             "stage": stage, "lr": self.state.lr,
             **{f"ema{i or ''}_beta": beta for i, beta in enumerate(self.state.ema_betas)},
@@ -218,7 +225,7 @@ class Trainer:
             )
 
     def _diverged(self, why: str) -> Diverged:
-        """What to raise; from here on the run folder stands for its last healthy checkpoint."""
+        """Return what to raise; from here on the run folder stands for its last healthy checkpoint."""
         kept = self.world.first(lambda: str(self.checkpoints.back()))
         bad = self.health.first_bad()
         return Diverged(
@@ -228,16 +235,16 @@ class Trainer:
         )
 
     def average(self, i: int = 0) -> EDMPrecond:
-        """The network with the weights of average i, in eval mode; a later call changes it."""
+        """Return the network with the weights of average i, in eval mode; a later call changes it."""
         self.ema_net.load_state_dict(self.state.ema_state_dict(i))
         return self.ema_net
 
     def samplers(self) -> Sequence[Sampler]:
-        """How this phase's network is sampled for its grids."""
+        """Return the samplers by which this phase's network makes its grids."""
         return self.objective.samplers(self.cfg.eval.mid_t, HEUN_STEPS[:1])
 
     def grids(self) -> None:
-        """Sample grids of the first average."""
+        """Write a grid of samples of the first average, for each sampler."""
         net = self.average()
         for sampler in self.samplers():
             with precision.sampling(self.precision):
@@ -248,7 +255,7 @@ class Trainer:
             self.log.grid(f"nfe{sampler.nfe}", images)
 
     def evaluate(self) -> None:
-        """Judge each weight average: one row of statistics, a figure for each average, sampler and metric."""
+        """Rate each weight average, and write a row of statistics: a figure for each average, sampler and metric."""
         assert self.evaluator is not None
         cfg = self.cfg.eval
         figures: dict[str, float] = {}
@@ -266,7 +273,7 @@ class Trainer:
             self.log.row(self.nimg, figures)
 
     def save(self) -> Path:
-        """Write a checkpoint; the path of its model file. Raises Diverged rather than write what is not finite."""
+        """Write a checkpoint; return the path of its model file. Raises Diverged rather than write what is not finite."""
         if not all_finite(self.state.saved_arenas().values()):
             raise self._diverged("weights, moments or averages are not finite")
         healthy, tensors, meta = self.health.saved()

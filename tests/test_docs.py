@@ -13,6 +13,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from ect.config import Config
 from ect.files.run_folder import to_dict
 from ect.options import parse
 from ect.presets import PRESETS
+from tests.extending.loaded import forgotten
 from tests.test_command_line import fields
 
 if sys.version_info >= (3, 11):
@@ -192,6 +194,9 @@ def check_make(args: list[str]) -> None:
 
 def check_pip(args: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    if args[0] == "uninstall":
+        assert args[1:] == ["ect"], "the name of version 0.1"
+        return
     assert args[:2] == ["install", "-e"] and len(args) == 3
     found = re.fullmatch(r"\.(?:\[(\w+)\])?", args[2])
     assert found and found[1] in {None, *extras}
@@ -292,7 +297,10 @@ def test_an_unknown_option_or_target_is_noticed(tmp_path: Path, monkeypatch: pyt
 def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     code = "\n".join("\n".join(block.lines) for block in BLOCKS if block[:2] == (page, "python"))
-    exec(compile(code, page, "exec"), {"__name__": page})
+    module = types.ModuleType(page)
+    monkeypatch.setitem(sys.modules, page, module)  # where dataclasses look up the types of their fields
+    with forgotten():
+        exec(compile(code, page, "exec"), vars(module))
 
 
 @functools.cache
@@ -366,7 +374,9 @@ def test_every_preset_is_in_the_recipes() -> None:
 
 def test_the_foreign_package_is_never_recommended() -> None:
     files = [*PAGES, *(ROOT / "ect").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "pyproject.toml"]
-    assert not [file for file in files if re.search(r"""install\W+ect\b|["']ect\[""", file.read_text(encoding="utf-8"))]
+    assert not [
+        file for file in files if re.search(r"""\binstall\W+ect\b|["']ect\[""", file.read_text(encoding="utf-8"))
+    ]
 
 
 def test_make_readme_finds_its_places() -> None:

@@ -3,51 +3,47 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[1]
 VERBS = {
-    "Add", "Append", "Apply", "Ask", "Bound", "Bring", "Build", "Call", "Catch", "Change", "Check", "Choose",
-    "Compare", "Compile",
-    "Compute", "Copy", "Count", "Create", "Do", "Download", "Downsample", "Draw", "End", "Fill", "Fit", "Flatten", "Give",
-    "Group", "Invert", "Join", "Keep", "Launch", "Lay", "Let", "Load", "Make", "Measure", "Move", "Multiply", "Name",
-    "Note", "Plot", "Predict", "Print", "Profile", "Put", "Raise", "Rate", "Read", "Refuse", "Register",
-    "Remove", "Replace", "Report", "Resample", "Return", "Round", "Run", "Say", "Set", "Show", "Split", "Stop",
-    "Sum", "Train", "Transform", "Turn", "Update", "Upsample", "Use", "Wait", "Walk", "Write", "Yield",
+    "Add", "Append", "Apply", "Ask", "Attend", "Bound", "Bring", "Build", "Call", "Catch", "Change", "Check",
+    "Choose", "Compare", "Compile", "Compute", "Convolve", "Copy", "Count", "Create", "Do", "Download",
+    "Downsample", "Draw", "End", "Fill", "Filter", "Fit", "Flatten", "Generate", "Give", "Go", "Group", "Hold",
+    "Invert", "Join", "Keep", "Launch", "Lay", "Let", "Limit", "Load", "Make", "Measure", "Move", "Multiply",
+    "Name", "Note", "Order", "Plot", "Predict", "Print", "Profile", "Put", "Raise", "Rate", "Read", "Record",
+    "Refuse", "Register", "Remove", "Replace", "Report", "Resample", "Return", "Round", "Run", "Say", "Set", "Show",
+    "Split", "Stop", "Sum", "Train", "Transform", "Turn", "Update", "Upsample", "Use", "Wait", "Walk", "Write",
+    "Yield",
 }  # fmt: skip
 FRAGMENT = re.compile(
     r"(What|Which|Why|Whether|Where|How|Who|When|Of|By|In|With|For|From|At|To|As|Its?|Those|That|Until|Without|Beside)\b"
 )
 
 
-def waiting(path: Path) -> bool:
-    """Say whether pyproject.toml lets the docstrings of a file wait."""
-    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]
-    return "D401" in ruff["lint"]["per-file-ignores"].get(path.relative_to(ROOT).as_posix(), ())
-
-
 FOLDERS = [ROOT / name for name in ("benchmarks", "ect", "kernels")]
-PATHS = [ROOT / "setup.py", ROOT / "csrc/targets.py", *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
-FILES = sorted(path for path in PATHS if not waiting(path))
+FILES = sorted(
+    [ROOT / "setup.py", ROOT / "csrc/targets.py", *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
+)
 
 
 def docstrings(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """Yield (place, docstring, whether it is a function's that is called) of all that a file has."""
+    """Yield (place, docstring, whether it is a function's that is called) of all that a file has, attributes included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
             decorators = map(ast.unparse, getattr(node, "decorator_list", ()))
             called = isinstance(node, ast.FunctionDef) and not any("property" in name for name in decorators)
             yield f"{path.relative_to(ROOT)}:{getattr(node, 'name', '')}", text, called
+        body = getattr(node, "body", None)
+        for target, below in itertools.pairwise(body if isinstance(body, list) else []):
+            if isinstance(target, (ast.Assign, ast.AnnAssign)) and isinstance(below, ast.Expr):
+                text = ast.literal_eval(below.value) if isinstance(below.value, ast.Constant) else ""
+                yield f"{path.relative_to(ROOT)}:{target.lineno}", str(text), False
 
 
 def faults(place: str, text: str, called: bool) -> list[str]:
@@ -61,6 +57,14 @@ def faults(place: str, text: str, called: bool) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_are_sentences(path: Path) -> None:
     assert [fault for found in docstrings(path) for fault in faults(*found)] == []
+
+
+def test_an_attribute_has_its_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text('A = 1\n"""Of a tile."""\nclass B:\n    b: int\n    """Which tile."""\n')
+    assert [(place, text) for place, text, _ in docstrings(tmp_path / "a.py")] == [
+        ("a.py:1", "Of a tile."), ("a.py:4", "Which tile."),
+    ]  # fmt: skip
 
 
 def test_a_fragment_is_a_fault() -> None:

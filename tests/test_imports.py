@@ -25,7 +25,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "data": {"config", "errors", "files"},
     "files": {"config", "emas", "errors", "models", "presets"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
-    "models": {"errors"},
+    "models": {"config", "errors"},
     "objectives": {"objective"},
     "optim": set(),
     "presets": {"config", "emas"},

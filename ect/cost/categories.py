@@ -24,7 +24,8 @@ TABLE = {
     "ect::group_norm_silu": "norm", "ect::residual_group_norm_silu": "norm", "aten::native_group_norm": "norm",
     "ect::sum_rows": "norm", "ect::join_columns": "other",
     "ect::skip_product": "conv 1x1 as gemm", "aten::silu": "activation", "aten::cat": "concat",
-    "ect::radam_ema": "optimizer", "ect::perturb": "data/loss", "ect::consistency_loss": "data/loss",
+    "ect::radam_ema": "optimizer", "ect::levels": "data/loss", "ect::perturb": "data/loss",
+    "ect::consistency_loss": "data/loss",
 }  # fmt: skip
 """A name's category. Operations called by the optimizer or for dropout are theirs, whatever they do."""
 GEMMS = ("mm", "addmm", "bmm", "baddbmm")

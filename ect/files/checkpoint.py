@@ -41,7 +41,7 @@ Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
 """(training state, meta, path of the model file) of a checkpoint."""
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
-"""Of each weight average."""
+"""The ends of the names of the model files, one for each weight average."""
 _STEM = re.compile(r"checkpoint-\d{6}\.\d{3}")
 
 

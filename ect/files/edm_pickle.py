@@ -53,7 +53,7 @@ class Snapshot:
     """A network at rest: how to build it, its weights, and where it comes from."""
 
     spec: dict[str, Any]
-    """What `ect.models.build` takes; JSON-able."""
+    """The description that `ect.models.build` takes; JSON-able."""
     state: dict[str, Tensor]
     """Parameters and persistent buffers as in `net.state_dict()`; `read` gives them fp32, contiguous, on the CPU."""
     info: dict[str, Any]

@@ -12,7 +12,8 @@ from ect.errors import UserError
 from ect.presets import PRESETS
 
 FORMAT = 2
-"""Of a configuration as JSON; version 0.1 wrote none. Whoever renames or removes a field counts on, and adds a rule below."""
+"""The number of a configuration's form as JSON; version 0.1 wrote none. Whoever renames or removes a field counts on, and adds
+a rule below."""
 NO_PRESET = "no-preset"
 """--pretrain of a run whose diffusion phase is none of PRESETS: the config.json of the phase itself says what it is."""
 

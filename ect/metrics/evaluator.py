@@ -16,7 +16,7 @@ class Column:
 
     name: str
     missing: str | None = field(default=None, kw_only=True)
-    """Why this evaluator cannot compute it, and the remedy; None where it can."""
+    """The reason why this evaluator cannot compute it, and the remedy; None where it can."""
 
 
 class Evaluator(ABC):

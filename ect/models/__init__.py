@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from ect.config import admit
 from ect.errors import UserError
 from ect.models.adm_unet import DhariwalUNet
 from ect.models.layers import MaskKey
@@ -21,9 +22,13 @@ _Net = TypeVar("_Net", bound=UNet)
 
 
 def register(unet: type[_Net]) -> type[_Net]:
-    """Make a network known: to build() by the name of its class, to describe() by those of its architectures. Also a
-    decorator of the class."""
+    """Make a network known to build(), by its class's name, and to describe() and --net.arch, by its architectures'; return it.
+
+    It can decorate the class.
+    """
     _UNETS[unet.__name__] = unet
+    for name in unet.architectures:
+        admit("Architecture", name)
     return unet
 
 
@@ -37,8 +42,11 @@ def known_architectures() -> dict[str, type[UNet]]:
 
 
 def describe(arch: str, precond: str, sigma_data: float, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what build() needs for a named configuration with further keyword arguments. Raises UserError where there is no
-    such configuration."""
+    """Return what build() needs for the named configuration `arch` with further keyword arguments `kwargs`.
+
+    Args: precond: name of the preconditioning class. sigma_data: standard deviation of the data. Raises UserError where no
+    network has this configuration.
+    """
     known = known_architectures()
     if arch not in known:
         raise UserError(f"--net.arch {arch}: no network has this configuration; known: {', '.join(known)}")
@@ -47,7 +55,7 @@ def describe(arch: str, precond: str, sigma_data: float, kwargs: dict[str, Any])
 
 
 def build(spec: dict[str, Any]) -> EDMPrecond:
-    """Make the network of a model file.
+    """Make the network that a model file describes, with random weights, in train mode.
 
     Args: spec: {"precond": "EDMPrecond" | "ECMPrecond", "sigma_data": 0.5, "sigma_min": 0.003 (ECM only), "unet": the name of a
     registered class, "kwargs": its keyword arguments}. Raises UserError on unknown names or arguments.

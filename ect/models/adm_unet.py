@@ -26,9 +26,9 @@ from ect.models.unet import UNet
 
 
 class DhariwalUNet(UNet):
-    """F_x(x, noise_labels): [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
+    """ADM's U-Net: F_x(x, noise_labels), [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
 
-    Keyword arguments, names and values are those of the public EDM checkpoints.
+    Keyword arguments, parameter names and values are those of the public EDM checkpoints.
     """
 
     architectures: ClassVar[dict[str, dict[str, Any]]] = {"adm": {}}
@@ -99,7 +99,10 @@ class DhariwalUNet(UNet):
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None
     ) -> Tensor:
-        """The conditioning vector [N, emb_channels] of noise level, augmentation and class."""
+        """Return the conditioning vector of noise level, augmentation and class: [N, emb_channels], or [1, emb_channels].
+
+        Raises ValueError where a class-conditional network gets no class labels.
+        """
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)

@@ -29,8 +29,10 @@ from ect.models.products import QKV, add_skip, attention, ordered_qkv, required
 
 
 def wanted(choice: bool | None, x: Tensor) -> bool:
-    """Tell whether a network with this choice (UNet.on_ops) runs on the ops, where x is: left open, it does on a GPU, and
-    wherever a backend of any op was asked for by name."""
+    """Say whether a network whose `UNet.on_ops` is `choice` runs on the ops of ect_kernels, on the device of x.
+
+    Left open (None), it does on a GPU, and wherever a backend of any op was asked for by name.
+    """
     if choice is not None:
         return choice
     return x.is_cuda or bool(dispatch.named())
@@ -59,12 +61,12 @@ class Pending:
         return self.a.shape
 
     def settle(self, x: Tensor) -> None:
-        """Be x, which is this sum, computed: whoever holds it, as a skip connection does, now holds a tensor."""
+        """Replace the parts by x, which is their sum, computed: whoever holds this, as a skip connection does, now holds x."""
         self.a, self.bias, self.skip, self.skip_bias, self.scale, self.summed = x, None, None, None, 1.0, False
         self.spent, self.kept = not self.kept, False
 
     def check_unspent(self) -> None:
-        """Raise RuntimeError where a gradient would be lost."""
+        """Raise RuntimeError where a second reader would lose its gradient, for want of a call of keep()."""
         if self.spent:
             raise RuntimeError("an activation is read a second time: call keep() on it before the first reader")
 
@@ -84,14 +86,14 @@ Rows = dict[str, Tensor]
 
 
 class BlockInputs(NamedTuple):
-    """What a block takes beside images: see conditioning(), ordered_qkv() and rows_of()."""
+    """The inputs of a block beside images: see conditioning(), ordered_qkv() and rows_of()."""
 
     condition: tuple[Tensor, ...]
     qkv: QKV | None
     rows: Rows
 
     def norm(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of a norm."""
+        """Return weight and bias of the norm of this name, as rows [N, C]."""
         return self.rows[f"{name}.weight"], self.rows[f"{name}.bias"]
 
 
@@ -194,8 +196,10 @@ def read(
 
 
 def rows_of(layers: Sequence[nn.Module], n: int) -> list[Rows]:
-    """Spread over n samples the vectors of each layer that norm ops take: parameters of norms, biases of convolutions before
-    them. One sum over the samples gives the gradients of all."""
+    """Return, for each layer, the vectors that norm ops take as rows [n, C]: norms' parameters, biases of convolutions before.
+
+    One sum over the samples gives the gradients of all.
+    """
     names = [[name for name, _ in layer.named_parameters() if _to_a_norm(layer, name)] for layer in layers]
     pairs = [(layer, name) for layer, group in zip(layers, names, strict=True) for name in group]
     rows = iter(by_sample([layer.get_parameter(name) for layer, name in pairs], n))
@@ -210,8 +214,10 @@ def _to_a_norm(layer: nn.Module, name: str) -> bool:
 
 
 def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor, ...]]:
-    """Compute what each block's second norm takes from the embedding, by one product for all: (scale, shift), or (v,), to which
-    the bias of conv0 is added. Each is [N, C], or [1, C] where emb has one row."""
+    """Compute what each block's second norm takes from the embedding, by one product for all.
+
+    That is (scale, shift), or (v,), to which the bias of conv0 is added. Each is [N, C], or [1, C] where emb has one row.
+    """
     adaptive = blocks[0].style.adaptive_scale
     biases = [required(block.affine.bias) for block in blocks]
     if not adaptive:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class MaskKey(NamedTuple):
-    """What a dropout mask is a function of, beside layer and element: one key shared by student and teacher."""
+    """The key of a pass's dropout masks, which are functions of it, layer and element: student and teacher share one."""
 
     seed: Tensor
     """int64, 0-d: changes every step."""
@@ -50,7 +50,7 @@ class Init(NamedTuple):
 
 
 def sum_in_fp32(product: Callable[..., Tensor], *factors: Tensor) -> Tensor:
-    """A product of tensors of one dtype, half precision ones summed in fp32 and rounded once.
+    """Compute a product of tensors of one dtype; those in half precision are summed in fp32 and rounded once.
 
     Tensor cores do so by themselves. Elsewhere the factors are widened, so that a CPU computes what a GPU would.
     """
@@ -99,7 +99,7 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", taps if up or down else None)
 
     def forward(self, x: Tensor, bias: bool = True) -> Tensor:
-        """x [N, in_channels, H, W] -> [N, out_channels, H', W']; bias=False leaves the bias to the caller."""
+        """Convolve x [N, in_channels, H, W] to [N, out_channels, H', W']; bias=False leaves the bias to the caller."""
         if self.resample_filter is None:
             return self.convolve(x, bias)
         pad = (self.resample_filter.shape[-1] - 1) // 2
@@ -109,7 +109,7 @@ class Conv2d(nn.Module):
         return self.convolve(self.resample(x, pad), bias)
 
     def resample(self, x: Tensor, padding: int) -> Tensor:
-        """Every channel of x filtered, at half the resolution, or at twice it."""
+        """Filter every channel of x [N, C, H, W], and halve the resolution, or double it."""
         assert self.resample_filter is not None
         if not self.box:
             return resample(x, self.resample_filter[0, 0].sum(0), self.up, padding)
@@ -118,7 +118,10 @@ class Conv2d(nn.Module):
         return sum_in_fp32(lambda x: F.avg_pool2d(x, 2), x)
 
     def convolve(self, x: Tensor, bias: bool, extra_pad: int = 0) -> Tensor:
-        """The convolution alone, or x itself where there is none."""
+        """Apply the convolution alone, or return x itself where there is none.
+
+        extra_pad: zeros on each side, beside those that keep the size.
+        """
         if self.weight is None:
             return x
         padding = self.kernel // 2 + extra_pad
@@ -128,7 +131,10 @@ class Conv2d(nn.Module):
 
 
 class _Repeat(torch.autograd.Function):
-    """Each pixel four times. The gradient is their sum; torch.compile's own would scatter them into zeros, one by one."""
+    """Repetition of each pixel, [N, C, H, W] -> [N, C, 2H, 2W].
+
+    The gradient is the sum of each four; torch.compile's own would scatter them into zeros, one by one.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -140,10 +146,10 @@ class _Repeat(torch.autograd.Function):
 
 
 def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Tensor:
-    """Every channel of x [N, C, H, W] filtered by taps [k] along H and along W, at half the resolution, or at twice it.
+    """Filter every channel of x [N, C, H, W] by taps [k] along H and W, and halve the resolution, or with `up` double it.
 
-    Two matrix products in whichever memory order x has: a convolution of as many groups as channels would leave tensor cores
-    unused, and most of a GPU.
+    These are two matrix products in whichever memory order x has: a convolution of as many groups as channels would leave
+    tensor cores unused, and most of a GPU.
     """
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x = x.permute(0, 2, 3, 1) if channels_last else x
@@ -164,7 +170,10 @@ def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Ten
 
 
 def resampling(taps: Tensor, size: int, padding: int) -> Tensor:
-    """[size / 2, size]: what a filter at stride 2 does to `size` elements with `padding` zeros on either side."""
+    """Return a filter at stride 2 as the matrix [size / 2, size] that it multiplies `size` elements by.
+
+    padding: zeros on either side of the elements.
+    """
     padded = size + 2 * padding
     rows = (padded - len(taps)) // 2 + 1
     # A row is the one before, two places to the right: so lies a repeated sequence that is two longer than a row.
@@ -186,7 +195,7 @@ class GroupNorm(nn.Module):
 
 
 class BlockStyle(NamedTuple):
-    """What DDPM++/NCSN++ and ADM do differently inside a residual block."""
+    """The choices inside a residual block in which DDPM++ and NCSN++ differ from ADM."""
 
     eps: float
     skip_scale: float
@@ -249,12 +258,12 @@ class UNetBlock(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations between the convolutions."""
+        """The dtype of the activations between the convolutions."""
         assert self.conv1.weight is not None
         return self.conv1.weight.dtype
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Self-attention over pixels. qkv is [N, 3C, H, W]; channels are packed head-major, then c * 3 + {q, k, v}."""
+        """Attend over the pixels: qkv [N, 3C, H, W] -> [N, C, H, W]. Channels are head-major, then c * 3 + {q, k, v}."""
         n, c3, h, w = qkv.shape
         packed = qkv.reshape(n, self.num_heads, c3 // 3 // self.num_heads, 3, h * w).transpose(2, 4)
         q, k, v = packed.unbind(dim=3)  # each [N, heads, H*W, C/heads]
@@ -263,12 +272,12 @@ class UNetBlock(nn.Module):
 
 
 def blocks_of(net: nn.Module) -> list[UNetBlock]:
-    """List the residual blocks of a network, or of a part of it, in the order in which they were made."""
+    """Return the residual blocks of a network, or of a part of it, in the order in which they were made."""
     return [layer for layer in net.modules() if isinstance(layer, UNetBlock)]
 
 
 def sinusoids(x: Tensor, frequencies: Tensor, sines_first: bool) -> Tensor:
-    """Cosines and sines [N, 2F] of x [N] times frequencies [F]."""
+    """Return cosines and sines [N, 2F] of x [N] times frequencies [F]: the cosines first, unless sines_first."""
     angles = torch.outer(x, frequencies)
     pair = (angles.sin(), angles.cos()) if sines_first else (angles.cos(), angles.sin())
     return torch.cat(pair, dim=1)
@@ -305,7 +314,7 @@ class FourierEmbedding(nn.Module):
 
 
 def drop_labels(class_labels: Tensor, p: float, mask: MaskKey | None) -> Tensor:
-    """Zero whole label rows [N, label_dim] with probability p while training (classifier-free guidance)."""
+    """Set each whole row of labels [N, label_dim] to 0 with probability p, for classifier-free guidance; mask None: none."""
     if mask is None or p == 0:
         return class_labels
     n = class_labels.shape[0]
@@ -314,7 +323,7 @@ def drop_labels(class_labels: Tensor, p: float, mask: MaskKey | None) -> Tensor:
 
 
 def default_mask(module: nn.Module, mask: MaskKey | None, device: torch.device) -> MaskKey | None:
-    """The mask key of a forward pass: none in eval mode, the caller's, or one drawn from torch's global generator."""
+    """Return the mask key of a forward pass: none in eval mode, the caller's, or one drawn from torch's global generator."""
     if not module.training:
         return None
     if mask is None:

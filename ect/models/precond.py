@@ -23,12 +23,12 @@ class EDMPrecond(nn.Module):
 
     @property
     def runs_on_ops(self) -> bool | None:
-        """The U-Net's `on_ops`."""
+        """The U-Net's `on_ops`: whether it runs on the ops of ect_kernels; None leaves it to the device."""
         return self.model.on_ops
 
     @property
     def is_edm(self) -> bool:
-        """Whether D_x in training is EDM's, which ect_kernels.consistency_loss has too, and not a subclass's own."""
+        """True where D_x in training is EDM's, which ect_kernels.consistency_loss has too, and not a subclass's own."""
         return type(self) in (EDMPrecond, ECMPrecond)
 
     @property
@@ -48,7 +48,7 @@ class EDMPrecond(nn.Module):
         return {f"model.{name}" for name in self.model.half_weights()}
 
     def shift(self) -> float:
-        """What is subtracted from sigma in c_skip and in the numerator of c_out."""
+        """Return what is subtracted from sigma in c_skip and in the numerator of c_out: here nothing."""
         return 0.0
 
     def forward(

@@ -1,5 +1,6 @@
-"""The products of the fused pass whose gradients autograd would make with copies or sums of images: a block's sum with its 1x1
-skip convolution of two sources, and attention's q, k and v.
+"""The products of the fused pass whose gradients autograd would make with copies or sums of images.
+
+They are a block's sum with its 1x1 skip convolution of two sources, and attention's q, k and v.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ect.models.layers import UNetBlock, sum_in_fp32
 
 
 def to_image(rows: Tensor, like: Tensor) -> Tensor:
-    """View pixels [N H W, C] as an image [N, C, H, W] of the size that `like` has."""
+    """Return a view of pixels [N H W, C] as an image [N, C, H, W] of the size that `like` has."""
     n, _, h, w = like.shape
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
@@ -40,7 +41,7 @@ def add_skip(layer: UNetBlock, h: Tensor, joined: Tensor, x: Tensor, other: Tens
 
 
 class _AddSkip(torch.autograd.Function):
-    """add_skip, whose backward is one product for both sources."""
+    """The autograd form of add_skip, whose backward is one product for both sources."""
 
     @staticmethod
     def forward(
@@ -77,7 +78,7 @@ class QKV(NamedTuple):
 
 @torch.no_grad()
 def ordered_qkv(blocks: Sequence[UNetBlock]) -> dict[int, QKV]:
-    """Order q, k and v of the blocks with attention, by one copy for all blocks of a width: {block number: its QKV}."""
+    """Return {block number: its QKV} of the blocks with attention, put in order by one copy for all blocks of a width."""
     ordered: dict[int, QKV] = {}
     for c in {block.out_channels for block in blocks if block.num_heads}:
         group = [block for block in blocks if block.num_heads and block.out_channels == c]
@@ -116,7 +117,7 @@ class _ProjectQKV(torch.autograd.Function):
 
 
 def attention(layer: UNetBlock, x: Tensor, qkv: QKV) -> Tensor:
-    """Attend over the pixels of x, [N, C, H, W] -> [N, C, H, W] before the projection, without a copy of q, k or v."""
+    """Attend over the pixels of x: [N, C, H, W] -> [N, C, H, W], before the projection. No copy of q, k or v is made."""
     parts = _ProjectQKV.apply(x, layer.qkv.weight, layer.qkv.bias, *qkv, layer.num_heads)
     out = sum_in_fp32(F.scaled_dot_product_attention, *(part.transpose(1, 2) for part in parts))
     return to_image(out.transpose(1, 2).reshape(-1, x.shape[1]), x)

@@ -26,9 +26,9 @@ from ect.models.unet import UNet
 
 
 class SongUNet(UNet):
-    """F_x(x, noise_labels): [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
+    """DDPM++'s and NCSN++'s U-Net: F_x(x, noise_labels), [N, in_channels, R, R] -> [N, out_channels, R, R], R = img_resolution.
 
-    Keyword arguments, names and values are those of the public EDM checkpoints.
+    Keyword arguments, parameter names and values are those of the public EDM checkpoints.
     """
 
     architectures: ClassVar[dict[str, dict[str, Any]]] = {
@@ -153,7 +153,10 @@ class SongUNet(UNet):
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, mask: MaskKey | None
     ) -> Tensor:
-        """The conditioning vector [N, emb_channels] of noise level, class and augmentation."""
+        """Return the conditioning vector of noise level, class and augmentation: [N, emb_channels], or [1, emb_channels].
+
+        Raises ValueError where a class-conditional network gets no class labels.
+        """
         emb = self.map_noise(noise_labels)
         if self.map_label is not None:
             if class_labels is None:

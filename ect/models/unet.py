@@ -1,4 +1,8 @@
-"""What a network must be to be trained here, and what its forward pass may call."""
+"""The interface of a network: `UNet`, which every architecture derives from, and `Runner`, which its forward pass calls.
+
+Read the networks in this order: this file, an architecture (`song_unet.py`, `adm_unet.py`), its layers (`layers.py`), then the
+two runners: `plain.py`, and `fused.py`, which computes the same with fewer passes over memory.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,10 @@ H = TypeVar("H")
 
 
 class Runner(Protocol[H]):
-    """The arithmetic of a forward pass. H is what stands for an activation between two layers: for `Plain` the tensor, for
-    `Fused` a sum that the next norm computes. Either has the activation's `shape`, [N, C, H, W].
+    """The arithmetic of a forward pass.
+
+    H is what stands for an activation between two layers: for `Plain` the tensor, for `Fused` a sum that the next norm
+    computes. Either has the activation's `shape`, [N, C, H, W].
     """
 
     def conv(self, layer: Conv2d, x: Tensor) -> H:
@@ -66,7 +72,7 @@ class UNet(nn.Module):
         augment_labels: Tensor | None = None,
         mask: MaskKey | None = None,
     ) -> Tensor:
-        """Return F_x [N, out_channels, R, R] of x [N, in_channels, R, R].
+        """Return F_x [N, out_channels, R, R] of x [N, in_channels, R, R], both fp32.
 
         noise_labels: [N] or [1]. class_labels: [N, label_dim], required where label_dim > 0. augment_labels: [N, augment_dim].
         mask: what dropout is a function of in train mode; without one, a seed is drawn from torch's global generator.

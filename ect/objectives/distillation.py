@@ -40,9 +40,9 @@ class ConsistencyDistillation(ConsistencyObjective):
         self, denoiser: Denoiser, y: Tensor, normal: Tensor, eps: Tensor, stage: Tensor | int,
         teacher: Denoiser | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return the loss of each sample [N], t and r as in ECT.
+        """Return the loss [N] of clean images y [N, C, H, W] in [-1, 1], with t and r as ECT has them.
 
-        Raises ValueError without a teacher, a denoiser like the other.
+        teacher: the frozen network, a denoiser like the other. Raises ValueError without one.
         """
         if teacher is None:
             raise ValueError("consistency distillation needs a teacher, a denoiser")

@@ -71,7 +71,7 @@ class FlatState(Arenas[Net]):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Do one update from the gradients loaded, which are left as the rule left them."""
+        """Do one update of parameters, moments and averages from the gradients loaded, which the rule may change in place."""
         self.rule.step(self)
 
     def tensors(self) -> list[Tensor]:

@@ -133,7 +133,7 @@ class Arenas(Generic[Net]):
         return {"params": self.params, **self.moments, **{f"ema{i}": ema for i, ema in enumerate(self.emas)}}
 
     def saved_views(self) -> dict[str, Tensor]:
-        """Return the same per parameter, as <arena>.<parameter>."""
+        """Return the parameters' views of all saved arenas, by the name <arena>.<parameter>."""
         return {
             f"{role}.{name}": view
             for role, arena in self.saved_arenas().items()
@@ -153,7 +153,7 @@ class Arenas(Generic[Net]):
         return [self.params, self.grads, *self.moments.values(), *self.emas, *shadow]
 
     def note(self) -> str:
-        """Return the memory of each copy of the parameters, in a line."""
+        """Say in one line how much memory each copy of the parameters takes, in MB (10^6 bytes)."""
         copies = {"weights": [self.params], "gradients": [self.grads], "moments": list(self.moments.values())}
         copies |= {} if self.shadow is None else {"shadow": [self.shadow]}
         copies |= {"averages": self.emas}

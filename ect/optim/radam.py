@@ -27,6 +27,6 @@ class RAdam(Rule):
 
 
 class Adam(RAdam):
-    """Adam (Kingma & Ba, 2015), likewise."""
+    """Adam (Kingma & Ba, 2015), with averages, half-precision copy and non-finite gradients handled as by `RAdam`."""
 
     op_name = "adam"

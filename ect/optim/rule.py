@@ -28,7 +28,7 @@ class Settings:
     clip: float | None = None
     """Largest global gradient norm; None: no clipping."""
     loss_scale: float | None = None
-    """Where the gradients are those of so many times the loss: the first value of a scale that follows overflow."""
+    """The first factor on the loss, and so on the gradients, that follows overflow from then on; None: no scaling."""
     growth_interval: int = 2000
     """Good steps before the loss scale doubles."""
 
@@ -60,7 +60,7 @@ class _Setting:
 
 
 class Rule(ABC):
-    """One update of the parameters from the gradients.
+    """An optimizer: it makes one update of the parameters from the gradients.
 
     A subclass says what arenas it keeps (`moments`) and writes `step`. lr, eps, clip and ema_betas may be changed between
     steps. Everything that a step reads or counts is on the device, in `state_f64` and `state_i64` (ect_kernels.radam_ema
@@ -75,9 +75,9 @@ class Rule(ABC):
     moments: ClassVar[tuple[str, ...]] = ()
     """Names of the arenas that it keeps beside parameters and gradients; a checkpoint has them under these names."""
     takes_loss_scale: ClassVar[bool] = False
-    """Whether `step` divides the gradients by `loss_scale`, and skips steps that overflow."""
+    """True where `step` divides the gradients by `loss_scale`, and skips steps that overflow."""
     op_name: ClassVar[str] = OPTIMIZERS[0]
-    """What the op radam_ema calls it. Of no matter to a rule that does not run on that op."""
+    """The name of the rule in the op radam_ema. A rule that does not run on that op leaves it as it is."""
 
     lr, eps, clip = _Setting(F64.LR), _Setting(F64.EPS), _Setting(F64.CLIP)
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What asks a process to end: Ctrl-C, a scheduler or shutdown, a terminal that closes (not on Windows)."""
+"""The signals that ask a process to end: Ctrl-C, a scheduler or shutdown, a terminal that closes (not on Windows)."""
 NOBODY_READS = 128 + 13
 """Exit status, as of what SIGPIPE ends."""
 Handler = Callable[[int, FrameType | None], Any]

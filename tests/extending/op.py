@@ -1,0 +1,76 @@
+"""scale_rows: y[n] = s[n] x[n] of images x, in one launch; dx[n] = s[n] dy[n]. The weights s have no gradient."""
+
+from typing import Any, NamedTuple
+
+from ect_kernels.dispatch import Backend, Op
+from ect_kernels.passes import Pass
+from ect_kernels.tensors import check_shapes
+from torch import Tensor
+
+DRAM = {"forward": "2s: x, y", "backward": "2s: dy, dx"}
+
+
+class Inputs(NamedTuple):
+    """Arguments of the op."""
+
+    x: Tensor
+    s: Tensor
+
+
+class Output(NamedTuple):
+    """Like x."""
+
+    y: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward takes beside the arguments."""
+
+    dy: Tensor
+
+
+class Grads(NamedTuple):
+    """Like x."""
+
+    dx: Tensor
+
+
+def empty_output(i: Inputs) -> Output:
+    return Output(i.x.new_empty(i.x.shape))
+
+
+def empty_grads(saved: Saved, i: Inputs) -> Grads:
+    return Grads(i.x.new_empty(i.x.shape))
+
+
+def reference_fwd(i: Inputs) -> Output:
+    return Output(i.x * i.s.to(i.x.dtype).view(-1, 1, 1, 1))
+
+
+def reference_bwd(saved: Saved, i: Inputs) -> Grads:
+    return Grads(saved.dy * i.s.to(i.x.dtype).view(-1, 1, 1, 1))
+
+
+FORWARD = Pass("scale_rows", "fwd", (Inputs,), empty_output, lambda *args: args)
+BACKWARD = Pass("scale_rows", "bwd", (Saved, Inputs), empty_grads, lambda *args: args)
+OP = Op("scale_rows", {"reference": Backend(reference_fwd, reference_bwd)})
+forward_op, backward_op = FORWARD.register(OP), BACKWARD.register(OP)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.backend = inputs[2]
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return backward_op(dy, *ctx.saved_tensors, ctx.backend), None, None
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def scale_rows(x: Tensor, s: Tensor, backend: str | None = None) -> Tensor:
+    """Return s[n] x[n] of x [N, C, H, W] and s [N], in x's dtype. Raises ValueError, dispatch.BackendError."""
+    check_shapes("scale_rows", ("s", s, (len(x),)))
+    y: Tensor = forward_op(x, s, backend or "")
+    return y
