@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from ect.files.run_folder import (
     absent,
     can_make,
     has_begun,
+    leaving_nothing,
     new_run_dir,
     refuse_used,
-    remove_empty,
     resolved,
     run_folder,
     to_dict,
@@ -127,7 +127,7 @@ class Job:
             refuse_changed_maths(to_dict(load_config(self.run_dir)), to_dict(cfg))
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
-            with self._leaving_nothing():
+            with leaving_nothing(self._made):
                 self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
         elif cfg.eval.samples:
             self.evaluator = RemoteEvaluator()
@@ -155,18 +155,9 @@ class Job:
         self._made = [path, *made] if asked is None else made
         return str(path)
 
-    @contextlib.contextmanager
-    def _leaving_nothing(self) -> Iterator[None]:
-        """Remove the folders made for this run where the block fails with nothing in them: a refused start leaves none."""
-        try:
-            yield
-        except BaseException:
-            remove_empty(self._made)
-            raise
-
     def run(self) -> bool:
         lock = locked(self.run_dir) if self.world.rank == 0 else contextlib.nullcontext()
-        with self._leaving_nothing(), self.stop.watch(), lock:
+        with leaving_nothing(self._made), self.stop.watch(), lock:
             if self.cfg.resume is None and self.world.rank == 0:
                 refuse_used(self.run_dir)  # by another process that found it empty too
             return self._run()

@@ -21,7 +21,7 @@ from ect.config import HEUN_STEPS, Config
 from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.data.augment import AugmentPipe
-from ect.errors import Diverged, UserError
+from ect.errors import UserError
 from ect.files import checkpoint
 from ect.files.model_file import check_fits, load_weights
 from ect.files.resume import (
@@ -36,7 +36,7 @@ from ect.metrics import Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, build
 from ect.ranks import self_check
 from ect.ranks.distributed import World
-from ect.ranks.health import PATIENCE, Health, all_finite
+from ect.ranks.health import Health, all_finite
 from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
@@ -187,7 +187,8 @@ class Trainer:
                 row = self.row(stage, step_seconds / (self.nimg - row_nimg) * 1000)
                 shown = {"loss": row["loss"], "stage": stage} if self.objective.staged else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
-                self._judge(last)
+                if (said := self.health.judge(self.nimg, last, self.checkpoints.back)) is not None:
+                    self.log.note(said)
             self.log.step(self.nimg, **shown)
             if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
@@ -212,27 +213,6 @@ class Trainer:
             row |= {"loss_scale": float(self.state.loss_scale), "skipped": int(self.state.skipped)}
         self.log.row(self.nimg, row)
         return row
-
-    def _judge(self, last: bool) -> None:
-        """Say that the row just written has bad updates; raise Diverged after several such rows, or where it is the last."""
-        rows = self.health.bad_rows
-        if rows >= PATIENCE or (last and rows):
-            raise self._diverged(f"a loss or most gradients were not finite in the last {rows} row(s) of statistics")
-        if rows == 1:
-            self.log.note(
-                f"at {self.nimg / 1000:g} kimg: a loss or most gradients were not finite since the last row of statistics; "
-                f"the run stops after {PATIENCE} such rows"
-            )
-
-    def _diverged(self, why: str) -> Diverged:
-        """Return what to raise; from here on the run folder stands for its last healthy checkpoint."""
-        kept = self.world.first(lambda: str(self.checkpoints.back()))
-        bad = self.health.first_bad()
-        return Diverged(
-            f"the run diverged and stopped at {self.nimg / 1000:g} kimg: {why}"
-            f"{f'; the first bad tensor is {bad}' if bad else ''}. The last healthy checkpoint is {kept}: start a new run from "
-            f"it with --init-from {kept} and a lower --optim.lr, --optim.clip 1 or --precision fp32"
-        )
 
     def average(self, i: int = 0) -> EDMPrecond:
         """Return the network with the weights of average i, in eval mode; a later call changes it."""
@@ -275,7 +255,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint; return the path of its model file. Raises Diverged rather than write what is not finite."""
         if not all_finite(self.state.saved_arenas().values()):
-            raise self._diverged("weights, moments or averages are not finite")
+            raise self.health.diverged(self.nimg, "weights, moments or averages are not finite", self.checkpoints.back)
         healthy, tensors, meta = self.health.saved()
         return Path(self.world.first(lambda: str(self._write(healthy, tensors, meta))))
 

@@ -26,6 +26,7 @@ from ect.options import parse
 from ect.ranks.health import PATIENCE, Health, all_finite
 from ect.step import TrainStep
 from ect.train import main
+from tests.test_distributed import needs_gloo, torchrun
 from tests.tiny import config, run
 
 LOG = LogConfig(stats_kimg=0.016, sample_kimg=0, checkpoint_kimg=0.016, keep=1)
@@ -232,3 +233,18 @@ def test_every_value_of_every_tensor_is_looked_at() -> None:
     assert not all_finite([torch.zeros(3), torch.tensor([1.0, -math.inf])]) and all_finite(
         [torch.tensor([3e38, -3e38])]
     )
+
+
+@needs_gloo
+def test_all_ranks_stop_where_one_of_them_goes_bad(tmp_path: Path) -> None:
+    with torchrun("-m", "tests.diverging_ranks", str(tmp_path), cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=120)
+    said = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert process.returncode != 0 and all(
+        text.startswith("Diverged: the run diverged and stopped at 0.08") for text in said
+    )
+    assert err.count("error: the run diverged") == 1 and "exitcode  : 3" in err
+    assert stems(tmp_path / "run") == {"checkpoint-000000.032": True, "checkpoint-000000.064": False}
+    assert (tmp_path / "run" / "latest").read_text().strip() == "checkpoint-000000.032"
+    assert [row["bad_steps"] for row in rows(tmp_path / "run")] == [0, 0, 2, 2, 2]
+    check_finite(tmp_path / "run")

@@ -69,6 +69,16 @@ def _make(path: Path) -> None:
         raise
 
 
+@contextlib.contextmanager
+def leaving_nothing(folders: list[Path]) -> Iterator[None]:
+    """Remove these folders where the block fails with nothing in them: a refused start leaves none behind."""
+    try:
+        yield
+    except BaseException:
+        remove_empty(folders)
+        raise
+
+
 def remove_empty(folders: list[Path]) -> None:
     """Remove those of these folders that there are and that hold nothing."""
     for folder in folders:

@@ -8,13 +8,15 @@ can fall no further. All of it is counted on the device: reading the counts wait
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from ect_kernels.radam_ema import SCALE_RANGE
 from torch import Tensor
 
+from ect.errors import Diverged
 from ect.ranks.distributed import World
 from ect.step import TrainStep
 
@@ -66,6 +68,33 @@ class Health:
         row = {"loss": loss / finite if finite else math.nan, "bad_steps": math.ceil(bad)}
         self._begin(torch.zeros_like(self.loss))
         return row
+
+    def judge(self, nimg: int, last: bool, back: Callable[[], Path]) -> str | None:
+        """Return what to say of the row of these images seen, None of a good one or one that is like the one before.
+
+        Raises Diverged after PATIENCE bad rows, or where the last row of a run is bad; back: as for `diverged`.
+        """
+        rows = self.bad_rows
+        if rows >= PATIENCE or (last and rows):
+            why = f"a loss or most gradients were not finite in the last {rows} row(s) of statistics"
+            raise self.diverged(nimg, why, back)
+        if rows != 1:
+            return None
+        return (
+            f"at {nimg / 1000:g} kimg: a loss or most gradients were not finite since the last row of statistics; "
+            f"the run stops after {PATIENCE} such rows"
+        )
+
+    def diverged(self, nimg: int, why: str, back: Callable[[], Path]) -> Diverged:
+        """Return what to raise. back: lets the run folder stand for its last healthy checkpoint, and returns its model file."""
+        kept = self.world.first(lambda: str(back()))
+        bad = self.first_bad()
+        named = "" if bad is None else f"; the first bad tensor is {bad}"
+        return Diverged(
+            f"the run diverged and stopped at {nimg / 1000:g} kimg: {why}{named}. The "
+            f"last healthy checkpoint is {kept}: start a new run from it with --init-from {kept} and a lower --optim.lr, "
+            "--optim.clip 1 or --precision fp32"
+        )
 
     def saved(self) -> tuple[bool, dict[str, Tensor], dict[str, Any]]:
         """Return (whether no update since the last checkpoint was bad, the tensors, the numbers that a resume needs)."""
