@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from ect.ranks.interrupts import install, leave
+
+    install(leave)
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
