@@ -19,6 +19,7 @@ from ect import precision
 from ect.assembly import idle_options, objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
+from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.files.checkpoint import load_model
 from ect.files.lock import locked
