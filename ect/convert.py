@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from ect.ranks.interrupts import install, leave
+
+    install(leave)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +17,8 @@ from ect.errors import UserError
 from ect.files import edm_pickle
 from ect.files.edm_pickle import Snapshot
 from ect.files.model_file import check_fits, save_model
+from ect.ranks.distributed import World
+from ect.ranks.launch import launch
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,14 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 and one message where the user can mend it."""
-    options = tyro.cli(Options, args=args, prog="python -m ect.convert")
-    try:
-        snapshot = convert(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(report(snapshot))
-    print(f"wrote {options.destination}")
+
+    def work(options: Options, world: World) -> int:
+        print(report(convert(options)))
+        print(f"wrote {options.destination}")
+        return 0
+
+    if status := launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.convert"), work):
+        raise SystemExit(status)
 
 
 def convert(options: Options) -> Snapshot:

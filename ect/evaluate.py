@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from ect.ranks.interrupts import install, leave
+
+    install(leave)
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +107,7 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     _check_numbers(options)
     device = resolve(options.device, world)
     set_threads(options.threads, world)
+    self_check.choose(device)
     net, info = load_model(options.model.expanduser(), device=device, ema=options.ema)
     for line in self_check.of_sampling(net, device, world):
         console.print(Text(line))

@@ -22,8 +22,21 @@ from ect.data import load
 from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.files.checkpoint import load_model
+from ect.files.lock import locked
 from ect.files.resume import refuse_changed_maths, refuse_new_start
-from ect.files.run_folder import CONFIG, RESOLVED, new_run_dir, resolved, run_folder, to_dict
+from ect.files.run_folder import (
+    CONFIG,
+    RESOLVED,
+    absent,
+    can_make,
+    has_begun,
+    leaving_nothing,
+    new_run_dir,
+    refuse_used,
+    resolved,
+    run_folder,
+    to_dict,
+)
 from ect.files.run_folder import load as load_config
 from ect.metrics import (
     Evaluator,
@@ -42,7 +55,7 @@ from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
 from ect.show import report
 from ect.show.grid import save_png
-from ect.show.log import RunLog
+from ect.show.log import RunLog, Screen
 from ect.trainer import Trainer
 
 STRIP_SEEDS = range(20)
@@ -90,7 +103,7 @@ class Job:
     """
 
     cfg: Config
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=Screen)
     world: World = World()
 
     def __post_init__(self) -> None:
@@ -105,8 +118,10 @@ class Job:
         self.stop = StopSignal(world=self.world)
         self.seconds: dict[str, float] = {}
         self.checked: list[str] = []
+        self._made: list[Path] = []
+        self._trained = False  # whether a phase has done steps of its own, here and now
         if cfg.resume is None:
-            self.run_dir = Path(self.world.first(lambda: str(new_run_dir(cfg))))
+            self.run_dir = Path(self.world.first(self._new_run_dir))
         else:
             self.run_dir = run_folder(cfg.resume)
             begun = load_config(self.run_dir)
@@ -114,7 +129,8 @@ class Job:
             refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
-            self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
+            with leaving_nothing(self._made):
+                self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
         elif cfg.eval.samples:
             self.evaluator = RemoteEvaluator()
         for note in self.evaluator.notes if self.evaluator is not None else []:
@@ -122,26 +138,26 @@ class Job:
 
     def _choose_kernels(self) -> None:
         """Apply --kernels, and say which backend each op uses where the networks run on the ops."""
-        try:
-            dispatch.set_choice(self.cfg.kernels)
-            dispatch.check_named(self.device)
-        except dispatch.BackendError as error:
-            asked = f"--kernels {self.cfg.kernels}" if self.cfg.kernels else "ECT_KERNELS"
-            raise UserError(f"{asked}: {error}") from error
+        self_check.choose(self.device, self.cfg.kernels)
         if self.cfg.resume is not None:
             self_check.keep(resolved(run_folder(self.cfg.resume)), self.device)
         if fused.wanted(None, torch.zeros(0, device=self.device)):
             for op, backend, why in dispatch.table(self.device):
                 self.console.print(f"{op}: {backend} ({why})", markup=False, highlight=False)
 
+    def _new_run_dir(self) -> str:
+        asked = self.cfg.run_dir
+        made = absent(Path("runs") if asked is None else asked)
+        path = new_run_dir(self.cfg)
+        self._made = [path, *made] if asked is None else made
+        return str(path)
+
     def run(self) -> bool:
-        try:
-            with self.stop.watch():
-                return self._run()
-        finally:
-            if self.world.rank == 0 and self.cfg.run_dir is None:  # a refused start must not take the next number along
-                with contextlib.suppress(OSError):
-                    self.run_dir.rmdir()  # which only an empty folder allows
+        lock = locked(self.run_dir) if self.world.rank == 0 else contextlib.nullcontext()
+        with leaving_nothing(self._made), self.stop.watch(), lock:
+            if self.cfg.resume is None and self.world.rank == 0:
+                refuse_used(self.run_dir)  # by another process that found it empty too
+            return self._run()
 
     def _run(self) -> bool:
         cfg = self.cfg
@@ -173,8 +189,12 @@ class Job:
             named = self.cfg.resume.expanduser()
             if named.is_file() and named.parent == run_dir and named.name != CONFIG:
                 resume = named
-            elif any(run_dir.glob("checkpoint-*")):  # none: the phase was never reached
+            elif has_begun(run_dir, early=self._trained):
                 resume = run_dir
+            elif run_dir != self.run_dir and has_begun(self.run_dir):
+                raise UserError(f"--resume {self.run_dir}: the phase before is gone, {run_dir}; put it back")
+            else:
+                self.console.print(f"{name}: no checkpoint yet, starting anew")
         cfg = replace(cfg, resume=resume)
         before = resolved(run_dir) if resume else {}
         self_check.keep(before, self.device)
@@ -187,10 +207,12 @@ class Job:
         trainer.notes += self_check.changes(before, now)
         writes = self.world.rank == 0
         if writes:
-            run_dir.mkdir(exist_ok=True)  # not before the trainer stands: a refused start leaves nothing behind
+            with can_make(str(run_dir)):  # not before the trainer stands: a refused start leaves nothing behind
+                run_dir.mkdir(exist_ok=True)
             self._write_config(cfg, run_dir, now)
             self._write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
-        total_img, resume_nimg = trainer.total_img, trainer.nimg if resume else None
+        total_img, start = trainer.total_img, trainer.nimg
+        resume_nimg = None if self.cfg.resume is None else start
         log = RunLog(
             run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
         )
@@ -198,10 +220,12 @@ class Job:
             for note in trainer.notes:
                 log.note(note)
             log.phase(name)
-            path = trainer.run(log)
-        self.seconds[name] = trainer.seconds
-        if trainer.state.nonfinite > 0:
-            self.console.print(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
+            try:
+                path = trainer.run(log)
+            finally:
+                if trainer.state.nonfinite > 0:
+                    log.note(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
+        self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
         return path if trainer.nimg >= total_img else None
 
     @staticmethod

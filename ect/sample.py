@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from ect.ranks.interrupts import install, leave
+
+    install(leave)
+
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -78,6 +83,7 @@ def sample(options: Options, world: World = World()) -> None:
     refuse_beyond({"batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS)})
     _check_levels(options)
     device = resolve(options.device, world)
+    self_check.choose(device)
     set_threads(options.threads, world)
     world.first(lambda: images.prepare(out))
     net, info = load_model(options.checkpoint.expanduser(), device=device, ema=options.ema)

@@ -6,6 +6,11 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from ect.ranks.interrupts import install, leave
+
+    install(leave)
+
 # Before torch loads OpenMP: idle threads sleep, instead of spinning against other work on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -21,7 +26,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Train as the command line says, and return the exit status.
 
-    It is 0 when done or stopped by a signal (all is saved), 2 on bad input, 130 on an impatient second Ctrl-C.
+    It is 0 when done or stopped by a signal (all is saved), 2 on bad input, 3 where the run diverged, 130 on an impatient
+    second Ctrl-C.
     """
 
     def configure() -> Config | None:

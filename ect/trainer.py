@@ -36,22 +36,11 @@ from ect.metrics import Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, build
 from ect.ranks import self_check
 from ect.ranks.distributed import World
+from ect.ranks.health import Health, all_finite
 from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
-
-
-@dataclass
-class Tally:
-    """Sums since the last row of statistics, on the device: reading them waits for it."""
-
-    loss: Tensor
-    steps: int = 0
-
-    def add(self, loss: Tensor) -> None:
-        self.loss = self.loss + loss
-        self.steps += 1
 
 
 @dataclass
@@ -98,7 +87,7 @@ class Trainer:
         cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
         self.step = train_step(cfg_of_step, self.state, stream, self.world, self.teacher)
         self.notes += [str(plan), self.state.note(), stream.note]
-        self.tally = Tally(torch.zeros((), device=self.device))
+        self.health = Health(self.step, self.world)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
         if saved is not None:
@@ -185,7 +174,7 @@ class Trainer:
             stage = self._stage()
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
             self.state.ema_betas = schedule.ema_betas_at(self.nimg, cfg.batch, cfg.optim)
-            self.tally.add(self.step(self.nimg, stage))
+            self.health.add(self.step(self.nimg, stage))
             before, self.nimg = self.nimg, self.nimg + cfg.batch
             last, stopping = self.nimg >= self.total_img, self.stop.heard()
             step_seconds += time.monotonic() - started
@@ -198,12 +187,14 @@ class Trainer:
                 row = self.row(stage, step_seconds / (self.nimg - row_nimg) * 1000)
                 shown = {"loss": row["loss"], "stage": stage} if self.objective.staged else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
+                if (said := self.health.judge(self.nimg, last, self.checkpoints.back)) is not None:
+                    self.log.note(said)
             self.log.step(self.nimg, **shown)
             if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
             if due(every.sample_kimg):
                 self.grids()
-            if due(every.eval_kimg) and not last and self.evaluator is not None:
+            if due(every.eval_kimg) and not last and self.evaluator is not None and not self.health.bad_rows:
                 self.evaluate()
         return self.path
 
@@ -211,16 +202,16 @@ class Trainer:
         return schedule.stage_at(self.nimg, self.cfg.objective)
 
     def row(self, stage: int, sec_per_kimg: float) -> dict[str, Any]:
-        """Write the statistics since the last row, and return them; the loss is the mean over steps and ranks."""
-        row = {
-            "loss": self.world.mean(float(self.tally.loss)) / self.tally.steps,
+        """Write the statistics since the last row, and return them; the loss is the mean of the finite ones, over all ranks."""
+        row = self.health.row() | {
             "stage": stage, "lr": self.state.lr,
             **{f"ema{i or ''}_beta": beta for i, beta in enumerate(self.state.ema_betas)},
             "grad_norm": float(self.state.grad_norm), "nonfinite": int(self.state.nonfinite),
             "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
         }  # fmt: skip
+        if self.state.loss_scale is not None:
+            row |= {"loss_scale": float(self.state.loss_scale), "skipped": int(self.state.skipped)}
         self.log.row(self.nimg, row)
-        self.tally = Tally(torch.zeros((), device=self.device))
         return row
 
     def average(self, i: int = 0) -> EDMPrecond:
@@ -262,24 +253,26 @@ class Trainer:
             self.log.row(self.nimg, figures)
 
     def save(self) -> Path:
-        """Write a checkpoint; return the path of its model file."""
-        loss = torch.tensor(self.world.mean(float(self.tally.loss)))
-        return Path(self.world.first(lambda: str(self._write(loss))))
+        """Write a checkpoint; return the path of its model file. Raises Diverged rather than write what is not finite."""
+        if not all_finite(self.state.saved_arenas().values()):
+            raise self.health.diverged(self.nimg, "weights, moments or averages are not finite", self.checkpoints.back)
+        healthy, tensors, meta = self.health.saved()
+        return Path(self.world.first(lambda: str(self._write(healthy, tensors, meta))))
 
-    def _write(self, tally_loss: Tensor) -> Path:
+    def _write(self, healthy: bool, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
         info = {
             "preset": self.cfg.preset, "objective": self.cfg.objective.kind, "nimg": self.nimg,
             "data": self.dataset.name, "mid_t": list(self.cfg.eval.mid_t),
         }  # fmt: skip
-        tensors = self.state.state_tensors()
-        tensors |= {"tally_loss": tally_loss, "grad_norm": self.state.grad_norm}
-        meta = {
-            "nimg": self.nimg, "seconds": self.seconds, "tally_steps": self.tally.steps,
+        tensors |= self.state.state_tensors()
+        tensors["grad_norm"] = torch.nan_to_num(self.state.grad_norm, 0.0, 0.0, 0.0)  # inf where a step was skipped
+        meta |= {
+            "nimg": self.nimg, "seconds": self.seconds,
             "config": to_dict(self.cfg), "data": self.fingerprint, "teacher": self.teacher_digest,
         }  # fmt: skip
         emas = self.cfg.optim.emas
         (model, about), *more = [(self.state.ema_state_dict(i), {**info, "ema": emas[i]}) for i in range(len(emas))]
-        return self.checkpoints.save(self.nimg, model, self.spec, about, tensors, meta, more)
+        return self.checkpoints.save(self.nimg, model, self.spec, about, tensors, meta, more, healthy)
 
     def _agree(self) -> None:
         """Raise UserError unless all ranks start from the same point."""
@@ -297,7 +290,7 @@ class Trainer:
         try:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm.copy_(tensors["grad_norm"])
-            self.tally = Tally(tensors["tally_loss"].to(self.device), meta["tally_steps"])
+            self.health.restore(tensors, meta)
         except KeyError as error:
             raise UserError(
                 f"--resume {self.cfg.resume}: its training state is damaged, missing {error.args[0]}; resume from another "

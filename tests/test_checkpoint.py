@@ -194,3 +194,45 @@ def test_a_model_file_of_a_checkpoint_reads_alone_elsewhere(tmp_path: Path) -> N
     (tmp_path / "elsewhere").mkdir()
     copy = model.rename(tmp_path / "elsewhere" / model.name)
     assert read_model(copy).info == {"nimg": 1000}
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint")  # the damaged one too
+@pytest.mark.parametrize(
+    "pointer", [b"", b"\n", b"\xff\xfe\x00", b"nonsense", b"../../etc/passwd", b"checkpoint-000000.500"]
+)
+def test_a_pointer_that_names_nothing_is_passed_over_with_a_word(pointer: bytes, tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path)
+    first, last = save(run, 1000), save(run, 2000)
+    (tmp_path / "latest").write_bytes(pointer)
+    with pytest.warns(
+        UserWarning, match=r"latest: it names (no checkpoint; using|checkpoint-.*which is not here; using)"
+    ):
+        assert run.load(tmp_path)[2] == last
+    last.unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-000002\.000.*missing"):
+        assert run.load(tmp_path)[2] == first
+    with pytest.warns(UserWarning, match="latest"):
+        assert read_model(tmp_path).info == {"nimg": 1000}
+
+
+def test_the_last_healthy_checkpoint_stays_and_can_be_gone_back_to(tmp_path: Path) -> None:
+    run, state = Checkpoints(tmp_path, keep=1), build(spec()).state_dict()
+    for nimg, healthy in [(1000, True), (2000, True), (3000, False), (4000, False)]:
+        run.save(nimg, state, spec(), {}, TENSORS, {**META, "nimg": nimg}, healthy=healthy)
+    assert files(tmp_path) == [*three("000002.000"), *three("000004.000"), "latest"]
+    assert run.load(tmp_path)[1]["nimg"] == 4000
+    assert run.back() == tmp_path / "checkpoint-000002.000.safetensors"
+    assert run.load(tmp_path)[1]["nimg"] == 2000
+    run.save(5000, state, spec(), {}, TENSORS, META)
+    assert files(tmp_path) == [*three("000005.000"), "latest"]
+
+
+def test_a_checkpoint_of_version_0_1_counts_as_healthy(tmp_path: Path) -> None:
+    run, state = Checkpoints(tmp_path, keep=1), build(spec()).state_dict()
+    old = save(run, 1000)
+    manifest = tmp_path / "checkpoint-000001.000.json"
+    without = json.loads(manifest.read_text())
+    del without["healthy"]
+    manifest.write_text(json.dumps(without))
+    run.save(2000, state, spec(), {}, TENSORS, META, healthy=False)
+    assert run.back() == old

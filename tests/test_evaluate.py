@@ -266,6 +266,14 @@ def test_impossible_options_are_named(
     assert message in fails(capsys, digits_model, "--run-dir", tmp_path / "r", *args)
 
 
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECT_KERNELS", "skip_product=apex")
+    said = fails(capsys, digits_model, "--run-dir", tmp_path / "r")
+    assert "ECT_KERNELS: skip_product: backend 'apex' cannot run" in said and not (tmp_path / "r").exists()
+
+
 def test_run_dir_that_cannot_be_made(digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot make this folder" in fails(capsys, digits_model, "--run-dir", tmp_path / "file" / "r")

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ect.config import Config, DataConfig, EvalConfig, ObjectiveConfig, OptimConfig
-from ect.errors import UserError
+from ect.errors import Diverged, UserError
 from ect.files.checkpoint import load_model, read_model
 from ect.files.run_folder import new_run_dir
 from ect.job import Job, pretrain_config
@@ -261,7 +261,8 @@ def test_non_finite_gradients_are_reported(tmp_path: Path, monkeypatch, capsys) 
         return denoiser(y, normal.exp()).flatten(1).sum(1) * float("inf")
 
     monkeypatch.setattr("ect.objective.ConsistencyObjective.train_loss", loss)
-    assert Job(config(run_dir=tmp_path / "run"), Console()).run()
+    with pytest.raises(Diverged):
+        Job(config(run_dir=tmp_path / "run"), Console()).run()
     assert "non-finite gradient values were replaced" in capsys.readouterr().out
     assert rows(tmp_path / "run")[-1]["nonfinite"] > 0
     assert rows(tmp_path / "run")[-1]["loss"] is None

@@ -230,6 +230,15 @@ def test_a_device_that_is_not_there_is_refused(model: Path, capsys: pytest.Captu
     assert "error: --device cuda:99: not usable here (" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("choice", ["group_norm_silu=cuda", "perturb=cuda", "nonsense"])
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    choice: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECT_KERNELS", choice)
+    assert refused(capsys, model, "--out", tmp_path / "images").startswith("error: ECT_KERNELS: ")
+    assert not (tmp_path / "images").exists()
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, tmp_path / "none.safetensors", "--out", tmp_path / "x.png")
     assert f"{tmp_path / 'none.safetensors'}: no such file" in message

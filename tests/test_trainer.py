@@ -327,4 +327,4 @@ def test_impossible_networks_are_named_and_leave_nothing_behind(net: NetConfig, 
     cfg = config(net=net, run_dir=tmp_path / "run", pretrain="digits-diffusion", pretrain_kimg=0.08)
     with pytest.raises(UserError, match=said):
         Job(cfg, Console(quiet=True)).run()
-    assert not list((tmp_path / "run").iterdir())
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
 """The ends of the names of the model files, one for each weight average."""
+_STEM = re.compile(r"checkpoint-\d{6}\.\d{3}")
 
 
 def read_model(path: Path, ema: int | None = None) -> Snapshot:
@@ -125,12 +127,14 @@ class Checkpoints:
         tensors: dict[str, Tensor],
         meta: dict[str, Any],
         averages: Iterable[tuple[dict[str, Tensor], dict[str, Any]]] = (),
+        healthy: bool = True,
     ) -> Path:
         """Write the checkpoint of `nimg` images seen, prune older ones, and return the path of its model file.
 
         Args: model_state, spec, info: as for `save_model`, the averaged weights. tensors, meta: all that a resume
-        needs; meta is JSON-able. averages: (model_state, info) of further weight averages. Killed at any point, the run
-        folder still loads the checkpoint before.
+        needs; meta is JSON-able. averages: (model_state, info) of further weight averages. healthy: False where
+        updates since the checkpoint before were not finite; the last healthy one is never pruned. Killed at any point,
+        the run folder still loads the checkpoint before.
         """
         for pattern in (".*.tmp", ".tmp*"):  # what a kill while writing left: of `atomic`, of safetensors
             for leftover in self.run_dir.glob(pattern):
@@ -144,9 +148,9 @@ class Checkpoints:
             save_model(self.run_dir / names[-1], weights, spec, about)
         files = {name: _fingerprint(self.run_dir / name) for name in [*names, f"{stem}{_STATE}"]}
         with atomic(self.run_dir / f"{stem}{_MANIFEST}") as temp:
-            temp.write_text(json.dumps({"format": FORMAT, "nimg": nimg, "files": files}, indent=1) + "\n")
-        with atomic(self.run_dir / "latest") as temp:
-            temp.write_text(f"{stem}\n")
+            manifest = {"format": FORMAT, "nimg": nimg, "healthy": healthy, "files": files}
+            temp.write_text(json.dumps(manifest, indent=1) + "\n")
+        self._point(stem)
         self._prune(stem)
         return self.run_dir / f"{stem}{_MODEL}"
 
@@ -171,15 +175,30 @@ class Checkpoints:
         meta = parse_header(state_file, metadata.get("ect_state", "{}"), ("meta",))["meta"]
         return tensors, meta, folder / f"{stem}{_MODEL}"
 
+    def back(self) -> Path:
+        """Let `latest` name the last healthy checkpoint up to the one that it names now; return the path of its model file."""
+        stem = _newest(self.run_dir, (_MODEL, _STATE))
+        stem = self._healthy([known for known in _stems(self.run_dir, _MANIFEST) if known <= stem]) or stem
+        self._point(stem)
+        return self.run_dir / f"{stem}{_MODEL}"
+
+    def _point(self, stem: str) -> None:
+        with atomic(self.run_dir / "latest") as temp:
+            temp.write_text(f"{stem}\n")
+
+    def _healthy(self, stems: list[str]) -> str | None:
+        """Return the last of these checkpoints that is healthy, as all of version 0.1 are; None without one."""
+        return next((stem for stem in reversed(stems) if _manifest(self.run_dir, stem).get("healthy", True)), None)
+
     def _prune(self, newest: str) -> None:
-        """Remove what is older than the last `keep`, and what a killed save or prune left incomplete.
+        """Remove what is older than the last `keep` but the last healthy one, and what a killed save or prune left incomplete.
 
         Checkpoints beyond `newest` are of a run that was then continued from further back: not ours to remove.
         The manifest goes first and the state last, so that a half-removed checkpoint is known as one.
         """
         complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if stem <= newest]
         incomplete = set(_stems(self.run_dir, _STATE)) - set(_stems(self.run_dir, _MANIFEST))
-        for stem in {*complete[: -max(self.keep, 1)], *incomplete}:
+        for stem in {*complete[: -max(self.keep, 1)], *incomplete} - {self._healthy(complete)}:
             for kind in (_MANIFEST, *_MODELS, _STATE):
                 (self.run_dir / f"{stem}{kind}").unlink(missing_ok=True)
 
@@ -198,20 +217,39 @@ def _parts(path: Path) -> tuple[str, str] | None:
 
 
 def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
-    """Return the checkpoint that `latest` names, or the newest whole one before it; warn of each one passed over."""
-    pointer = run_dir / "latest"
-    latest = pointer.read_text().strip() if pointer.is_file() else None
-    complete = set(_stems(run_dir, _MANIFEST))
-    for stem in sorted(complete | set(_stems(run_dir, _STATE)), reverse=True):
-        if latest is not None and stem > latest and stem in complete:
-            continue  # the run was then continued from further back, or killed before it moved the pointer
+    """Return the checkpoint that `latest` names, or the newest whole one before it, else after it.
+
+    Warns of each one that is passed over.
+    """
+    latest, complete = _pointer(run_dir), set(_stems(run_dir, _MANIFEST))
+    stems = sorted(complete | set(_stems(run_dir, _STATE)), reverse=True)
+    # Those after it: the run was then continued from further back, or killed before it moved the pointer.
+    after = [stem for stem in stems if latest is not None and stem > latest and stem in complete]
+    for stem in [*(stem for stem in stems if stem not in after), *after]:
         try:
             _verify(run_dir, stem, kinds)
         except UserError as error:
             warnings.warn(f"{error}; using the checkpoint before it", stacklevel=3)
         else:
+            if stem in after:
+                warnings.warn(f"{run_dir / 'latest'}: it names {latest}, which is not here; using {stem}", stacklevel=3)
             return stem
     raise UserError(f"{run_dir}: no complete checkpoint in this folder; give a run folder or a model file")
+
+
+def _pointer(run_dir: Path) -> str | None:
+    """Return what `latest` names; None where it is missing or names no checkpoint, with a warning in the second case."""
+    path = run_dir / "latest"
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_bytes().decode().strip()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if _STEM.fullmatch(text):
+        return text
+    warnings.warn(f"{path}: it names no checkpoint; using the newest whole one", stacklevel=4)
+    return None
 
 
 def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
@@ -228,6 +266,12 @@ def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
 
 def _listed(folder: Path, stem: str) -> dict[str, Any]:
     """Return size and SHA-256 of a checkpoint's files, by name, as its manifest has them. Raises UserError on a damaged one."""
+    files: dict[str, Any] = _manifest(folder, stem)["files"]
+    return files
+
+
+def _manifest(folder: Path, stem: str) -> dict[str, Any]:
+    """Return a checkpoint's manifest. Raises UserError on a damaged one."""
     manifest = folder / f"{stem}{_MANIFEST}"
     if not manifest.is_file():
         raise UserError(f"{folder / stem}: incomplete checkpoint: {manifest.name} is missing")
@@ -235,8 +279,7 @@ def _listed(folder: Path, stem: str) -> dict[str, Any]:
         text = manifest.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest}: cannot be read ({error})") from error
-    files: dict[str, Any] = parse_header(manifest, text, ("files",))["files"]
-    return files
+    return parse_header(manifest, text, ("files",))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from ect.errors import UserError
 
 @contextlib.contextmanager
 def about(tensors: int) -> Iterator[None]:
-    """Let no network be made inside that has far more parameters than the `tensors` of a file.
+    """Let no network be made inside that has far more parameters than the `tensors` of a file: one too many raises UserError.
 
-    The first too many raises UserError. A few too many pass: `check_names` then names those that the file lacks.
+    A few too many pass: `check_names` then names those that the file lacks.
     """
     room = 2 * tensors + 100
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from ect.config import Config
 from ect.errors import UserError
+from ect.files.lock import LOCK
 from ect.files.old_configs import FORMAT, current
 
 T = TypeVar("T")
@@ -20,25 +24,94 @@ RESOLVED = "resolved"
 
 
 def new_run_dir(cfg: Config) -> Path:
-    """Create and return --run-dir if it is new or empty, else the next free runs/<number>-<preset>."""
+    """Create and return --run-dir if it is new or empty, else the next free runs/<number>-<preset>.
+
+    Raises UserError where it cannot be made.
+    """
     if cfg.run_dir is not None:
-        path = cfg.run_dir.expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(
-                f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    root = Path("runs")
-    root.mkdir(exist_ok=True)
-    number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
-    while True:
-        path = root / f"{number:05d}-{cfg.preset}"
-        try:
-            path.mkdir()
+        with can_make(f"--run-dir {cfg.run_dir}"):
+            path = cfg.run_dir.expanduser()
+            refuse_used(path)
+            _make(path)
             return path
-        except FileExistsError:  # another job took the number
-            number += 1
+    with can_make("runs, where a run without --run-dir goes"):
+        root = Path("runs")
+        _make(root)
+        number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
+        while True:
+            path = root / f"{number:05d}-{cfg.preset}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:  # another job took the number
+                number += 1
+
+
+def refuse_used(path: Path) -> None:
+    """Raise UserError where a new run cannot go into this folder, because it holds something else than a lock."""
+    if path.exists() and (not path.is_dir() or any(item.name != LOCK for item in path.iterdir())):
+        raise UserError(f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}")
+
+
+def absent(path: Path) -> list[Path]:
+    """Return a folder and its parents, as far as there are none yet, the deepest first."""
+    path = Path(os.path.expanduser(path))
+    return [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+
+
+def _make(path: Path) -> None:
+    """Make a folder and its parents, or none of them and raise OSError."""
+    missing = absent(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_empty(missing)
+        raise
+
+
+@contextlib.contextmanager
+def leaving_nothing(folders: list[Path]) -> Iterator[None]:
+    """Remove these folders where the block fails with nothing in them: a refused start leaves none behind."""
+    try:
+        yield
+    except BaseException:
+        remove_empty(folders)
+        raise
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of these folders that there are and that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def can_make(what: str) -> Iterator[None]:
+    """Turn a failure to make a folder inside the block into a UserError that begins with `what`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user that there is not
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{what}: cannot make this folder ({reason}); choose another with --run-dir") from error
+
+
+def has_begun(folder: Path, early: bool = False) -> bool:
+    """Return whether a phase has a checkpoint in its folder; a run writes one before its first step.
+
+    early: it cannot have had one, because the phase before has just come to its end. Else raises UserError, naming what is
+    missing, where it once had one.
+    """
+    found = any(folder.glob("checkpoint-*.json"))
+    if early or found:
+        return found
+    gone = [name for name in ("latest", "stats.jsonl") if (folder / name).is_file() and (folder / name).stat().st_size]
+    if gone:
+        raise UserError(
+            f"--resume {folder}: its checkpoints are gone: {' and '.join(gone)} say that there were some, but there is no "
+            "checkpoint-*.json; put them back, or start a new run"
+        )
+    return False
 
 
 def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None) -> Path:
@@ -66,18 +139,30 @@ def run_folder(path: Path) -> Path:
 
 def load(folder: Path) -> Config:
     """Return the configuration a run was started with, from its config.json."""
-    path = folder / CONFIG
+    values = _read(folder)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         return from_dict({name: value for name, value in values.items() if name != RESOLVED})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a configuration this version can read ({error})") from error
+        raise UserError(f"{folder / CONFIG}: not a configuration this version can read ({error})") from error
 
 
 def resolved(folder: Path) -> dict[str, Any]:
     """Return what the run in a folder computed with (self_check.resolved), from its config.json; {} where it does not say."""
+    return _read(folder).get(RESOLVED, {}) if (folder / CONFIG).is_file() else {}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Return the object in a config.json. Raises UserError where it is none, or what was resolved is none."""
     path = folder / CONFIG
-    return json.loads(path.read_text(encoding="utf-8")).get(RESOLVED, {}) if path.is_file() else {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a configuration this version can read ({error})") from error
+    if not isinstance(values, dict) or not isinstance(values.get(RESOLVED, {}), dict):
+        raise UserError(
+            f"{path}: not a configuration this version can read (expected an object, and another in {RESOLVED})"
+        )
+    return values
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

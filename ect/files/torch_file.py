@@ -33,8 +33,8 @@ from ect.files.safe_pickle import Budget, Built, Dictionary, Machine, UnsafePick
 
 MAX_BYTES = 4 << 30
 MAX_ELEMENTS = 1 << 29
-"""All tensors together have at most so many; DINOv2's ViT-L has 304 million. The bytes of the file do not bound them:
-torch.save keeps what `expand` made as it is."""
+"""All tensors together have at most so many; DINOv2's ViT-L has 304 million. The file's bytes do not bound them: torch.save
+keeps what `expand` made as it is."""
 _OLD_VERSION = 1001
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from ect.errors import UserError
+from ect.ranks import interrupts
 
 if TYPE_CHECKING:
     from ect.ranks.distributed import World
@@ -18,10 +19,15 @@ T = TypeVar("T")
 
 
 def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], interrupted: str = "interrupted") -> int:
-    """Return the exit status of an entry point: what `work` returns; 2 after a UserError, 130 after Ctrl-C.
+    """Return the exit status of an entry point: what `work` returns; a UserError's own, 130 after Ctrl-C.
 
-    Both come with one message.
+    SIGTERM and SIGHUP are as Ctrl-C, with 143 and 129. Each comes with one message, but before `work` there is none.
     """
+    with interrupts.answered_by(interrupts.leave), interrupts.read_or_not():
+        return _launch(parse, work, interrupted)
+
+
+def _launch(parse: Callable[[], T | None], work: Callable[[T, World], int], interrupted: str) -> int:
     rank, size = rank_and_size()
     first = rank == 0
     if not first:
@@ -40,9 +46,10 @@ def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inter
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        status = work(options, world)
-        world.stop()
-        return status
+        with interrupts.answered_by(interrupts.interrupt):
+            status = work(options, world)
+            world.stop()
+            return status
     except (Exception, KeyboardInterrupt) as error:
         status = _report(error, world, interrupted)
     if world.size > 1:  # at once: winding torch.distributed up would wait for the other ranks, which wait for this one
@@ -72,4 +79,6 @@ def _report(error: BaseException, world: World, interrupted: str) -> int:
     elif before == "crashed":
         reason = (str(error).splitlines() or [""])[0]
         print(f"rank {world.rank} ended after it: {type(error).__name__}: {reason}", file=sys.stderr)
-    return (2 if mendable else 130) if expected else 1
+    if isinstance(error, UserError):
+        return error.status
+    return interrupts.status(error) if isinstance(error, KeyboardInterrupt) else 1

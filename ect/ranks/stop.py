@@ -1,10 +1,8 @@
-"""Stopping cleanly: Ctrl-C and SIGTERM, heard by one rank and acted upon by all after the same step."""
+"""Stopping cleanly: Ctrl-C, SIGTERM and SIGHUP, heard by one rank and acted upon by all after the same step."""
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +10,14 @@ from dataclasses import dataclass
 from types import FrameType
 
 from ect.ranks.distributed import World
+from ect.ranks.interrupts import answered_by, interrupt
 
 ECHO_SECONDS = 3.0  # within which a second signal under torchrun is the first one again
 
 
 @dataclass
 class StopSignal:
-    """A flag that Ctrl-C or SIGTERM sets; the loop looks at it after each step.
+    """A flag that Ctrl-C, SIGTERM or SIGHUP sets; the loop looks at it after each step.
 
     Ranks hear a signal at different steps, or not at all: what one of them heard, all act upon after the same step
     (`heard`).
@@ -42,10 +41,6 @@ class StopSignal:
         A second one raises KeyboardInterrupt, for a user in a hurry; under torchrun it must come later, for torchrun
         answers one Ctrl-C with SIGINT and SIGTERM to each process.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-
         first = 0.0
 
         def handler(number: int, frame: FrameType | None) -> None:
@@ -55,11 +50,7 @@ class StopSignal:
                 if self.world.rank == 0:
                     print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
             elif self.world.size == 1 or time.monotonic() > first + ECHO_SECONDS:
-                raise KeyboardInterrupt
+                interrupt(number, frame)
 
-        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with answered_by(handler):
             yield
-        finally:
-            for number, old in previous.items():
-                signal.signal(number, old)

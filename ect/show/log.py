@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import sys
 import time
+import warnings
 from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +24,7 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
+from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.show.grid import make_grid, save_png
 
@@ -27,6 +33,15 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10.0  # between two plain lines, where there is no terminal for a bar
 _RATE_SECONDS = 30.0  # window of the rate
+
+
+class Screen(Console):
+    """A console that falls silent where nobody reads it any more (`| head`), and does not end the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Do what rich does, which sends the output to nowhere, but do not exit."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 class RunLog:
@@ -51,21 +66,23 @@ class RunLog:
         quiet = quiet or not writes
         self.run_dir, self.total_nimg, self.nimg = Path(run_dir), total_nimg, resume_nimg or 0
         self.device = torch.device(device)
-        self.console = console if console is not None and writes else Console(quiet=quiet)
+        self.console = console if console is not None and writes else Screen(quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, 120)  # a file or a pipe has no width to wrap at
         self._quiet = quiet
         self._phase = "starting"
         self._seen: deque[tuple[float, int]] = deque()  # (seconds, nimg) of the last steps
         self._next_line = 0.0
-        self._stats: IO[str] | None = None
+        self._stats: IO[bytes] | None = None
+        self._failed: set[str] = set()  # what has been said to fail
         self._board: SummaryWriter | None = None
         if writes:
             stats = self.run_dir / "stats.jsonl"
             if resume_nimg is not None and stats.is_file():
                 _drop_rows_after(stats, resume_nimg)
-            self._stats = stats.open("a", encoding="utf-8")
-            self._board = _summary_writer(self.run_dir, resume_nimg)
+            self._stats = stats.open("ab", buffering=0)
+            with self._surviving("TensorBoard"):
+                self._board = _summary_writer(self.run_dir, resume_nimg)
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
             self._start_bar()
@@ -101,28 +118,47 @@ class RunLog:
         if self._stats is None:
             return
         plain = {name: _plain(value) for name, value in stats.items()}
-        self._stats.write(json.dumps({"nimg": nimg, **plain}) + "\n")
-        self._stats.flush()
-        if self._board is not None:
-            for name, value in plain.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, nimg)
-            self._board.flush()
+        with self._surviving("stats.jsonl"):
+            _append(self._stats, (json.dumps({"nimg": nimg, **plain}) + "\n").encode())
+        with self._surviving("TensorBoard"):
+            if self._board is not None:
+                for name, value in plain.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(name, value, nimg)
+                self._board.flush()
 
     def grid(self, name: str, images: Tensor) -> Path | None:
-        """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it writes."""
+        """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it wrote it."""
         if self._stats is None:
             return None
-        path = self.run_dir / f"{name}-{self.nimg / 1000:010.3f}.png"
+        path, written = self.run_dir / f"{name}-{self.nimg / 1000:010.3f}.png", None
         image = make_grid(images)
-        save_png(image, path)
-        if self._board is not None:
-            self._board.add_image(name, image, self.nimg, dataformats="HWC")
-        return path
+        with self._surviving("grids"):
+            save_png(image, path)
+            written = path
+        with self._surviving("TensorBoard"):
+            if self._board is not None:
+                self._board.add_image(name, image, self.nimg, dataformats="HWC")
+        return written
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """Report once, as a warning, a failure to write inside the block: what is only told of a run never ends it."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if what == "TensorBoard":
+                self._board = None  # its thread has ended, and with it the file
+            if what not in self._failed:
+                self._failed.add(what)
+                warnings.warn(
+                    f"{self.run_dir}: {what} cannot be written, the run goes on without ({error})", stacklevel=4
+                )
 
     def note(self, text: str) -> None:
         """Print one line on the console, above the bar."""
-        self.console.print(Text(text))
+        with self._surviving("the console"):
+            self.console.print(Text(text))
 
     def close(self) -> None:
         """Stop the bar and close the files; a second call does nothing."""
@@ -131,9 +167,10 @@ class RunLog:
             self._bar = None
         if self._stats is not None:
             self._stats.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        board, self._board = self._board, None
+        if board is not None:
+            with self._surviving("TensorBoard"):
+                board.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -189,6 +226,18 @@ def _summary_writer(run_dir: Path, resume_nimg: int | None) -> SummaryWriter | N
     except ImportError:
         return None
     return SummaryWriter(str(run_dir), purge_step=None if resume_nimg is None else resume_nimg + 1)
+
+
+def _append(file: IO[bytes], line: bytes) -> None:
+    """Append a line to an unbuffered file, or raise OSError and leave no part of it there."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise
 
 
 def _drop_rows_after(path: Path, nimg: int) -> None:

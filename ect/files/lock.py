@@ -1,0 +1,67 @@
+"""One process at a time in a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from ect.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "lock"
+"""Name of the lock file, whose text says who holds it."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the lock of a run folder inside the block. Raises UserError, naming host and process, where another one holds it.
+
+    The system gives the lock back when its process ends, however it ends: the file that a kill leaves locks nothing. On
+    Windows there is no such lock, and two processes in one folder go unnoticed; so they do, after a warning, on a file
+    system without locks.
+    """
+    path = folder / LOCK
+    descriptor = None if fcntl is None else _acquire(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # while it is held: nobody else's
+            os.close(descriptor)
+
+
+def _acquire(path: Path) -> int | None:
+    """Return the descriptor that holds the lock, None where the file system has no locks."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{path}: cannot write it ({error.strerror}); choose a writable run folder") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UserError(
+                f"{path.parent}: another process trains in this folder ({holder}); wait for it, stop it, or give another folder"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            warnings.warn(
+                f"{path}: no locks here ({error.strerror}); start no other process in this folder", stacklevel=4
+            )
+            return None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
+                return descriptor
+        os.close(descriptor)  # its holder ended, and took the file away, between our opening and locking it

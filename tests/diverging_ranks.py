@@ -1,0 +1,38 @@
+"""What test_health runs under torchrun: one rank's loss goes bad, and all ranks stop together."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ect.config import LogConfig
+from ect.job import Job
+from ect.ranks.distributed import World
+from ect.ranks.launch import launch
+from ect.step import TrainStep
+from tests.tiny import config
+
+LOSS = TrainStep.loss
+
+
+def work(folder: Path, world: World) -> int:
+    def loss(self: TrainStep, i: int) -> torch.Tensor:
+        bad = world.rank == 1 and not self.key.is_meta and int(self.key) >= 4  # memory is predicted on meta tensors
+        return LOSS(self, i) * (math.nan if bad else 1.0)
+
+    TrainStep.loss = loss  # type: ignore[method-assign]
+    log = LogConfig(stats_kimg=0.016, sample_kimg=0, checkpoint_kimg=0.016, keep=1)
+    try:
+        Job(config(run_dir=folder / "run", log=log), Console(quiet=True), world).run()
+    except Exception as error:
+        (folder / f"rank{world.rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch(lambda: Path(sys.argv[1]), work))

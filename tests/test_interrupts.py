@@ -1,0 +1,124 @@
+"""Signals at any moment, and a reader who leaves: no traceback, and the status that a shell knows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ect.ranks import interrupts
+from ect.ranks.interrupts import ENDING, answered_by, install
+from ect.ranks.launch import launch
+from ect.ranks.stop import StopSignal
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor this pipe")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
+COMMANDS = ["train", "sample", "evaluate", "convert"]
+
+
+def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@POSIX
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.0])
+def test_a_signal_in_the_first_seconds_ends_it_quietly(number: signal.Signals, seconds: float, tmp_path: Path) -> None:
+    process = start(["-m", "ect.train"], tmp_path)
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and len(err.strip().splitlines()) <= 1
+    assert process.returncode == 128 + number or "stopping after this step" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] or process.returncode == 0
+
+
+@POSIX
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_signal_while_a_command_imports(module: str, tmp_path: Path) -> None:
+    """Its first import after the handler's stands in for all: it sends the signal, and must not be survived."""
+    (tmp_path / "tyro.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nimport time\ntime.sleep(60)\n"
+    )
+    env = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", f"ect.{module}"], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+@POSIX
+@pytest.mark.slow
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_for_a_reader_who_leaves_is_quiet(module: str, tmp_path: Path) -> None:
+    process = start(["-m", f"ect.{module}", "--help"], tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == interrupts.NOBODY_READS
+
+
+@POSIX
+@pytest.mark.parametrize("number", ENDING)
+def test_work_is_interrupted_with_the_status_of_the_signal(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(each) for each in ENDING]
+    assert launch(lambda: 0, lambda options, world: signal.raise_signal(number), interrupted="gone") == 128 + number
+    assert capsys.readouterr().err == "gone\n"
+    assert [signal.getsignal(each) for each in ENDING] == before
+
+
+@POSIX
+@pytest.mark.parametrize("number", ENDING)
+def test_each_signal_stops_a_run_after_its_step_and_the_second_at_once(number: signal.Signals) -> None:
+    stop = StopSignal()
+    with stop.watch():
+        signal.raise_signal(number)
+        assert stop.heard()
+        with pytest.raises(KeyboardInterrupt) as error:
+            signal.raise_signal(number)
+    assert interrupts.status(error.value) == 128 + number
+
+
+@POSIX
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignal().watch(), answered_by(interrupts.interrupt):
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) is interrupts.interrupt
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_install_nothing() -> None:
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(install(interrupts.leave)))
+    thread.start()
+    thread.join()
+    assert found == [{}]
+
+
+@POSIX
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_it(tmp_path: Path) -> None:
+    options = "--pretrain None --total-kimg 1 --eval.samples 0 --log.sample-kimg 0 --run-dir run --net.model-channels 8"
+    process = start(["-m", "ect.train", *options.split(), "--net.attn-resolutions"], tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and "Traceback" not in err
+    assert (tmp_path / "run" / "results.md").is_file()
