@@ -253,7 +253,6 @@ def test_missing_weights_give_dashes_notes_and_status_2(
         (["--batch", "100000000000"], "expected at most 1,048,576"),
         (["--samples", "1000000000000"], "expected at most 10,000,000"),
         (["--weights", "nope.pth"], "--weights nope.pth: no such file"),
-        (["--device", "meta"], "--device meta: not usable here"),
         (["--mid-t", "0.5", "0.8"], "--mid-t 0.5 0.8: expected strictly decreasing levels between 0 and 80"),
         (["--mid-t", "90"], "--mid-t 90: expected strictly decreasing"),
         (["--data", "digits", "--reference", "stats.npz"], "--reference replaces the images of --data"),

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from ect import convert, evaluate, sample, train
+from ect.config import DataConfig
+from ect.data import load
 from ect.errors import UserError
 from ect.files import model_file
 from ect.files.checkpoint import load_model
@@ -227,6 +229,17 @@ def test_statistics(write: Callable[[Path], None], tmp_path: Path, capsys: pytes
     save_model(net, weights(), SPEC, {})
     arguments = [net, "--reference", path, "--no-download", "--device", "cpu", "--run-dir", tmp_path / "home"]
     assert f"--reference {path}: cannot be read" in check(capsys, evaluate.main, *arguments)
+
+
+@pytest.mark.parametrize("name", ["set.zip", "x.tar.gz", "train-images-idx3-ubyte", "m.safetensors", "m.pkl", "m.pth"])
+def test_a_pointer_of_git_lfs_is_named_by_every_reader(
+    name: str, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path_factory.mktemp("lfs") / name
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    read = {".safetensors": load_model, ".pkl": load_model, ".pth": read_state}.get(path.suffix)
+    with pytest.raises(UserError, match=r"git-lfs pointer|not an IDX file"):
+        read(path) if read else load(DataConfig(str(path)))
 
 
 def test_a_model_that_is_whole_is_read_and_a_flipped_bit_in_it_is_seen(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.files.edm_pickle import Snapshot
 from ect.files.fit import about, check_finite, check_names
+from ect.files.foreign import what_is_at
 from ect.models import build
 
 FORMAT = 1
@@ -142,4 +143,5 @@ def read_tensors(path: Path, wanted: bool = True) -> tuple[dict[str, Tensor], di
             names = file.keys() if wanted else []
             return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({error})") from error
+        reason = what_is_at(path) or error
+        raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({reason})") from error

@@ -43,7 +43,8 @@ class WeightFile:
         if given is not None:
             given = given.expanduser()
             if not given.is_file():
-                raise UserError(f"{self.option} {given}: no such file; expected {self.what} weights, {self.filename}")
+                expected = f"{self.what} weights, {self.filename}{self.training}"
+                raise UserError(f"{self.option} {given}: no such file; expected {expected}")
             return given
         cached = Path(torch.hub.get_dir()) / "checkpoints" / self.filename
         if cached.is_file():

@@ -18,6 +18,7 @@ import numpy as np
 
 from ect.data.readers.labels import one_hot
 from ect.errors import UserError
+from ect.files.foreign import what_is_at
 from ect.files.pickled_tensors import ARRAYS, Array
 from ect.files.safe_pickle import Budget, Machine, UnsafePickle
 
@@ -91,7 +92,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
                     assert file is not None  # a regular file
                     yield name, file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: truncated, damaged or no tar archive ({error}). {_DOWNLOAD} again") from error
+        reason = what_is_at(path) or error
+        raise UserError(f"{path}: truncated, damaged or no tar archive ({reason}). {_DOWNLOAD} again") from error
 
 
 def _check_size(size: int, where: Path) -> None:
