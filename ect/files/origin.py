@@ -1,4 +1,4 @@
-"""Where the networks of a phase come from: a checkpoint, --init-from, or the configured architecture made anew."""
+"""The networks that a phase starts with: from a checkpoint, from --init-from, or of the configured architecture made anew."""
 
 from __future__ import annotations
 

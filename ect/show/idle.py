@@ -1,4 +1,4 @@
-"""What a run is told of its options before it starts."""
+"""Notes on options that do nothing on a data set, for the console."""
 
 from __future__ import annotations
 
