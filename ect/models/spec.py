@@ -27,10 +27,13 @@ def arguments(unet: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cls in reversed(unet.__mro__):
         if issubclass(cls, UNet) and "__init__" in vars(cls):
-            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
             kinds = typing.get_type_hints(cls.__init__)
-            found |= {item.name: kinds.get(item.name, Any) for item in parameters if item.kind not in _REST}
+            found |= {item.name: kinds.get(item.name, Any) for item in _parameters(cls) if item.kind not in _REST}
     return found
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    return list(inspect.signature(cls.__init__).parameters.values())[1:]
 
 
 def checked_arguments(unet: type, given: Any) -> dict[str, Any]:
@@ -41,10 +44,11 @@ def checked_arguments(unet: type, given: Any) -> dict[str, Any]:
     kinds = arguments(unet)
     if not isinstance(given, dict):
         raise UserError(f"the arguments of {unet.__name__} are {shown(given)}; expected an object")
+    takes_others = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in _parameters(unet))
     for name in given:
-        if name not in kinds:
+        if name not in kinds and not takes_others:
             raise UserError(f"{unet.__name__} was made with the unknown argument {shown(name)}")
-    return {name: checked(name, value, kinds[name]) for name, value in given.items()}
+    return {name: checked(name, value, kinds.get(name, Any)) for name, value in given.items()}
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
