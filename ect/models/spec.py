@@ -33,7 +33,7 @@ def arguments(unet: type) -> dict[str, Any]:
 
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
 
 
 def checked_arguments(unet: type, given: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def checked_arguments(unet: type, given: Any) -> dict[str, Any]:
     kinds = arguments(unet)
     if not isinstance(given, dict):
         raise UserError(f"the arguments of {unet.__name__} are {shown(given)}; expected an object")
-    takes_others = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in _parameters(unet))
+    takes_others = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in inspect.signature(unet).parameters.values())
     for name in given:
         if name not in kinds and not takes_others:
             raise UserError(f"{unet.__name__} was made with the unknown argument {shown(name)}")
