@@ -18,9 +18,11 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -134,6 +136,33 @@ class BuildCuda(build_ext):
         return chosen
 
 
+class SourceRoots:
+    """An editable install as two folders on the path, as setuptools' own strategies are called.
+
+    Where the working folder has an `ect/` too, as a clone of the public code has, Python takes the whole package from one
+    place. setuptools' import hook would give single modules of ours to a package that is not ours.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, wheel: Any, files: object, mapping: object) -> None:
+        wheel.writestr(f"__editable__.{self.name}.pth", f"{ROOT}\n{ROOT / 'kernels'}\n")
+
+    def __enter__(self) -> SourceRoots:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Editable(editable_wheel):
+    """Installs by path; where a later setuptools does not ask for a strategy by this name, as it does by default."""
+
+    def _select_strategy(self, name: str, *_: object) -> SourceRoots:
+        return SourceRoots(name)
+
+
 def ninja_file(toolkit: Toolkit, chosen: Sequence[targets.Target]) -> str:
     """Return the rules: an object for each .cu file, one of the bindings, and _C.so of them all."""
     try:
@@ -214,4 +243,7 @@ def _say(*lines: str) -> None:
 
 
 extension = Extension("ect_kernels._C", sources=[], optional=True)
-setup(ext_modules=[extension] if sys.platform == "linux" else [], cmdclass={"build_ext": BuildCuda})
+setup(
+    ext_modules=[extension] if sys.platform == "linux" else [],
+    cmdclass={"build_ext": BuildCuda, "editable_wheel": Editable},
+)

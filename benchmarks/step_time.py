@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and the first")
     parser.add_argument(
-        "--limit", type=at_least(0, float), default=300, help="seconds that a row's first steps may take"
+        "--limit", type=at_least(0.1, float), default=300, help="seconds that a row's first steps may take"
     )
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
     parser.add_argument("--results", type=folder, default=history.RESULTS, help="folder of the recorded lines")

@@ -7,12 +7,13 @@ that `--help` and `--dry-run` answer at once. Images are counted in kimg (thousa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ect import emas
+from ect.errors import UserError
 
 try:
     import tyro
@@ -25,6 +26,8 @@ SIGMA_MAX = 80.0
 """The noise level that sampling starts from (EDM, ECT)."""
 MID_T = (0.821,)
 """The noise levels after it, one a network evaluation: those of ECT's CIFAR-10 models."""
+MAX_BLOCKS, MAX_LEVELS = 24, 8
+"""A network has at most so many residual blocks a level, and levels; the public ones have 4 and 4."""
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
 
@@ -59,10 +62,36 @@ class Limit:
     holds: Callable[[Any], bool]
 
 
+def at_most(most: int) -> Limit:
+    """Limit a number from above, so that a slip of the finger is refused, and not tried."""
+    return Limit(f"at most {most:,}", lambda value: value <= most)
+
+
+def refuse_beyond(options: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise UserError naming the first option whose value is not None and beyond one of the limits behind it."""
+    for name, (value, *limits) in options.items():
+        for limit in limits:
+            if value is not None and not limit.holds(value):
+                raise UserError(f"--{name} {value}: expected {limit.expected}")
+
+
+MAX_STEPS = 1000
+"""The Heun sampler takes at most so many steps."""
+COUNT = at_most(10**6)
+"""One command makes at most so many images: their seeds are in memory."""
+KIMG = at_most(10**9)
+BATCH = at_most(2**20)
+THREADS = at_most(1024)
+IMAGES = at_most(10**7)
+SIGMA_DATA = Limit("a number from 0.0001 to 10,000", lambda sigma: 1e-4 <= sigma <= 1e4)
 ABOVE_0 = Limit("greater than 0", lambda value: value > 0)
 FROM_0 = Limit("0 or greater", lambda value: value >= 0)
 FROM_1 = Limit("at least 1", lambda value: value >= 1)
 BELOW_1 = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
+CHANNELS = at_most(4096)
+FEW_LEVELS = Limit(
+    f"at most {MAX_LEVELS} factors, each up to 64", lambda mult: len(mult) <= MAX_LEVELS and max(mult, default=0) <= 64
+)
 FACTORS = Limit("one factor of at least 1 for each resolution", lambda mult: min(mult, default=0) >= 1)
 FALLING = Limit(
     f"noise levels that fall from {SIGMA_MAX:g} towards 0",
@@ -80,7 +109,7 @@ EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are
 class DataConfig:
     source: str = "digits"
     """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, EDM zip, folder of images."""
-    resolution: int | None = None
+    resolution: Annotated[int | None, at_most(4096)] = None
     """Resize and centre-crop a folder of images to this size (pixels). None: all images must already agree."""
     convert: Literal["rgb", "grey"] | None = None
     """Make a folder or zip of images RGB or grey: transparency on white, palettes, CMYK and 16 bits included. None: all must
@@ -97,16 +126,18 @@ class DataConfig:
 class NetConfig:
     arch: Architecture = "ddpmpp"
     """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
-    model_channels: Annotated[int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0)] = 128
+    model_channels: Annotated[
+        int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0), CHANNELS
+    ] = 128
     """Channels at the first resolution, times channel_mult at the others."""
-    channel_mult: Annotated[tuple[int, ...], FACTORS] = (2, 2, 2)
-    num_blocks: Annotated[int, FROM_1] = 4
+    channel_mult: Annotated[tuple[int, ...], FACTORS, FEW_LEVELS] = (2, 2, 2)
+    num_blocks: Annotated[int, FROM_1, at_most(MAX_BLOCKS)] = 4
     """Residual blocks a resolution."""
     attn_resolutions: tuple[int, ...] = (16,)
     dropout: Annotated[float, BELOW_1] = 0.2
     label_dropout: Annotated[float, BELOW_1] = 0.0
     """Probability of dropping a class label (for classifier-free guidance)."""
-    sigma_data: Annotated[float, ABOVE_0] = 0.5
+    sigma_data: Annotated[float, ABOVE_0, SIGMA_DATA] = 0.5
     """Standard deviation of the data in [-1, 1], as the preconditioning assumes it."""
 
 
@@ -131,7 +162,7 @@ class ObjectiveConfig:
     """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1."""
     n_stages: Annotated[int, FROM_1] = 8
     """Number of stages of the mapping."""
-    stage_kimg: Annotated[float, ABOVE_0] = 3200.0
+    stage_kimg: Annotated[float, ABOVE_0, KIMG] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
     target: Literal["self", "teacher"] = "self"
     """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE
@@ -146,11 +177,11 @@ class OptimConfig:
     eps: Annotated[float, FROM_0] = 1e-8
     clip: Annotated[float | None, ABOVE_0] = None
     """Clip the gradient's global L2 norm to this value. None: no clipping."""
-    warmup_kimg: Annotated[float, FROM_0] = 0.0
+    warmup_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     """Linear warm-up of the learning rate from 0."""
     decay: Literal["constant", "linear", "rsqrt"] = "constant"
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
-    decay_kimg: Annotated[float, FROM_0] = 0.0
+    decay_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
     """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
     makes; ect.sample and ect.evaluate take the second with --ema 1."""
@@ -160,13 +191,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    stats_kimg: Annotated[float, FROM_0] = 6.4
+    stats_kimg: Annotated[float, FROM_0, KIMG] = 6.4
     """Interval of the rows in stats.jsonl and TensorBoard."""
-    sample_kimg: Annotated[float, FROM_0] = 256.0
+    sample_kimg: Annotated[float, FROM_0, KIMG] = 256.0
     """Interval of sample grids (0: only at the start and the end)."""
-    eval_kimg: Annotated[float, FROM_0] = 0.0
+    eval_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     """Interval of evaluation (0: only at the end)."""
-    checkpoint_kimg: Annotated[float, FROM_0] = 256.0
+    checkpoint_kimg: Annotated[float, FROM_0, KIMG] = 256.0
     """Interval of checkpoints (0: only at the end)."""
     keep: Annotated[int, FROM_1] = 3
     """Keep this many latest checkpoints."""
@@ -174,9 +205,9 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    samples: Annotated[int, Limit("0 (off) or at least 2", lambda count: count == 0 or count >= 2)] = 50_000
+    samples: Annotated[int, Limit("0 (off) or at least 2", lambda count: count == 0 or count >= 2), IMAGES] = 50_000
     """Generated images a row of the table. 0 switches evaluation off."""
-    batch: Annotated[int, FROM_1] = 256
+    batch: Annotated[int, FROM_1, BATCH] = 256
     mid_t: Annotated[tuple[float, ...], FALLING] = MID_T
     """Intermediate noise levels: one a network evaluation after the first."""
     weights: Path | None = None
@@ -187,9 +218,9 @@ class EvalConfig:
 class Config:
     preset: str = "digits"
     """Name of the recipe the other fields default to."""
-    total_kimg: Annotated[float, ABOVE_0] = 1024.0
+    total_kimg: Annotated[float, ABOVE_0, KIMG] = 1024.0
     """Length of the run in thousands of images."""
-    batch: Annotated[int, FROM_1] = 128
+    batch: Annotated[int, FROM_1, BATCH] = 128
     """Images an optimizer step."""
     batch_per_device: int | Literal["auto"] | None = None
     """Images a forward pass: a divisor of each device's share of batch; gradients accumulate. None: the whole share at
@@ -200,7 +231,7 @@ class Config:
     pretrain: str | None = None
     """A diffusion phase before the tuning, where no --init-from gives its network: total_kimg, objective and optim of this
     preset, and all else as in the run. None: no such phase."""
-    pretrain_kimg: Annotated[float | None, ABOVE_0] = None
+    pretrain_kimg: Annotated[float | None, ABOVE_0, KIMG] = None
     """Length of that phase. None: as in its preset."""
     resume: Path | None = None
     """A run folder or a checkpoint of it: continue there."""
@@ -208,7 +239,7 @@ class Config:
     """Folder of the run. None: runs/<number>-<preset>."""
     device: str = "auto"
     """'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1'."""
-    threads: Annotated[int | None, FROM_1] = None
+    threads: Annotated[int | None, FROM_1, THREADS] = None
     """CPU threads. None: as many as CPUs that this process may use."""
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
     """Arithmetic of training. fp16 and bf16: half precision inside the residual blocks, fp32 at both ends, fp32 weights. fp16

@@ -51,11 +51,12 @@ def convert(options: Options) -> Snapshot:
     Raises UserError on a snapshot that cannot be read or does not fit (`UnsafePickle` on hostile content), and on a
     destination of another name than *.safetensors. Nothing is written then.
     """
-    if options.destination.suffix != ".safetensors":
-        raise UserError(f"{options.destination}: the file to write must be named *.safetensors")
-    snapshot = edm_pickle.read(options.source, options.key)
-    check_fits(snapshot, str(options.source))
-    save_model(options.destination, snapshot.state, snapshot.spec, snapshot.info)
+    source, destination = options.source.expanduser(), options.destination.expanduser()
+    if destination.suffix != ".safetensors":
+        raise UserError(f"{destination}: the file to write must be named *.safetensors")
+    snapshot = edm_pickle.read(source, options.key)
+    check_fits(snapshot, str(source))
+    save_model(destination, snapshot.state, snapshot.spec, snapshot.info)
     return snapshot
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from ect.config import EvalConfig
+from ect.config import BATCH, FROM_1, IMAGES, MAX_STEPS, THREADS, EvalConfig, at_most, refuse_beyond
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.resume import weights_fingerprint
@@ -26,7 +26,7 @@ from ect.files.run_folder import evaluation_dir
 from ect.metrics import Evaluator, FidelityOptions, QualityRow, RemoteEvaluator, make_evaluator, quality_rows, reference
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
-from ect.ranks.device import resolve
+from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
@@ -52,6 +52,8 @@ class Options:
     """Reference images: 'digits', or a path as for ect.train. Default: the digits for a model of the digits."""
     resolution: int | None = None
     """Resize and centre-crop a folder of images to this size (pixels)."""
+    convert: Literal["rgb", "grey"] | None = None
+    """Make a folder or zip of images RGB or grey, as the model's training images were."""
     samples: int | None = None
     """Generated images a repeat. Default: 50,000; for the digits 3,000."""
     mid_t: tuple[float, ...] | None = None
@@ -81,6 +83,8 @@ class Options:
     """'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:1'."""
     precision: Literal["tf32", "fp32"] = "tf32"
     """Convolutions and matrix products on a GPU: in TF32, as training samples unless it is in fp32; or in true fp32."""
+    threads: int | None = None
+    """CPU threads. None: as many as CPUs that this process may use."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -102,14 +106,16 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     """
     _check_numbers(options)
     device = resolve(options.device, world)
-    net, info = load_model(options.model, device=device, ema=options.ema)
+    set_threads(options.threads, world)
+    self_check.choose(device)
+    net, info = load_model(options.model.expanduser(), device=device, ema=options.ema)
     for line in self_check.of_sampling(net, device, world):
         console.print(Text(line))
     few = consistency_samplers(levels_after_first(options.mid_t, info))
     samplers: list[Sampler] = [*few, *map(Heun, options.heun)]
     data = None
     if options.reference is None:
-        data = reference(net, info, str(options.model), options.data, options.resolution)
+        data = reference(net, info, str(options.model), options.data, options.resolution, options.convert)
     run_dir = Path(world.first(lambda: str(evaluation_dir(options.run_dir, options.model, options.ema))))
     files = FidelityOptions(options.weights, options.vgg, options.dinov2, options.reference, options.download)
     samples = options.samples
@@ -142,15 +148,21 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
 
 
 def _check_numbers(options: Options) -> None:
-    for name, value, least in (("repeats", options.repeats, 1), ("batch", options.batch, 1), ("seed", options.seed, 0)):
-        if value < least:
-            raise UserError(f"--{name} {value}: expected at least {least}")
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed}: expected at least 0")
+    refuse_beyond(
+        {
+            "repeats": (options.repeats, FROM_1, at_most(1000)), "batch": (options.batch, FROM_1, BATCH),
+            "samples": (options.samples, IMAGES), "threads": (options.threads, FROM_1, THREADS),
+        }
+    )  # fmt: skip
     if options.seed + options.repeats * (options.samples or _SAMPLES) > 2**63:
         raise UserError(f"--seed {options.seed}: the last image's seed must be below 2^63")
     if options.reference is not None and options.data is not None:
         raise UserError("--reference replaces the images of --data; leave out one of the two")
-    if any(steps < 1 for steps in options.heun):
-        raise UserError(f"--heun {' '.join(map(str, options.heun))}: expected at least 1 step")
+    if not all(1 <= steps <= MAX_STEPS for steps in options.heun):
+        shown = " ".join(map(str, options.heun))
+        raise UserError(f"--heun {shown}: expected at least 1 step, and at most {MAX_STEPS:,}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,18 +14,14 @@ from ect_kernels import dispatch
 from rich.console import Console
 from torch import Tensor
 
-from ect import precision
-from ect.assembly import idle_options, objective_type
+from ect.assembly import objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.errors import UserError
-from ect.files.atomic import atomic
-from ect.files.checkpoint import load_model
 from ect.files.lock import locked
-from ect.files.resume import refuse_changed_maths
+from ect.files.resume import refuse_changed_maths, refuse_new_start
 from ect.files.run_folder import (
     CONFIG,
-    RESOLVED,
     absent,
     can_make,
     has_begun,
@@ -36,6 +31,7 @@ from ect.files.run_folder import (
     resolved,
     run_folder,
     to_dict,
+    write_config,
 )
 from ect.files.run_folder import load as load_config
 from ect.metrics import (
@@ -43,8 +39,6 @@ from ect.metrics import (
     QualityRow,
     RemoteEvaluator,
     make_evaluator,
-    named,
-    quality_rows,
 )
 from ect.models import fused
 from ect.options import preset
@@ -52,13 +46,13 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
 from ect.ranks.stop import StopSignal
-from ect.sampler import Sampler, generate
 from ect.show import report
+from ect.show.comparison import SEEDS, Rated, compare
 from ect.show.grid import save_png
+from ect.show.idle import idle_options
 from ect.show.log import RunLog, Screen
 from ect.trainer import Trainer
 
-STRIP_SEEDS = range(20)
 STRIP_WIDTH = 900  # pixels, about
 
 
@@ -76,23 +70,6 @@ def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
         phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
     parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
     return replace(cfg, pretrain=None, pretrain_kimg=None, **parts)
-
-
-@dataclass(frozen=True)
-class Rated:
-    """A weight average of a phase, and how it is sampled for the report."""
-
-    path: Path
-    ema: int
-    entry: str | None
-    """The entry of --optim.emas that names it, where there are several."""
-    samplers: Sequence[Sampler]
-
-    @classmethod
-    def averages(cls, path: Path, cfg: Config, samplers: Sequence[Sampler]) -> list[Rated]:
-        """Return all weight averages of the phase with this configuration and model file."""
-        emas = cfg.optim.emas
-        return [cls(path, i, entry if len(emas) > 1 else None, samplers) for i, entry in enumerate(emas)]
 
 
 @dataclass
@@ -124,7 +101,9 @@ class Job:
             self.run_dir = Path(self.world.first(self._new_run_dir))
         else:
             self.run_dir = run_folder(cfg.resume)
-            refuse_changed_maths(to_dict(load_config(self.run_dir)), to_dict(cfg))
+            begun = load_config(self.run_dir)
+            refuse_changed_maths(to_dict(begun), to_dict(cfg))
+            refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
             with leaving_nothing(self._made):
@@ -136,12 +115,7 @@ class Job:
 
     def _choose_kernels(self) -> None:
         """Apply --kernels, and say which backend each op uses where the networks run on the ops."""
-        try:
-            dispatch.set_choice(self.cfg.kernels)
-            dispatch.check_named(self.device)
-        except dispatch.BackendError as error:
-            asked = f"--kernels {self.cfg.kernels}" if self.cfg.kernels else "ECT_KERNELS"
-            raise UserError(f"{asked}: {error}") from error
+        self_check.choose(self.device, self.cfg.kernels)
         if self.cfg.resume is not None:
             self_check.keep(resolved(run_folder(self.cfg.resume)), self.device)
         if fused.wanted(None, torch.zeros(0, device=self.device)):
@@ -212,8 +186,8 @@ class Job:
         if writes:
             with can_make(str(run_dir)):  # not before the trainer stands: a refused start leaves nothing behind
                 run_dir.mkdir(exist_ok=True)
-            self._write_config(cfg, run_dir, now)
-            self._write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
+            write_config(cfg, run_dir, now)
+            write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
         total_img, start = trainer.total_img, trainer.nimg
         resume_nimg = None if self.cfg.resume is None else start
         log = RunLog(
@@ -231,39 +205,22 @@ class Job:
         self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
         return path if trainer.nimg >= total_img else None
 
-    @staticmethod
-    def _write_config(cfg: Config, folder: Path, now: dict[str, Any]) -> None:
-        values = to_dict(replace(cfg, resume=None)) | {RESOLVED: now}
-        with atomic(folder / CONFIG) as temp:
-            temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
     def finish(self, models: Sequence[Rated]) -> bool:
         """Report on the models: samples.png (side by side), the table on the console, results.json and results.md.
 
         Returns False if stopped before the end.
         """
-        begin, cfg = time.monotonic(), self.cfg.eval
-        rows: list[QualityRow] = []
-        pictures = {"data": self.dataset.images[: len(STRIP_SEEDS)]}
-        for model in models:
-            net, _ = load_model(model.path, device=self.device, ema=model.ema)
-            for sampler in model.samplers:
-                with precision.sampling(precision.resolve(self.cfg.precision, self.device)):
-                    images = generate(net, STRIP_SEEDS, sampler, device=self.device, world=self.world)
-                    pictures[f"{named(sampler, model.entry)} (NFE {sampler.nfe})"] = torch.cat(list(images))
-                    if self.evaluator is not None:
-                        rows += quality_rows(
-                            net, self.evaluator, [sampler], samples=cfg.samples, batch=cfg.batch, device=self.device,
-                            ema=model.entry, world=self.world,
-                        )  # fmt: skip
-                if self.stop.heard():  # the models are saved; --resume comes back to this report
-                    return False
+        begin = time.monotonic()
+        made = compare(models, self.cfg, self.evaluator, self.device, self.stop)
+        if made is None:
+            return False
+        pictures, rows = made
         if self.world.rank == 0:
-            self._report(pictures, rows, begin)
+            self._report({"data": self.dataset.images[: len(SEEDS)]} | pictures, rows, begin)
         return True
 
     def _report(self, pictures: dict[str, Tensor], rows: Sequence[QualityRow], begin: float) -> None:
-        scale = max(STRIP_WIDTH // (len(STRIP_SEEDS) * self.dataset.resolution), 1)
+        scale = max(STRIP_WIDTH // (len(SEEDS) * self.dataset.resolution), 1)
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
         columns = self.evaluator.columns if self.evaluator is not None else ()

@@ -116,7 +116,7 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     why = f"q^n_stages of at most 2^{MAX_TIGHTNESS}: beyond, t - r drowns in fp32 rounding"
     yield "objective.n-stages", resolved, why
     pairs = objective.target == "self" or objective.kind == "consistency"
-    yield "objective.target", pairs, "self with --objective.kind diffusion, which has no pairs"
+    yield "objective.target", pairs, f"self with --objective.kind {objective.kind}, which has no pairs"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
     if cfg.pretrain is not None and cfg.resume is None:  # a resumed run has its phase's own configuration
         diffusion = preset(cfg.pretrain, "--pretrain").objective.kind == "diffusion"

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ect.config import HEUN_STEPS, SIGMA_MAX
+from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.models import ECMPrecond, EDMPrecond
@@ -79,14 +79,14 @@ def sample(options: Options, world: World = World()) -> None:
 
     All ranks of `world` make images, rank 0 writes them. Raises UserError on options that do not fit.
     """
-    seeds = _seeds(options)
-    for name, value in (("batch", options.batch), ("threads", options.threads)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: expected at least 1")
+    seeds, out = _seeds(options), options.out.expanduser()
+    refuse_beyond({"batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS)})
+    _check_levels(options)
     device = resolve(options.device, world)
+    self_check.choose(device)
     set_threads(options.threads, world)
-    world.first(lambda: images.prepare(options.out))
-    net, info = load_model(options.checkpoint, device=device, ema=options.ema)
+    world.first(lambda: images.prepare(out))
+    net, info = load_model(options.checkpoint.expanduser(), device=device, ema=options.ema)
     given, classes = options.class_idx, net.label_dim
     if given is not None and not 0 <= given < classes:
         fits = f"expected 0 to {classes - 1}, the classes of this model"
@@ -103,16 +103,15 @@ def sample(options: Options, world: World = World()) -> None:
             deque(batches, maxlen=0)  # makes them
             return
         labels = [draw(net, seed)[1] if given is None else given for seed in seeds]
-        images.write(options.out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels})
+        images.write(out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels})
     count, seconds = len(seeds), time.perf_counter() - start
     rate = f"{count / seconds:,.1f} img/s, products in {arithmetic}"
-    print(f"wrote {count} images to {options.out} in {seconds:.1f} s ({rate})")
+    print(f"wrote {count} images to {out} in {seconds:.1f} s ({rate})")
 
 
 def _seeds(options: Options) -> list[int]:
     if options.seeds is None:
-        if options.count < 1:
-            raise UserError(f"--count {options.count}: expected at least 1")
+        refuse_beyond({"count": (options.count, FROM_1, COUNT)})
         first, last = options.seed, options.seed + options.count - 1
         if not 0 <= first <= last < 2**63:
             raise UserError(f"--seed {first}: expected a number from 0 on, below 2^63")
@@ -123,35 +122,42 @@ def _seeds(options: Options) -> list[int]:
     for part in options.seeds.split(","):
         low, dash, high = part.strip().partition("-")
         high = high if dash else low
-        if not (low.isdecimal() and high.isdecimal() and int(low) <= int(high) < 2**63):
-            what = f"cannot read {part!r}; expected numbers and ranges such as 0-63,100"
-            raise UserError(f"--seeds {options.seeds}: {what}")
+        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high) < 2**63):
+            what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100"
+            raise UserError(f"--seeds {options.seeds:.60}: {what}")
+        if not COUNT.holds(len(seeds) + int(high) - int(low) + 1):
+            raise UserError(
+                f"--seeds {options.seeds:.60}: expected {COUNT.expected} images; sample the rest afterwards"
+            )
         seeds.extend(range(int(low), int(high) + 1))
     return seeds
 
 
-def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
-    """Return the sampler that the options ask for, or else the one that suits the model.
+def _check_levels(options: Options) -> None:
+    """Raise UserError where --nfe, --mid-t and --heun are impossible, alone or together."""
+    nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
+    if heun is not None and (nfe is not None or mid_t is not None):
+        raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")
+    if heun is not None and not 1 <= heun <= MAX_STEPS:
+        raise UserError(f"--heun {heun}: expected at least 1 step, and at most {MAX_STEPS:,}")
+    if nfe is not None and nfe < 1:
+        raise UserError(f"--nfe {nfe}: expected at least 1 network evaluation")
+    if nfe is not None and nfe > 2 and mid_t is None:
+        raise UserError(f"--nfe {nfe}: also give its {nfe - 1} later noise levels, --mid-t, decreasing")
+    if nfe is not None and mid_t is not None and len(mid_t) != nfe - 1:
+        takes = f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t"
+        raise UserError(f"{takes}, got {len(mid_t)}; leave out one of the two")
+    levels_after_first(mid_t or MID_T, {})
 
-    Raises UserError on options that exclude one another, or are out of range.
-    """
+
+def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
+    """Return the sampler that the options ask for, or else the one that suits the model."""
     nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
     if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
         heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur
     if heun is not None:
-        if nfe is not None or mid_t is not None:
-            raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")
-        if heun < 1:
-            raise UserError(f"--heun {heun}: expected at least 1 step")
         return Heun(heun)
     nfe = nfe if nfe is not None else 2 if mid_t is None else len(mid_t) + 1
-    if nfe < 1:
-        raise UserError(f"--nfe {nfe}: expected at least 1 network evaluation")
-    if mid_t is None and nfe > 2:
-        raise UserError(f"--nfe {nfe}: also give its {nfe - 1} later noise levels, --mid-t, decreasing")
-    if mid_t is not None and len(mid_t) != nfe - 1:
-        takes = f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t"
-        raise UserError(f"{takes}, got {len(mid_t)}; leave out one of the two")
     return Consistency((SIGMA_MAX, *levels_after_first(mid_t, info)[: nfe - 1]))
 
 

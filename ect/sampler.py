@@ -156,6 +156,8 @@ def levels_after_first(given: Sequence[float] | None, info: dict[str, Any]) -> t
     if given is None:
         own = info.get("mid_t") or MID_T
         given = own if isinstance(own, (list, tuple)) else [own]
+        if not all(type(t) in (int, float) for t in given):
+            raise UserError("the model's file says mid_t, and not in numbers; give the noise levels, --mid-t")
     if not FALLING.holds(given):
         shown = " ".join(f"{t:g}" for t in given)
         raise UserError(f"--mid-t {shown}: expected strictly decreasing levels between 0 and {SIGMA_MAX:g}")

@@ -16,24 +16,21 @@ from ect_kernels.calls import Recorder
 from torch import Tensor
 
 from ect import precision, schedule
-from ect.assembly import flat_state, frozen, network_spec, objective_type, train_step
+from ect.assembly import flat_state, objective_type, train_step
 from ect.config import HEUN_STEPS, Config
 from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
-from ect.data.augment import AugmentPipe
 from ect.errors import UserError
-from ect.files import checkpoint
-from ect.files.model_file import check_fits, load_weights
+from ect.files import checkpoint, origin
 from ect.files.resume import (
     data_fingerprint,
     refuse_changed_data,
     refuse_changed_maths,
     refuse_changed_teacher,
-    weights_fingerprint,
 )
 from ect.files.run_folder import from_dict, to_dict
 from ect.metrics import Evaluator, quality_rows
-from ect.models import ECMPrecond, EDMPrecond, build
+from ect.models import EDMPrecond
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.ranks.health import Health, all_finite
@@ -68,15 +65,13 @@ class Trainer:
         self.objective = objective_type(cfg.objective)
         self.path: Path | None = None
         """Model file of the last checkpoint."""
-        self.notes: list[str] = []
-        self.teacher_digest: str | None = None
         self._seconds, self._since = 0.0, time.monotonic()
         self.precision = precision.resolve(cfg.precision, self.device)
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         saved = None if cfg.resume is None else checkpoint.Checkpoints.load(cfg.resume)
-        self.spec, self.net = self._build(saved)
-        self.teacher = self._teacher() if self.objective.wants_teacher else None
+        start = origin.find(cfg, self.objective, self.dataset, self.device, saved)
+        self.spec, self.net, self.teacher_digest = start.spec, start.net, start.teacher_digest
         checking, ops = self_check.wanted(cfg.self_check, self.device), Recorder()
         with ops if checking else nullcontext():
             plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
@@ -85,8 +80,8 @@ class Trainer:
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
         stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
         cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
-        self.step = train_step(cfg_of_step, self.state, stream, self.world, self.teacher)
-        self.notes += [str(plan), self.state.note(), stream.note]
+        self.step = train_step(cfg_of_step, self.state, stream, self.world, start.teacher)
+        self.notes = [*start.notes, str(plan), self.state.note(), stream.note]
         self.health = Health(self.step, self.world)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
@@ -97,59 +92,6 @@ class Trainer:
         self.notes += self.checked
         if self.precision.half is not None and self.objective.staged:
             self.notes.append(signal_noise.note(self.net, self.precision.name, self.dataset))
-
-    def _build(self, saved: checkpoint.Saved | None) -> tuple[dict[str, Any], EDMPrecond]:
-        """Build the network, in train mode, and its description for ect.models.build.
-
-        The architecture is the checkpoint's with --resume and --init-from, else new. Raises UserError where the network of
-        --init-from does not fit the data.
-        """
-        cfg = self.cfg
-        if saved is not None:
-            spec = checkpoint.read_spec(saved[2])
-            return spec, build(spec).to(self.device).train()
-        precond = self.objective.precond
-        augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
-        if cfg.init_from is None:
-            spec = network_spec(cfg.net, precond, self.dataset, augment_dim)
-            return spec, build(spec).to(self.device).train()
-        snapshot = checkpoint.read_model(cfg.init_from)
-        check_fits(snapshot, str(cfg.init_from))
-        kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": self.dataset.label_dim}
-        kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}
-        spec = {**snapshot.spec, "precond": precond, "kwargs": kwargs}
-        expected = (kwargs["img_resolution"], kwargs["in_channels"])
-        if expected != (self.dataset.resolution, self.dataset.channels):
-            raise UserError(
-                f"--init-from {cfg.init_from}: the network is for {expected[0]}x{expected[0]} images with {expected[1]} "
-                f"channel(s), --data.source {cfg.data.source} has {self.dataset.resolution}x{self.dataset.resolution} with "
-                f"{self.dataset.channels}; choose data or checkpoint to match, or resize with --data.resolution"
-            )
-        net = build(spec)
-        self.notes += load_weights(net, snapshot)
-        self.notes.append(f"architecture and sigma_data are those of {cfg.init_from}; of --net only the dropouts count")
-        return spec, net.to(self.device).train()
-
-    def _teacher(self) -> EDMPrecond:
-        """Load the frozen network of --init-from, which a resume reads again.
-
-        Raises UserError where there is none, or a consistency model.
-        """
-        source = self.cfg.init_from
-        if source is None:
-            raise UserError(
-                "--objective.target teacher: there is no teacher; give a diffusion model with --init-from, or train one "
-                "before, with --pretrain PRESET"
-            )
-        net, _ = checkpoint.load_model(source, device=self.device)
-        if isinstance(net, ECMPrecond):
-            raise UserError(
-                f"--objective.target teacher: --init-from {source} is a consistency model, whose answers give no ODE; give a "
-                "diffusion model, or tune this one with --objective.target self"
-            )
-        self.notes.append(f"the frozen teacher is {source}")
-        self.teacher_digest = weights_fingerprint(net)
-        return frozen(self.cfg, net)
 
     @property
     def seconds(self) -> float:

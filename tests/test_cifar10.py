@@ -229,3 +229,8 @@ def test_oversized_files_are_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cifar10, "MAX_BYTES", 10)
     assert "data_batch_1: 11 bytes" in refusal(write_batches(tmp_path, b"x" * 11))
     assert "data_batch_1: 11 bytes" in refusal(write_tar(tmp_path / "c.tgz", {"data_batch_1": b"x" * 11}))
+
+
+def test_an_archive_of_something_else_is_not_taken_for_cifar(tmp_path: Path) -> None:
+    message = refusal(write_tar(tmp_path / "images.tar", {"images/0.png": b"png"}, "w"))
+    assert "an archive without any of CIFAR-10's files" in message and "unpack it, and pass --data.source" in message

@@ -31,6 +31,7 @@ BAD = [  # command, arguments, what the sentence names; {file}: a file that is t
     ("readme", "{none}", "name the folder of a finished run"),
     ("roofline", "--results {none}", "{none}: no such file"),
     ("step_time", "--threads 0", "--threads: 0: expected"),
+    ("step_time", "--limit 0", "--limit: 0: expected a number of at least 0.1"),
     ("step_time", "--limit nan", "--limit: nan: expected"),
     ("step_time", "--rows +magic", "no row '+magic'"),
     ("step_time", "--results {file}", "name a folder"),

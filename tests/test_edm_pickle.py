@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +276,10 @@ def test_network_without_unet(path: Path) -> None:
         ({"net": 1, "loss_fn": 2}, "has no 'ema'; it holds net, loss_fn"),
         ({"ema": {"weight": 1}}, "'ema' is a value of type dict; expected a network"),
         ([1, 2], "holds a value of type list"),
+        (OrderedDict(a=torch.ones(2)), "weights by name .*without the description.*network-snapshot"),
+        ({"ema": Path("x")}, r"asks for pathlib.*Nothing was executed; it is another file than a snapshot$"),
+        (np.ones(2), r"asks for numpy.*it is another file than a snapshot$"),
+        (Fraction(1), r"asks for fractions.*do not open this file with other programs unless you trust its source$"),
         (0x1950A86A20F9469CFC6C, "training-state"),
     ],
 )
@@ -291,7 +297,13 @@ def test_training_state_is_refused_with_a_hint(path: Path, zipped: bool) -> None
 
 
 @pytest.mark.parametrize(
-    ("data", "says"), [(b"", "empty"), (b"<!DOCTYPE html>", "no EDM/ECT snapshot.*<!DOCTYPE"), (b"a b c", "no EDM")]
+    ("data", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer.*git lfs pull"),
+        (b"", "empty"),
+        (b"<!DOCTYPE html>", "no EDM/ECT snapshot.*<!DOCTYPE"),
+        (b"a b c", "no EDM"),
+    ],
 )
 def test_files_that_are_no_pickle(path: Path, data: bytes, says: str) -> None:
     write(path, data)

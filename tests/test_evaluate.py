@@ -247,6 +247,12 @@ def test_missing_weights_give_dashes_notes_and_status_2(
         (["--seed", str(2**63)], "below 2^63"),
         (["--samples", "1"], "1 generated images cannot be rated; expected at least 2"),
         (["--heun", "5", "0"], "--heun 5 0: expected at least 1 step"),
+        (["--heun", "1000000"], "and at most 1,000"),
+        (["--threads", "0"], "--threads 0: expected at least 1"),
+        (["--threads", "100000"], "--threads 100000: expected at most 1,024"),
+        (["--batch", "100000000000"], "expected at most 1,048,576"),
+        (["--samples", "1000000000000"], "expected at most 10,000,000"),
+        (["--weights", "nope.pth"], "--weights nope.pth: no such file"),
         (["--mid-t", "0.5", "0.8"], "--mid-t 0.5 0.8: expected strictly decreasing levels between 0 and 80"),
         (["--mid-t", "90"], "--mid-t 90: expected strictly decreasing"),
         (["--data", "digits", "--reference", "stats.npz"], "--reference replaces the images of --data"),
@@ -257,6 +263,14 @@ def test_impossible_options_are_named(
     args: list[str], message: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in fails(capsys, digits_model, "--run-dir", tmp_path / "r", *args)
+
+
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECT_KERNELS", "skip_product=apex")
+    said = fails(capsys, digits_model, "--run-dir", tmp_path / "r")
+    assert "ECT_KERNELS: skip_product: backend 'apex' cannot run" in said and not (tmp_path / "r").exists()
 
 
 def test_run_dir_that_cannot_be_made(digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,6 +286,10 @@ def test_data_must_be_named_and_fit(tmp_path: Path, capsys: pytest.CaptureFixtur
     message = fails(capsys, cifar, "--data", "digits")
     assert "images are 8x8 with 1 channels, the model's are 16x16 with 3 channels" in message
     assert "--resolution 16" in message
+    message = fails(capsys, cifar, "--data", tmp_path / "nowhere", "--resolution", "15")
+    assert "--resolution 15: expected a multiple of 4" in message and "--data." not in message
+    message = fails(capsys, cifar, "--data", tmp_path / "nowhere")
+    assert f"--data {tmp_path / 'nowhere'}: no such file or folder" in message and "--data." not in message
 
 
 def test_a_model_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         preconditioning.coefficients,
         lambda sigma, sigma_data, shift=0.0: (1 / (2 + sigma), sigma_data * sigma / (3 + sigma), 1 / (4 + sigma)),
     ),
+    "noise label": (preconditioning.noise_label, lambda sigma: sigma / (1 + sigma)),
 }
 
 
@@ -123,6 +124,13 @@ def test_a_preconditioning_of_its_own_is_not_replaced(monkeypatch: pytest.Monkey
 
     called = spied(monkeypatch)
     plain, on_ops = losses(ConsistencyObjective(), lambda step: setattr(step.net, "__class__", Doubled))
+    assert not called
+    torch.testing.assert_close(on_ops, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shifted_preconditioning_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = spied(monkeypatch)
+    plain, on_ops = losses(ConsistencyObjective(), lambda step: step.net.eval())
     assert not called
     torch.testing.assert_close(on_ops, plain, rtol=1e-4, atol=1e-6)
 

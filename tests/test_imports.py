@@ -23,14 +23,14 @@ LIGHT = {
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
     "cost": {"assembly", "config", "data", "errors", "models", "objective", "optim", "precision", "show", "step"},
     "data": {"config", "errors", "files"},
-    "files": {"config", "emas", "errors", "models", "presets"},
+    "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"config", "errors"},
     "objectives": {"objective"},
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},
-    "show": {"config", "errors", "files", "metrics", "options"},
+    "show": {"config", "data", "errors", "files", "metrics", "models", "options", "precision", "ranks", "sampler"},
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400

@@ -192,8 +192,10 @@ def test_settings_reach_the_device_scalars_when_assigned() -> None:
     b.lr, b.rule.eps, b.rule.clip, b.ema_betas = 1e-2, 1e-3, 2.0, [0.9, 0.5]
     assert torch.equal(a.rule.state_f64, b.rule.state_f64)
     assert (b.lr, b.rule.eps, b.rule.clip, b.ema_betas) == (1e-2, 1e-3, 2.0, (0.9, 0.5))
+    b.clip, b.eps = 3.0, 1e-4  # of the state: its rule's
+    assert [b.rule.clip, b.rule.eps] == b.rule.state_f64[[F64.CLIP, F64.EPS]].tolist() == [3.0, 1e-4]
     b.rule.clip, b.ema_betas = None, [0.0, 1.0]
-    assert b.rule.clip is None and math.isinf(b.rule.state_f64[F64.CLIP])
+    assert b.rule.clip is b.clip is None and math.isinf(b.rule.state_f64[F64.CLIP])
     start = b.params.clone()
     backward(b, 0)
     b.step()

@@ -93,7 +93,11 @@ def test_unknown_or_ill_typed_options_say_what_was_meant(args: list[str], said: 
         ("--pretrain", "cifar10-1h"), ("--optim.betas", "0.9 1"), ("--log.stats-kimg", "nan"),
         ("--total-kimg", "inf"), ("--pretrain-kimg", "-3"), ("--log.eval-kimg", "-1"), ("--optim.warmup-kimg", "-4"),
         ("--optim.ema-rampup", "-1"), ("--optim.decay-kimg", "-1"), ("--objective.b", "-3"), ("--net.channel-mult", "0"),
-        ("--objective.n-stages", "24"),
+        ("--objective.n-stages", "24"), ("--threads", "100000"), ("--total-kimg", "1e300"), ("--batch", "100000000000"),
+        ("--net.model-channels", "1000000"), ("--net.num-blocks", "10000000"), ("--net.channel-mult", "1 1 1 1 1 1 1 1 1 1 1"),
+        ("--net.channel-mult", "1000000"), ("--net.sigma-data", "1e-300"), ("--net.sigma-data", "1e300"),
+        ("--eval.samples", "1000000000000"), ("--eval.batch", "100000000000"), ("--log.stats-kimg", "1e300"),
+        ("--data.resolution", "1000000"), ("--pretrain-kimg", "1e300"), ("--objective.stage-kimg", "1e300"),
     ],
 )  # fmt: skip
 def test_impossible_values_name_the_option(option: str, value: str, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ import torch
 from ect.config import Config, EvalConfig, LogConfig, OptimConfig
 from ect.errors import UserError
 from ect.files import resume
-from ect.files.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths
+from ect.files.resume import data_fingerprint, refuse_changed_data, refuse_changed_maths, refuse_new_start
 
 
 def as_saved(config: Config) -> dict[str, Any]:
@@ -100,3 +100,13 @@ def test_other_data_is_refused() -> None:
     refuse_changed_data(prints[0], prints[0], "digits")
     with pytest.raises(UserError, match=r"--data\.source: digits holds other images or labels"):
         refuse_changed_data(prints[0], prints[1], "digits")
+
+
+def test_a_resume_takes_no_other_network_to_begin_with() -> None:
+    """But a teacher, which may have moved; its weights are compared."""
+    with pytest.raises(
+        UserError, match=r"--init-from b\.pkl: a resumed run goes on with the weights of its checkpoint"
+    ):
+        refuse_new_start(Path("a.pkl"), Path("b.pkl"), "self")
+    refuse_new_start(Path("a.pkl"), Path("a.pkl"), "self")
+    refuse_new_start(Path("a.pkl"), Path("b.pkl"), "teacher")

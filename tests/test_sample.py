@@ -175,6 +175,14 @@ def test_a_run_folder_is_a_checkpoint(tmp_path: Path, model: Path) -> None:
         (["--mid-t", 0], "between 0 and 80"),
         (["--mid-t", "nan"], "between 0 and 80"),
         (["--heun", 0], "--heun 0: expected at least 1 step"),
+        (["--count", 10**12], "--count 1000000000000: expected at most 1,000,000"),
+        (["--seeds", "0-99999999999999"], "--seeds 0-99999999999999: expected at most 1,000,000 images"),
+        (["--seeds", "0-600000,0-600000"], "expected at most 1,000,000 images"),
+        (["--seeds", "0-" + "9" * 5000], "cannot read"),
+        (["--batch", 10**11], "expected at most 1,048,576"),
+        (["--threads", 100_000], "--threads 100000: expected at most 1,024"),
+        (["--heun", 10**9], "and at most 1,000"),
+        (["--device", "meta"], "--device meta: not usable here (it holds shapes, and no numbers)"),
         (["--heun", 5, "--nfe", 1], "leave out --nfe and --mid-t"),
         (["--out", "x.jpg"], "--out x.jpg: cannot write .jpg files; expected NAME.png, NAME.npz or a folder"),
     ],
@@ -204,12 +212,31 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(
     assert "is a folder" in refused(capsys, model, "--out", tmp_path / "folder.png")
     for out in (model / "x.png", model / "folder", model):
         assert f"--out {out}: cannot write" in refused(capsys, model, "--out", out)
+    assert "--nfe 0" in refused(capsys, model, "--nfe", 0, "--out", tmp_path / "x.png")
+
+
+def test_a_name_may_have_any_case_and_begin_at_home(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    cli.main([str(model), "--count", "2", "--nfe", "1", "--device", "cpu", "--out=~/x.PNG"])
+    assert (tmp_path / "home/x.PNG").is_file() and not (tmp_path / "~").exists()
 
 
 def test_a_device_that_is_not_there_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main([str(model), "--device", "cuda:99", "--out", str(model.parent / "x.png")])
     assert "error: --device cuda:99: not usable here (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choice", ["group_norm_silu=cuda", "perturb=cuda", "nonsense"])
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(
+    choice: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECT_KERNELS", choice)
+    assert refused(capsys, model, "--out", tmp_path / "images").startswith("error: ECT_KERNELS: ")
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

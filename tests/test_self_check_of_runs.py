@@ -43,7 +43,7 @@ def _nothing_refused() -> Iterator[None]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ect.trainer.Trainer.grids", lambda self: None)
-    monkeypatch.setattr("ect.job.STRIP_SEEDS", range(1))
+    monkeypatch.setattr("ect.show.comparison.SEEDS", range(1))
 
 
 def checked(**changes: Any) -> Any:

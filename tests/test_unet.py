@@ -68,12 +68,12 @@ def made(dtype: torch.dtype = torch.float64) -> Two:
     return net.to(dtype)
 
 
-def results(net: Two, on_ops: bool, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def results(net: UNet, on_ops: bool, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """The output, and the gradients at the input and at every parameter."""
     net.on_ops = on_ops
     x, labels = torch.randn(4, 3, 8, 8, dtype=dtype, requires_grad=True), torch.linspace(-1, 1, 4, dtype=dtype)
     y: Any = net(x, labels, mask=MaskKey(torch.tensor(3), 0))
-    return [y.detach(), *torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *net.parameters()])]
+    return [y.detach(), *torch.autograd.grad((y * torch.randn(y.shape, dtype=dtype)).sum(), [x, *net.parameters()])]
 
 
 def test_both_arithmetics_agree() -> None:
@@ -91,6 +91,49 @@ def test_an_activation_that_was_not_kept_is_not_read_again_with_its_gradient_los
     monkeypatch.setattr(Two, "keeps", False)
     with pytest.raises(RuntimeError, match=r"read a second time: call keep\(\)"):
         results(made(), True)
+
+
+class Odd(Two):
+    """What no network of ours does: a sum with a skip connection is read in place, and as a skip connection that no norm has
+    computed; a block runs twice, and its number is another one's too."""
+
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None, mask: MaskKey | None = None,
+    ) -> Tensor:  # fmt: skip
+        self.up.layer = self.down.layer
+        run = self.runner(x, self.map(noise_labels[:, None]), mask, [self.first, self.norm])
+        skip = run.keep(run.conv(self.first, x))
+        total = run.keep(run.block(self.up, run.wrap(self.image(x)), skip))
+        h = run.block(self.up, run.block(self.down, skip), total)
+        return self.last(run.norm_silu(self.norm, run.wrap(run.value(h) + run.value(total))))
+
+
+class Bare(UNet):
+    """A network without residual blocks."""
+
+    def __init__(self, img_resolution: int, in_channels: int, out_channels: int) -> None:
+        super().__init__(img_resolution, in_channels, out_channels)
+        self.first, self.norm = Conv2d(in_channels, 8, 3, INIT), GroupNorm(8, 1e-6)
+        self.last = Conv2d(8, out_channels, 3, INIT)
+
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None, mask: MaskKey | None = None,
+    ) -> Tensor:  # fmt: skip
+        run = self.runner(x, noise_labels[:, None], mask, [self.first, self.norm])
+        return self.last(run.norm_silu(self.norm, run.conv(self.first, x)))
+
+
+@pytest.mark.parametrize("kind", [Odd, Bare])
+def test_what_the_interface_allows_is_the_same_in_both_arithmetics(kind: type[UNet]) -> None:
+    torch.manual_seed(0)
+    net, found = kind(img_resolution=8, in_channels=3, out_channels=3).double(), []
+    for on_ops in (False, True):
+        torch.manual_seed(1)
+        found.append(results(net, on_ops))
+    for plain, fused in zip(*found, strict=True):
+        assert rel_l2(fused, plain) <= 1e-13
 
 
 def test_the_blocks_convolutions_are_what_a_half_precision_copy_holds_in_half() -> None:

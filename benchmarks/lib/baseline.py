@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ect_kernels.levels import noise_level
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -76,7 +77,7 @@ class PlainStep:
         y = self.images[index].to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
         y = y.contiguous(memory_format=self.format)
         normal, eps = torch.randn(self.batch, device=self.device), torch.randn_like(y)
-        t = (self.objective.P_mean + self.objective.P_std * normal).exp()
+        t = noise_level(normal, self.objective.P_mean, self.objective.P_std)
         r = self.objective.mapping(t, stage)
         self.updates.optimizer.zero_grad(set_to_none=True)
         autocast = torch.autocast(self.device.type, torch.float16) if self.half else nullcontext()

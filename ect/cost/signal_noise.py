@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from ect_kernels.preconditioning import coefficients
+from ect_kernels.preconditioning import coefficients, noise_label
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,7 +114,7 @@ def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoise
         x_, s = x.to(dtype), sigma.to(dtype)
         c_skip, c_out, c_in = coefficients(s.view(-1, 1, 1, 1), sigma_data)
         given = x_.new_zeros(1, label_dim) if labels is None else labels.to(dtype)
-        F_x = unet(c_in * x_, s.log() / 4, given if label_dim else None, None, _mask(x))
+        F_x = unet(c_in * x_, noise_label(s), given if label_dim else None, None, _mask(x))
         return c_skip * x_ + c_out * F_x
 
     return denoise

@@ -26,6 +26,7 @@ from ect.errors import UserError
 from ect.files import edm_pickle
 from ect.files.atomic import atomic
 from ect.files.edm_pickle import Snapshot
+from ect.files.fit import check_finite
 from ect.files.model_file import (
     FORMAT,
     check_fits,
@@ -99,6 +100,7 @@ def load_model(
     if precond is not None:
         snapshot = replace(snapshot, spec={**snapshot.spec, "precond": precond})
     check_fits(snapshot, str(path))
+    check_finite(snapshot.state, str(path))
     net = build(snapshot.spec)
     net.load_state_dict(snapshot.state)
     net = net.eval().to(device)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
-import math
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,10 @@ from torch import Tensor
 
 from ect import models
 from ect.errors import UserError
+from ect.files.foreign import what_it_is
 from ect.files.pickled_tensors import NUMBERS, TENSORS, TORCH_MAGIC, load_storage
-from ect.files.safe_pickle import Budget, Built, Machine, UnsafePickle, describe, make_set, sequence, show
+from ect.files.safe_pickle import Budget, Built, Dictionary, Machine, UnsafePickle, describe, make_set, sequence, show
+from ect.models import spec as bounds
 
 __all__ = ["LICENSE", "Snapshot", "UnsafePickle", "read"]
 
@@ -41,7 +41,8 @@ _OTHER_PRECOND = (
     "edm-imagenet-64x64-cond-adm.pkl ('vp' and 've' in these names are architectures), not a baseline-*.pkl"
 )
 _UNSUPPORTED = {
-    "Precond": "EDM2 networks are not supported yet; use an EDM or ECT snapshot",
+    "Precond": "EDM2 networks are not supported yet (EDM2's snapshots, and ECT's for ImageNet 64x64); "
+    "EDM's, and ECT's for CIFAR-10, are",
     "VPPrecond": _OTHER_PRECOND,
     "VEPrecond": _OTHER_PRECOND,
     "iDDPMPrecond": _OTHER_PRECOND,
@@ -71,11 +72,13 @@ def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapsh
     try:
         net = _network(data, key)
         spec, state = _spec(net), _state(net)
-    except UnsafePickle as error:
+    except UserError as error:
         raise UnsafePickle(f"{path}: {error}") from error.__cause__
     except Exception as error:  # whatever a damaged file trips over, callers see one kind of error
-        cause = f"{type(error).__name__}: {show(str(error))}; it begins with {data[:12]!r}"
-        raise UnsafePickle(f"{path}: truncated, damaged or no EDM/ECT snapshot ({cause}); download it again") from error
+        cause = what_it_is(data[:64]) or f"{type(error).__name__}: {show(str(error))}"
+        raise UnsafePickle(
+            f"{path}: truncated, damaged or no EDM/ECT snapshot ({cause}; it begins with {data[:12]!r}); download it again"
+        ) from error
     info = {
         "source": path.name, "key": key, "class": net.class_name, "sha256": hashlib.sha256(data).hexdigest(),
         "source_sha256": hashlib.sha256(net.source.encode("utf-8", "surrogatepass")).hexdigest(), "license": LICENSE,
@@ -107,8 +110,13 @@ def _network(data: bytes, key: str) -> _Persistent:
     root = Machine(table, budget).run(io.BytesIO(data))
     if type(root) is int and root == TORCH_MAGIC:
         raise UnsafePickle(not_a_snapshot)
-    if type(root) is not dict:
+    if not isinstance(root, dict):
         raise UnsafePickle(f"holds {describe(root)}; expected a dictionary with the network under {key!r}")
+    if key not in root and root and all(isinstance(value, Tensor) for value in root.values()):
+        raise UnsafePickle(
+            "weights by name (a state dict), without the description of their network; give the snapshot that they are "
+            "from, network-snapshot-*.pkl"
+        )
     if key not in root:
         names = ", ".join(show(str(name)) for name in list(root)[:8])
         raise UnsafePickle(f"has no {key!r}; it holds {names or 'nothing'}")
@@ -134,10 +142,10 @@ class _Container(Built):
 
 
 def _persistent(meta: Any) -> _Persistent:
-    if type(meta) is not dict or meta.get("type") != "class" or meta.get("version") != 6:
+    if not isinstance(meta, dict) or meta.get("type") != "class" or meta.get("version") != 6:
         raise UnsafePickle("unknown persistent object; expected type 'class', version 6")
     name, source, state = meta.get("class_name"), meta.get("module_src"), meta.get("state")
-    if type(name) is not str or type(source) is not str or type(state) is not dict:
+    if type(name) is not str or type(source) is not str or not isinstance(state, dict):
         raise UnsafePickle("a persistent object without class_name, module_src or state")
     return _Persistent(name, source, state)
 
@@ -154,7 +162,7 @@ _TABLE: dict[str, Callable[..., object] | None] = {
     **NUMBERS,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "dnnlib.util.EasyDict": lambda: {},
-    "collections.OrderedDict": lambda: {},
+    "collections.OrderedDict": lambda: Dictionary(),
     "torch.nn.modules.container.ModuleDict": lambda: _Container(),
     "torch.nn.modules.container.ModuleList": lambda: _Container(),
     "torch.nn.modules.container.Sequential": lambda: _Container(),
@@ -185,7 +193,7 @@ def _state(net: _Persistent) -> dict[str, Tensor]:
         return [(name, value) for name, value in found.items() if value is not None]
 
     def visit(module: Any, prefix: str) -> None:
-        if type(module) not in (_Persistent, _Container) or type(module.state) is not dict:
+        if type(module) not in (_Persistent, _Container) or not isinstance(module.state, dict):
             raise UnsafePickle(f"{show(prefix)} is {describe(module)} instead of a module")
         if prefix.count(".") > _MAX_DEPTH:
             raise UnsafePickle(f"{show(prefix)} is nested deeper than any known network")
@@ -217,9 +225,9 @@ def _spec(net: _Persistent) -> dict[str, Any]:
         raise UnsafePickle(f"network class {show(net.class_name)}: {reason}")
     given = _arguments(net, _PRECOND_ARGS)
     given |= {name: net.state[name] for name in _PRECOND_ARGS if name in net.state}
-    spec: dict[str, Any] = {"precond": net.class_name, "sigma_data": _sigma("sigma_data", given.get("sigma_data", 0.5))}
+    spec: dict[str, Any] = {"precond": net.class_name, "sigma_data": bounds.sigma_data(given.get("sigma_data", 0.5))}
     if net.class_name == "ECMPrecond":
-        spec["sigma_min"] = _sigma("sigma_min", given.get("sigma_min", 0.003))
+        spec["sigma_min"] = bounds.sigma_min(given.get("sigma_min", 0.003))
     unet = (net.state.get("_modules") or {}).get("model")
     if type(unet) is not _Persistent or unet.class_name not in ("SongUNet", "DhariwalUNet"):
         name = show(unet.class_name) if type(unet) is _Persistent else describe(unet)
@@ -229,8 +237,8 @@ def _spec(net: _Persistent) -> dict[str, Any]:
 
 def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
     """Return all keyword arguments of the U-Net. Ours has EDM's signature and defaults, so it serves as the schema."""
-    constructor = getattr(models, unet.class_name).__init__
-    kinds = {name: kind for name, kind in typing.get_type_hints(constructor).items() if name != "return"}
+    cls = getattr(models, unet.class_name)
+    kinds = bounds.arguments(cls)
     given = _arguments(unet, list(kinds))
     if not given:  # then the preconditioner knows what it passed on
         given = {name: value for name, value in precond.items() if name not in _PRECOND_ARGS}
@@ -239,8 +247,8 @@ def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
     unknown = [name for name in given if name not in kinds]
     if unknown:
         raise UnsafePickle(f"{unet.class_name} was made with the unknown argument {show(str(unknown[0]))}")
-    defaults = {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
-    return {name: _checked(name, given.get(name, defaults[name]), kind) for name, kind in kinds.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    return {name: bounds.checked(name, given.get(name, defaults[name]), kind) for name, kind in kinds.items()}
 
 
 def _arguments(module: _Persistent, names: list[str]) -> dict[str, Any]:
@@ -249,28 +257,3 @@ def _arguments(module: _Persistent, names: list[str]) -> dict[str, Any]:
     if len(args) > len(names):
         raise UnsafePickle(f"{show(module.class_name)} was made with {len(args)} arguments instead of {len(names)}")
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    most = 64 if name == "num_blocks" else 1 << 16  # whatever the file claims, building the network must come to an end
-
-    def count(item: Any) -> bool:
-        return type(item) is int and 0 <= item < most
-
-    if kind is int and count(value):
-        return value
-    if kind is float and type(value) in (int, float) and 0 <= value < 1:
-        return float(value)
-    if kind is str and type(value) is str and len(value) < 32:
-        return value
-    if kind == Sequence[int] and isinstance(value, list | tuple) and len(value) < 16 and all(map(count, value)):
-        return list(value)
-    raise UnsafePickle(
-        f"the U-Net argument {name} is missing or impossible; expected {getattr(kind, '__name__', kind)}"
-    )
-
-
-def _sigma(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise UnsafePickle(f"{name} is {describe(value)}, or negative or not finite")
-    return float(value)

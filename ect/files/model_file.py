@@ -5,6 +5,7 @@ A model file holds `net.state_dict()` under EDM's parameter names; its metadata 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from torch import Tensor, nn
 from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.files.edm_pickle import Snapshot
+from ect.files.fit import about, check_finite, check_names
+from ect.files.foreign import what_is_at
 from ect.models import build
 
 FORMAT = 1
+_CHECKSUM = "weights_sha256"
+"""Key of the metadata of model files; earlier versions wrote none."""
 
 
 def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info: dict[str, Any]) -> None:
@@ -28,7 +33,8 @@ def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info:
     Args: state: net.state_dict(), fp32, any device and memory format. spec: what `ect.models.build` takes. info: free,
     JSON-able ("preset", "nimg", "data", "mid_t", ...). Raises UserError where `path` cannot be written.
     """
-    write_tensors(Path(path), state, {"ect": json.dumps({"format": FORMAT, "spec": spec, "info": info})})
+    header = json.dumps({"format": FORMAT, "spec": spec, "info": info})
+    write_tensors(Path(path), state, {"ect": header, _CHECKSUM: _digest(state)})
 
 
 def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
@@ -55,7 +61,8 @@ def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
             f"model.map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
             "set --data.labels as the network was trained"
         )
-    _check_names(ours, state, "the pretrained network")
+    check_names(ours, state, "the pretrained network")
+    check_finite(state, "the pretrained network")
     net.load_state_dict(state)
     return notes
 
@@ -63,35 +70,19 @@ def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
 def check_fits(snapshot: Snapshot, source: str) -> None:
     """Raise UserError, naming `source` and what differs, unless the network of snapshot.spec has exactly these weights.
 
-    Costs no memory, whatever a foreign file asks for: the network is built without storage.
+    Costs no memory, whatever a foreign file asks for: the network is built without storage, and given up where the
+    file holds far fewer tensors than it has.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), about(len(snapshot.state)):
             expected = build(snapshot.spec).state_dict()
     except (UserError, ArithmeticError, LookupError, RuntimeError) as error:
         raise UserError(f"{source}: its description makes no network ({error})") from error
-    _check_names(expected, snapshot.state, source)
-
-
-def _check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    wrong = [f"missing {key}" for key in expected if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in expected]
-    wrong += [
-        f"{key} is {_shape(state[key])} instead of {_shape(tensor)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UserError(f"{source}: the weights do not fit the network: {'; '.join(wrong[:6])}{more}")
+    check_names(expected, snapshot.state, source)
 
 
 def _num_classes(state: dict[str, Tensor]) -> int:
     return next((t.shape[-1] for key, t in state.items() if key.endswith(".map_label.weight")), 0)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
 def read_model_file(path: Path, weights: bool = True) -> Snapshot:
@@ -100,7 +91,19 @@ def read_model_file(path: Path, weights: bool = True) -> Snapshot:
         hint = "it is the training state of a checkpoint" if "ect_state" in metadata else "it has no 'ect' metadata"
         raise UserError(f"{path}: not a model file of ours: {hint}; make one with python -m ect.convert or ect.train")
     header = parse_header(path, metadata["ect"], ("spec", "info"))
+    if weights and _CHECKSUM in metadata and metadata[_CHECKSUM] != _digest(tensors):
+        raise UserError(f"{path}: damaged: its weights are not those that were written; copy or convert it again")
     return Snapshot(header["spec"], tensors, header["info"])
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def parse_header(path: Path, text: str, fields: tuple[str, ...]) -> dict[str, An
             raise UserError(f"{path}: format {header['format']}, this version reads up to {FORMAT}; update the package")
         if not all(isinstance(header[field], dict) for field in fields):
             raise TypeError(f"{' and '.join(fields)} must be objects")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path}: its description is damaged ({error!r}); copy or convert it again") from error
     return dict(header)
 
@@ -140,4 +143,5 @@ def read_tensors(path: Path, wanted: bool = True) -> tuple[dict[str, Tensor], di
             names = file.keys() if wanted else []
             return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({error})") from error
+        reason = what_is_at(path) or error
+        raise UserError(f"{path}: not a readable safetensors file: missing, truncated or damaged ({reason})") from error

@@ -76,6 +76,18 @@ def weights_fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def refuse_new_start(saved: Path | None, new: Path | None, target: str) -> None:
+    """Raise UserError where a resume names another network to begin with, which only a teacher may be (it may have moved).
+
+    Args: saved, new: --init-from then and now. target: --objective.target.
+    """
+    if saved != new and target != "teacher":
+        raise UserError(
+            f"--init-from {new}: a resumed run goes on with the weights of its checkpoint; leave it out, or start a new run "
+            "without --resume"
+        )
+
+
 def refuse_changed_teacher(saved: str | None, new: str | None, source: Path | None) -> None:
     """Raise UserError unless both fingerprints of the teacher's weights agree. source: what --init-from says now."""
     if saved != new:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from ect.config import Config
 from ect.errors import UserError
+from ect.files.atomic import atomic
 from ect.files.lock import LOCK
 from ect.files.old_configs import FORMAT, current
 
@@ -120,6 +121,7 @@ def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None) -> Path:
         model = model.resolve()
         name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
         run_dir = Path("runs") / f"evaluation-{name}{f'-ema{ema}' if ema else ''}"
+    run_dir = run_dir.expanduser()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -199,3 +201,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         if type(value) is choice or (choice is float and type(value) is int) or (origin is Literal and value in args):
             return value
     raise TypeError(f"{name}: {value!r} is not of type {kind}")
+
+
+def write_config(cfg: Config, folder: Path, now: dict[str, Any]) -> None:
+    """Write config.json: the options of a run, and what it computes with (RESOLVED)."""
+    values = to_dict(dataclasses.replace(cfg, resume=None)) | {RESOLVED: now}
+    with atomic(folder / CONFIG) as temp:
+        temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

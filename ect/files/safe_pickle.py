@@ -28,7 +28,15 @@ _EMPTY: dict[str, Callable[[], object]] = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_SET": set,
 }
+# Integers that differ by a multiple of 2^61 - 1 have one hash, and long texts take long to compare: a dictionary of either
+# would take its square in time.
+_KEY_BITS, _KEY_LENGTH = 32, 1024
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+# Modules of values that people do pickle; a file that asks for others may be hostile.
+_INERT = {"argparse", "collections", "copy_reg", "copyreg", "datetime", "easydict", "numpy", "pathlib", "torch"}
+_WARNING = "do not open this file with other programs unless you trust its source"
 
 
 class UnsafePickle(UserError, pickle.UnpicklingError):
@@ -60,6 +68,10 @@ class Built:
     """Base of the table's values that a file may give a state (BUILD), which they merely keep."""
 
     state: Any = None
+
+
+class Dictionary(dict[Any, Any], Built):
+    """A dictionary that a file may give a state, as torch does to that of a network's weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +123,7 @@ class Machine:
             items = [stack.pop() for _ in range(_TUPLES[op])]
             stack.append(tuple(reversed(items)))
         elif op in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self._memo[arg] = stack[-1]
+            self._memo[_key(arg)] = stack[-1]
         elif op == "MEMOIZE":
             self._memo[len(self._memo)] = stack[-1]
         elif op in ("GET", "BINGET", "LONG_BINGET"):
@@ -176,10 +188,9 @@ class Machine:
             raise UnsafePickle(f"asks for a global named by {describe(module)} and {describe(name)}")
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"  # protocol 2 keeps the name of Python 2
         if full not in self.table:
-            raise UnsafePickle(
-                f"asks for {show(full)}, which no {self.kind} needs. Nothing was executed; "
-                "do not open this file with other programs unless you trust its source"
-            )
+            inert = module.split(".")[0] in _INERT
+            what = f"it is another file than a {self.kind}" if inert else _WARNING
+            raise UnsafePickle(f"asks for {show(full)}, which no {self.kind} needs. Nothing was executed; {what}")
         return Global(full, self.table[full])
 
     def _call(self, function: Any, args: Any) -> object:
@@ -194,7 +205,7 @@ class Machine:
             raise UnsafePickle(f"calls {function.name} with arguments that do not fit ({show(str(error))})") from error
 
     def _top(self, kind: type, op: str) -> Any:
-        if type(self._stack[-1]) is not kind:
+        if not isinstance(self._stack[-1], kind):
             raise UnsafePickle(f"adds items ({op}) to {describe(self._stack[-1])}")
         return self._stack[-1]
 
@@ -212,6 +223,8 @@ def make_set(items: object = ()) -> set[Any]:
 def _key(key: Any) -> Any:
     if type(key) not in (str, bytes, int):  # hashing anything nested may overflow the C stack
         raise UnsafePickle(f"uses {describe(key)} as a key")
+    if key.bit_length() > _KEY_BITS if type(key) is int else len(key) > _KEY_LENGTH:
+        raise UnsafePickle("uses a key that is larger than any known file needs")
     return key
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from ect.errors import UserError
 from ect.metrics.evaluator import Evaluator, Several
 from ect.metrics.features import DigitsEvaluator
 from ect.metrics.fidelity import MIN_IMAGES, FidelityEvaluator, FidelityOptions
+from ect.metrics.weights import DINOV2, INCEPTION, VGG16
 from ect.models import EDMPrecond
 from ect.ranks.device import resolve
 
@@ -48,6 +50,9 @@ def make_evaluator(
     if eval_cfg.samples < least:
         raise UserError(f"{eval_cfg.samples} generated images cannot be rated; expected at least {least} samples")
     if dataset is not None and digits and options.reference is None:
+        for file, given in ((INCEPTION, options.weights), (VGG16, options.vgg), (DINOV2, options.dinov2)):
+            if given is not None:
+                file.find(given, download=False)  # unused, but a path that names nothing is a mistake
         main: Evaluator = DigitsEvaluator(dataset.images)
     else:
         main = FidelityEvaluator(dataset, options, run_dir, device)
@@ -56,20 +61,28 @@ def make_evaluator(
 
 
 def reference(
-    net: EDMPrecond, info: dict[str, Any], model: str, source: str | None = None, resolution: int | None = None
+    net: EDMPrecond,
+    info: dict[str, Any],
+    model: str,
+    source: str | None = None,
+    resolution: int | None = None,
+    convert: Literal["rgb", "grey"] | None = None,
 ) -> Dataset:
     """Return the data set that a model's images are compared with, checked against the model.
 
     Args: info: of the model's file, which may name its data. model: its name in messages. source: as --data.source;
-    None: the digits for a model of the digits. resolution: as --data.resolution. Raises UserError where data is missing
-    or does not fit.
+    None: the digits for a model of the digits. resolution, convert: as --data.resolution and --data.convert. Raises
+    UserError, in ect.evaluate's words, where data is missing or does not fit.
     """
     recorded = info.get("data")
     source = source or ("digits" if recorded == "digits" else None)
     if source is None:
         hint = f"it was trained on {recorded!r}" if recorded else "it does not say what it was trained on"
         raise UserError(f"{model}: {hint}; give those images, --data PATH, or --reference STATISTICS.npz")
-    data = load(DataConfig(source, resolution=resolution))
+    try:
+        data = load(DataConfig(source, resolution=resolution, convert=convert))
+    except UserError as error:  # which names the options of ect.train
+        raise UserError(re.sub(r"--data\.(\w)", r"--\1", str(error).replace("--data.source", "--data"))) from error
     made = f"{net.img_resolution}x{net.img_resolution} with {net.img_channels} channels"
     found = f"{data.resolution}x{data.resolution} with {data.channels} channels"
     if made != found:

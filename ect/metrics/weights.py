@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import shutil
 import urllib.request
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from pathlib import Path
 import torch
 
 from ect.errors import UserError
+from ect.files import torch_file
 from ect.files.atomic import atomic
+from ect.files.safe_pickle import UnsafePickle
 
 _TIMEOUT = 30  # seconds without an answer before a download counts as failed
 
@@ -40,8 +41,10 @@ class WeightFile:
         Raises UserError where `given` does not exist, Unavailable where no source has the file.
         """
         if given is not None:
+            given = given.expanduser()
             if not given.is_file():
-                raise UserError(f"{self.option} {given}: no such file; expected {self.what} weights, {self.filename}")
+                expected = f"{self.what} weights, {self.filename}{self.training}"
+                raise UserError(f"{self.option} {given}: no such file; expected {expected}")
             return given
         cached = Path(torch.hub.get_dir()) / "checkpoints" / self.filename
         if cached.is_file():
@@ -97,9 +100,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """
     expected = "expected a plain state dict as torch.save writes it, tensors by name; download the file again"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read safely ({str(error).splitlines()[0]}); {expected}") from error
+        state = torch_file.read(path)
+    except UnsafePickle as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: cannot be read safely ({reason}); {expected}") from error
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: holds {type(state).__name__}, {expected}")
     for name, tensor in state.items():

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from ect.config import admit
 from ect.errors import UserError
+from ect.models import spec as bounds
 from ect.models.adm_unet import DhariwalUNet
 from ect.models.layers import MaskKey
 from ect.models.precond import ECMPrecond, EDMPrecond
@@ -58,20 +59,23 @@ def build(spec: dict[str, Any]) -> EDMPrecond:
     """Make the network that a model file describes, with random weights, in train mode.
 
     Args: spec: {"precond": "EDMPrecond" | "ECMPrecond", "sigma_data": 0.5, "sigma_min": 0.003 (ECM only), "unet": the name of a
-    registered class, "kwargs": its keyword arguments}. Raises UserError on unknown names or arguments.
+    registered class, "kwargs": its keyword arguments}. Raises UserError on unknown names or arguments, and on values beyond
+    the bounds of ect.models.spec.
     """
     unet, precond = spec.get("unet"), spec.get("precond")
-    if unet not in _UNETS:
-        raise UserError(f"unknown network {unet!r} in the model's description; known: {', '.join(_UNETS)}")
+    if type(unet) is not str or unet not in _UNETS:
+        raise UserError(f"unknown network {bounds.shown(unet)} in the model's description; known: {', '.join(_UNETS)}")
     if precond not in ("EDMPrecond", "ECMPrecond"):
         raise UserError(
-            f"unknown preconditioning {precond!r} in the model's description; known: EDMPrecond, ECMPrecond"
+            f"unknown preconditioning {bounds.shown(precond)} in the model's description; known: EDMPrecond, ECMPrecond"
         )
+    kwargs = bounds.checked_arguments(_UNETS[unet], spec.get("kwargs"))
+    sigma_data, sigma_min = (
+        bounds.sigma_data(spec.get("sigma_data", 0.5)),
+        bounds.sigma_min(spec.get("sigma_min", 0.003)),
+    )
     try:
-        net = _UNETS[unet](**spec["kwargs"])
+        net = _UNETS[unet](**kwargs)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the model's description does not fit {unet}: {error}") from error
-    sigma_data = float(spec.get("sigma_data", 0.5))
-    if precond == "ECMPrecond":
-        return ECMPrecond(net, sigma_data, float(spec.get("sigma_min", 0.003)))
-    return EDMPrecond(net, sigma_data)
+    return ECMPrecond(net, sigma_data, sigma_min) if precond == "ECMPrecond" else EDMPrecond(net, sigma_data)

@@ -73,12 +73,13 @@ class Pending:
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """Compute the sum [N, C, H, W] by plain operations, in `dtype` (None: that of its images)."""
         self.check_unspent()
-        assert not self.summed, "only a norm gives the gradient that this sum takes"
-        x = self.a if dtype is None else self.a.to(dtype)
+        a = x = self.a if dtype is None else self.a.to(dtype)
         for part in (self.bias, self.skip_bias):
             x = x if part is None else x + part[..., None, None]
         x = x if self.skip is None else x + self.skip.to(x.dtype)
-        return x if self.scale == 1.0 else x * self.scale
+        x = x if self.scale == 1.0 else x * self.scale
+        x = a.detach() + (x - x.detach()) if self.summed else x  # then `a` has the value, and x the gradient
+        return x.to(a.dtype)
 
 
 Rows = dict[str, Tensor]
@@ -111,7 +112,7 @@ class Fused:
         rows, qkv = rows_of([*blocks, *layers], len(x)), ordered_qkv(blocks)
         self.dtype, self.mask = x.dtype, mask
         self.blocks = {
-            block.layer: BlockInputs(condition, qkv.get(block.layer), own)
+            block: BlockInputs(condition, qkv.get(block), own)
             for block, condition, own in zip(blocks, conditioning(blocks, emb), rows, strict=False)
         }
         self.rows = dict(zip(layers, rows[len(blocks) :], strict=True))
@@ -136,7 +137,7 @@ class Fused:
         return Pending(x)
 
     def block(self, layer: UNetBlock, x: Pending, skip: Pending | None = None) -> Pending:
-        inputs, scale = self.blocks[layer.layer], layer.style.skip_scale
+        inputs, scale = self.blocks[layer], layer.style.skip_scale
         rows, other = inputs.rows, None if skip is None else skip.value()
         concatenated = layer.skip is None and other is not None
         dx = x.kept or concatenated
@@ -218,6 +219,8 @@ def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor,
 
     That is (scale, shift), or (v,), to which the bias of conv0 is added. Each is [N, C], or [1, C] where emb has one row.
     """
+    if not blocks:
+        return []
     adaptive = blocks[0].style.adaptive_scale
     biases = [required(block.affine.bias) for block in blocks]
     if not adaptive:

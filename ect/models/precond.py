@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from ect_kernels.preconditioning import coefficients
+from ect_kernels.preconditioning import coefficients, noise_label
 from torch import Tensor, nn
 
 from ect.models.layers import MaskKey
@@ -28,8 +28,8 @@ class EDMPrecond(nn.Module):
 
     @property
     def is_edm(self) -> bool:
-        """True where D_x in training is EDM's, which ect_kernels.consistency_loss has too, and not a subclass's own."""
-        return type(self) in (EDMPrecond, ECMPrecond)
+        """True where D_x is EDM's, as ect_kernels.consistency_loss has it: no subclass's own, not shifted as in eval mode."""
+        return type(self) in (EDMPrecond, ECMPrecond) and self.shift() == 0
 
     @property
     def img_resolution(self) -> int:
@@ -66,7 +66,7 @@ class EDMPrecond(nn.Module):
                 class_labels = x.new_zeros(1, self.label_dim)
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
         c_skip, c_out, c_in = coefficients(sigma, self.sigma_data, self.shift())
-        c_noise = sigma.log().flatten() / 4
+        c_noise = noise_label(sigma).flatten()
         F_x = self.model(c_in * x, c_noise, class_labels if self.label_dim else None, augment_labels, mask)
         return c_skip * x + c_out * F_x.to(torch.float32)
 

@@ -77,15 +77,15 @@ class QKV(NamedTuple):
 
 
 @torch.no_grad()
-def ordered_qkv(blocks: Sequence[UNetBlock]) -> dict[int, QKV]:
-    """Return {block number: its QKV} of the blocks with attention, put in order by one copy for all blocks of a width."""
-    ordered: dict[int, QKV] = {}
+def ordered_qkv(blocks: Sequence[UNetBlock]) -> dict[UNetBlock, QKV]:
+    """Return {block: its QKV} of the blocks with attention, put in order by one copy for all blocks of a width."""
+    ordered: dict[UNetBlock, QKV] = {}
     for c in {block.out_channels for block in blocks if block.num_heads}:
         group = [block for block in blocks if block.num_heads and block.out_channels == c]
         weights = torch.cat([required(block.qkv.weight).view(c, 3, c).transpose(0, 1) for block in group])
         biases = torch.cat([required(block.qkv.bias).view(c, 3).t() for block in group]).to(weights.dtype)
         pairs = zip(weights.reshape(-1, 3 * c, c), biases.reshape(-1, 3 * c), strict=True)
-        ordered |= {block.layer: QKV(*pair) for block, pair in zip(group, pairs, strict=True)}
+        ordered |= {block: QKV(*pair) for block, pair in zip(group, pairs, strict=True)}
     return ordered
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,19 @@ RULES: dict[str, type[Rule]] = {"radam": RAdam, "adam": Adam}
 """The rules that `--optim.optimizer` knows."""
 
 
+class _OfRule:
+    """A setting of a state's rule, which may be read and changed between steps."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, state: FlatState[Any], owner: type) -> Any:
+        return getattr(state.rule, self.name)
+
+    def __set__(self, state: FlatState[Any], value: Any) -> None:
+        setattr(state.rule, self.name, value)
+
+
 class FlatState(Arenas[Net]):
     """The arenas of `net` with a rule. A step takes gradients of `inputs`, then calls `load_grads` and `step`.
 
@@ -24,8 +38,11 @@ class FlatState(Arenas[Net]):
     ema_betas, clip, loss_scale, growth_interval: as in Settings. Raises ValueError on an unknown optimizer or an impossible
     value.
 
-    `grad_norm`, `loss_scale`, `nonfinite`, `skipped` and `steps` are the rule's, on the device.
+    lr, eps, clip and ema_betas may be changed between steps. `grad_norm`, `loss_scale`, `nonfinite`, `skipped` and `steps` are
+    the rule's, on the device.
     """
+
+    lr, eps, clip, ema_betas = _OfRule(), _OfRule(), _OfRule(), _OfRule()
 
     def __init__(
         self,
@@ -50,24 +67,6 @@ class FlatState(Arenas[Net]):
         super().__init__(net, rule.moments, len(ema_betas), half, core, channels_last)
         self.grad_norm, self.loss_scale = self.rule.grad_norm, self.rule.loss_scale
         self.nonfinite, self.skipped, self.steps = self.rule.nonfinite, self.rule.skipped, self.rule.steps
-
-    @property
-    def lr(self) -> float:
-        """The rule's learning rate, which may be changed between steps."""
-        return self.rule.lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self.rule.lr = value
-
-    @property
-    def ema_betas(self) -> tuple[float, ...]:
-        """The decay of each weight average, which may be changed between steps."""
-        return self.rule.ema_betas
-
-    @ema_betas.setter
-    def ema_betas(self, values: Sequence[float]) -> None:
-        self.rule.ema_betas = values
 
     @torch.no_grad()
     def step(self) -> None:

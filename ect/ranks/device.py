@@ -34,6 +34,8 @@ def resolve(name: str, world: World = World()) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda":
             _check_gpu(device)
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes, and no numbers")
         torch.zeros(1, device=device, dtype=torch.float64)  # the samplers compute in float64, which MPS lacks
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]

@@ -236,6 +236,19 @@ class _Steps:
         return check.bounded(what, remedy, seconds) if self.device.type == "cuda" else contextlib.nullcontext()
 
 
+def choose(device: torch.device, kernels: str | None = None) -> None:
+    """Apply --kernels, unless it is None.
+
+    Raises UserError where a backend that was asked for by name is unknown or cannot run on the device.
+    """
+    try:
+        if kernels is not None:
+            dispatch.set_choice(kernels)
+        dispatch.check_named(device)
+    except dispatch.BackendError as error:
+        raise UserError(f"{f'--kernels {kernels}' if kernels else 'ECT_KERNELS'}: {error}") from error
+
+
 def of_sampling(net: EDMPrecond, device: torch.device, world: World = World()) -> list[str]:
     """Check the ops that images need before they are made on a GPU, and say what failed, which is not used then.
 

@@ -21,13 +21,13 @@ _FILES = (".png", ".npz")
 
 def prepare(out: Path) -> None:
     """Make the folder that `write` needs, so that a bad --out fails before the work. Raises UserError."""
-    if out.suffix not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
+    if out.suffix.lower() not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
         raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
-    if out.suffix in _FILES and out.is_dir():
+    if out.suffix.lower() in _FILES and out.is_dir():
         raise UserError(
             f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images"
         )
-    folder = out.parent if out.suffix in _FILES else out
+    folder = out.parent if out.suffix.lower() in _FILES else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -43,9 +43,9 @@ def write(
     NAME.png: a grid. NAME.npz: images [N, H, W, C], seeds and `arrays`. Else a folder: 001000/001234.png is that of seed 1234.
     Raises UserError where the system refuses.
     """
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         save_grid(torch.cat(list(batches)), out)
-    elif out.suffix == ".npz":
+    elif out.suffix.lower() == ".npz":
         images = torch.cat(list(batches)).numpy()
         named = {"images": images, "seeds": np.array(seeds)} | {
             name: np.array(values) for name, values in arrays.items()

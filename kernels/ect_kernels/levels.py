@@ -19,6 +19,7 @@ from torch import Tensor
 from ect_kernels import native, philox
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass, backends
+from ect_kernels.preconditioning import noise_label
 
 DRAM = {"forward": "17 B an image: four fp32 numbers and a flag written"}
 
@@ -76,7 +77,7 @@ def reference_fwd(i: Inputs) -> Output:
     t = noise_level(philox.normal(i.seed, philox.STREAM_T, *at).view(-1), i.P_mean, i.P_std)
     r = lower_level(t, i.stage, i.q, i.k, i.b)
     flip = philox.uniform(i.seed, philox.STREAM_FLIP, *at).view(-1) < 0.5
-    return Output(t, r, t.log() / 4, torch.where(r > 0, r, torch.ones_like(r)).log() / 4, flip)
+    return Output(t, r, noise_label(t), noise_label(torch.where(r > 0, r, torch.ones_like(r))), flip)
 
 
 def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:

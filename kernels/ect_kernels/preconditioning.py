@@ -1,4 +1,4 @@
-"""EDM's preconditioning, D_x = c_skip x + c_out F_x(c_in x, ln(sigma) / 4): its coefficients, for ops and networks alike."""
+"""EDM's preconditioning, D_x = c_skip x + c_out F_x(c_in x, c_noise): its coefficients, for ops and networks alike."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ def coefficients(sigma: Tensor, sigma_data: float, shift: float = 0.0) -> tuple[
     shifted, variance = sigma - shift, sigma_data**2
     root = (sigma**2 + variance).sqrt()
     return variance / (shifted**2 + variance), shifted * sigma_data / root, 1 / root
+
+
+def noise_label(sigma: Tensor) -> Tensor:
+    """Return c_noise = ln(sigma) / 4, what the network is told of noise levels sigma > 0 of any shape."""
+    return sigma.log() / 4

@@ -8,10 +8,9 @@ Format: https://www.cs.toronto.edu/~kriz/cifar.html
 from __future__ import annotations
 
 import io
-import math
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,8 +18,9 @@ import numpy as np
 
 from ect.data.readers.labels import one_hot
 from ect.errors import UserError
-from ect.files.pickled_tensors import NUMBERS, NumpyType
-from ect.files.safe_pickle import Budget, Built, Machine, UnsafePickle
+from ect.files.foreign import what_is_at
+from ect.files.pickled_tensors import ARRAYS, Array
+from ect.files.safe_pickle import Budget, Machine, UnsafePickle
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -55,6 +55,11 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     path = _batch_folder(path)
     batches = dict(_folder_members(path) if path.is_dir() else _tar_members(path))
+    if not batches and not path.is_dir():
+        raise UserError(
+            f"{path}: an archive without any of CIFAR-10's files, {BATCHES[0]} to {BATCHES[-1]}. Of the tar archives only "
+            "CIFAR-10's is read: unpack it, and pass --data.source with the folder"
+        )
     missing = [name for name in BATCHES if name not in batches]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing; expected {BATCHES[0]} to {BATCHES[-1]}. {_DOWNLOAD} again")
@@ -87,7 +92,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
                     assert file is not None  # a regular file
                     yield name, file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: truncated, damaged or no tar archive ({error}). {_DOWNLOAD} again") from error
+        reason = what_is_at(path) or error
+        raise UserError(f"{path}: truncated, damaged or no tar archive ({reason}). {_DOWNLOAD} again") from error
 
 
 def _check_size(size: int, where: Path) -> None:
@@ -105,9 +111,15 @@ def _parse_batch(pickled: bytes, where: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{where}: expected a dict with data and labels, found {type(batch).__name__}. {_DOWNLOAD} again"
         )
     data, labels = (batch.get(key, batch.get(key.encode())) for key in ("data", "labels"))
-    values = data.values() if isinstance(data, _Array) else None
-    if values is None or values.shape != (ROWS, 3072):
-        found = type(data).__name__ if values is None else f"shape {values.shape}"
+    values = data.values() if isinstance(data, Array) else None
+    if values is None or values.dtype != np.uint8 or values.shape != (ROWS, 3072):
+        found = (
+            type(data).__name__
+            if values is None
+            else f"shape {values.shape}"
+            if values.dtype == np.uint8
+            else f"{values.dtype}"
+        )
         raise UserError(
             f"{where}: data must be a uint8 array of shape ({ROWS}, 3072), found {found}. {_DOWNLOAD} again"
         )
@@ -116,31 +128,9 @@ def _parse_batch(pickled: bytes, where: Path) -> tuple[np.ndarray, np.ndarray]:
     return values, np.array(labels)
 
 
-class _Array(Built):
-    """A numpy.ndarray. Its state is (version, shape, type, Fortran order, bytes)."""
-
-    def values(self) -> np.ndarray | None:
-        """Return the array, if the state describes one of uint8."""
-        match self.state:
-            case (int(), tuple(shape), NumpyType(code="u1"), bool() | 0 | 1 as fortran, bytes() | str() as raw):
-                if all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) == len(raw):
-                    raw = raw.encode("latin1", "replace") if isinstance(raw, str) else raw  # Python 2 has bytes as text
-                    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
-        return None
-
-
-_TABLE: dict[str, Callable[..., object] | None] = {
-    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),  # numpy 1
-    "numpy._core.multiarray._reconstruct": lambda *_: _Array(),  # numpy 2
-    "numpy.ndarray": None,
-    "numpy.dtype": NUMBERS["numpy.dtype"],
-    "_codecs.encode": NUMBERS["_codecs.encode"],
-}
-
-
 def _unpickle(pickled: bytes, where: Path) -> Any:
     try:
-        return Machine(_TABLE, Budget(work=2 * MAX_BYTES), kind="CIFAR-10 batch").run(io.BytesIO(pickled))
+        return Machine(ARRAYS, Budget(work=2 * MAX_BYTES), kind="CIFAR-10 batch").run(io.BytesIO(pickled))
     except UnsafePickle as error:
         raise UserError(f"{where}: refused: {error}. {_DOWNLOAD} again") from error
     except Exception as error:  # a damaged pickle can raise nearly anything

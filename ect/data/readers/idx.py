@@ -14,6 +14,7 @@ import numpy as np
 from ect.data.readers.labels import one_hot
 from ect.data.readers.pictures import check_size
 from ect.errors import UserError
+from ect.files.foreign import what_is_at
 
 MAX_BYTES = 2**33
 """Largest amount of image data read, whatever the header promises."""
@@ -85,7 +86,7 @@ def _read_array(path: Path, ndim: int) -> np.ndarray:
             size = math.prod(shape)
             values = file.read(min(size, MAX_BYTES) + 1)  # one byte more than promised, to notice an excess
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Copy or download it again") from error
+        raise UserError(f"{path}: cannot be read ({what_is_at(path) or error}). Copy or download it again") from error
     if len(values) != size:
         found = f"more than {size}" if len(values) > size else str(len(values))
         raise UserError(f"{path}: its header promises {size} bytes of data, found {found}. Copy or download it again")

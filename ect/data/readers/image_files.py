@@ -15,6 +15,7 @@ import numpy as np
 from ect.data.readers.labels import from_folders, from_json
 from ect.data.readers.pictures import Convert, Source, decode_all, extensions
 from ect.errors import UserError
+from ect.files.foreign import what_is_at
 
 MAX_BYTES = 2**28
 """Largest file read from a zip: more is a mistake or an attack, not a training image."""
@@ -81,8 +82,9 @@ def read_zip(path: Path, labels: bool, resolution: int | None, convert: Convert 
             images, notes = decode_all(pictures, resolution, convert)
             return Read(images, vectors, notes)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        reason = what_is_at(path) or error
         raise UserError(
-            f"{path}: damaged, truncated or not a zip that can be read ({error}). Copy or make it anew"
+            f"{path}: damaged, truncated or not a zip that can be read ({reason}). Copy or make it anew"
         ) from error
 
 

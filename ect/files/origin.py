@@ -1,0 +1,100 @@
+"""The networks that a phase starts with: from a checkpoint, from --init-from, or of the configured architecture made anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ect.assembly import frozen, network_spec
+from ect.config import Config
+from ect.data import AugmentPipe, Dataset
+from ect.errors import UserError
+from ect.files.checkpoint import Saved, load_model, read_model, read_spec
+from ect.files.model_file import check_fits, load_weights
+from ect.files.resume import weights_fingerprint
+from ect.models import ECMPrecond, EDMPrecond, build
+from ect.objective import Objective
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The network to train, and the frozen one beside it where the objective wants a teacher.
+
+    spec: the network's description for ect.models.build. net: in train mode, on the device. teacher_digest: of its weights,
+    by which a resume knows it. notes: lines for the log.
+    """
+
+    spec: dict[str, Any]
+    net: EDMPrecond
+    notes: list[str]
+    teacher: EDMPrecond | None = None
+    teacher_digest: str | None = None
+
+
+def find(
+    cfg: Config, objective: type[Objective], dataset: Dataset, device: torch.device, saved: Saved | None
+) -> Origin:
+    """Return the networks of a phase. saved: the checkpoint that it resumes from.
+
+    Raises UserError where the network of --init-from does not fit the data, or the teacher is none.
+    """
+    spec, net, notes = _network(cfg, objective, dataset, saved)
+    net = net.to(device).train()
+    if not objective.wants_teacher:
+        return Origin(spec, net, notes)
+    teacher = _teacher(cfg, device)
+    notes.append(f"the frozen teacher is {cfg.init_from}")
+    return Origin(spec, net, notes, frozen(cfg, teacher), weights_fingerprint(teacher))
+
+
+def _network(
+    cfg: Config, objective: type[Objective], dataset: Dataset, saved: Saved | None
+) -> tuple[dict[str, Any], EDMPrecond, list[str]]:
+    """Return description, network and notes: the architecture is that of the checkpoint or of --init-from, else new."""
+    if saved is not None:
+        spec = read_spec(saved[2])
+        return spec, build(spec), []
+    augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
+    if cfg.init_from is None:
+        spec = network_spec(cfg.net, objective.precond, dataset, augment_dim)
+        return spec, build(spec), []
+    snapshot = read_model(cfg.init_from.expanduser())
+    check_fits(snapshot, str(cfg.init_from))
+    kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": dataset.label_dim}
+    kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}
+    spec = {**snapshot.spec, "precond": objective.precond, "kwargs": kwargs}
+    expected = (kwargs["img_resolution"], kwargs["in_channels"])
+    if expected != (dataset.resolution, dataset.channels):
+        raise UserError(
+            f"--init-from {cfg.init_from}: the network is for {expected[0]}x{expected[0]} images with {expected[1]} "
+            f"channel(s), --data.source {cfg.data.source} has {dataset.resolution}x{dataset.resolution} with "
+            f"{dataset.channels}; choose data or checkpoint to match, or resize with --data.resolution"
+        )
+    net = build(spec)
+    notes = load_weights(net, snapshot)
+    return (
+        spec,
+        net,
+        [*notes, f"architecture and sigma_data are those of {cfg.init_from}; of --net only the dropouts count"],
+    )
+
+
+def _teacher(cfg: Config, device: torch.device) -> EDMPrecond:
+    """Load the network of --init-from, which a resume reads again.
+
+    Raises UserError where there is none, or a consistency model.
+    """
+    if cfg.init_from is None:
+        raise UserError(
+            "--objective.target teacher: there is no teacher; give a diffusion model with --init-from, or train one "
+            "before, with --pretrain PRESET"
+        )
+    net, _ = load_model(cfg.init_from, device=device)
+    if isinstance(net, ECMPrecond):
+        raise UserError(
+            f"--objective.target teacher: --init-from {cfg.init_from} is a consistency model, whose answers give no ODE; "
+            "give a diffusion model, or tune this one with --objective.target self"
+        )
+    return net
