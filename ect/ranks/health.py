@@ -55,16 +55,17 @@ class Health:
         self._seen.copy_(self.state.nonfinite)
         self.steps += 1
 
-    def _read(self) -> tuple[float, float, float]:
-        """Sum of the finite losses, their number, number of bad updates: means over the ranks."""
-        loss, finite, bad = torch.cat([self.loss.double().view(1), self.counts]).tolist()
-        return self.world.mean(loss), self.world.mean(finite), self.world.mean(bad)
+    def _read(self) -> tuple[float, float, float, bool]:
+        """Sum of the finite losses, their number, number of bad updates: means over the ranks. And whether none was bad."""
+        none = self.counts[1:] == 0
+        loss, finite, bad, good = torch.cat([self.loss.double().view(1), self.counts, none]).tolist()
+        return self.world.mean(loss), self.world.mean(finite), self.world.mean(bad), not self.world.any(not good)
 
     def row(self) -> dict[str, Any]:
         """Return the mean of the finite losses since the last row (nan without one) and how many updates were bad."""
-        loss, finite, bad = self._read()
-        self.bad_rows = self.bad_rows + 1 if bad else 0
-        self._unbroken &= not bad
+        loss, finite, bad, good = self._read()
+        self.bad_rows = 0 if good else self.bad_rows + 1
+        self._unbroken &= good
         row = {"loss": loss / finite if finite else math.nan, "bad_steps": math.ceil(bad)}
         self._begin(torch.zeros_like(self.loss))
         return row
@@ -98,8 +99,8 @@ class Health:
 
     def saved(self) -> tuple[bool, dict[str, Tensor], dict[str, Any]]:
         """Return (whether no update since the last checkpoint was bad, the tensors, the numbers that a resume needs)."""
-        loss, finite, bad = self._read()
-        healthy, self._unbroken = self._unbroken and not bad, True
+        loss, finite, bad, good = self._read()
+        healthy, self._unbroken = self._unbroken and good, True
         return healthy, {"tally_loss": torch.tensor(loss)}, {"tally_steps": self.steps, "tally_counts": [finite, bad]}
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
