@@ -44,7 +44,9 @@ def checked_arguments(unet: type, given: Any) -> dict[str, Any]:
     kinds = arguments(unet)
     if not isinstance(given, dict):
         raise UserError(f"the arguments of {unet.__name__} are {shown(given)}; expected an object")
-    takes_others = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in inspect.signature(unet).parameters.values())
+    takes_others = any(
+        item.kind is inspect.Parameter.VAR_KEYWORD for item in inspect.signature(unet).parameters.values()
+    )
     for name in given:
         if name not in kinds and not takes_others:
             raise UserError(f"{unet.__name__} was made with the unknown argument {shown(name)}")
