@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -13,6 +14,11 @@ from tests.quick import Quick
 
 if not torch.cuda.is_available():  # before any test imports triton, whose library is interpreted or compiled for good
     os.environ["TRITON_INTERPRET"] = "1"
+
+for name, answer in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    # Started in the background, or by nohup, the tests would find them ignored, and so would the processes that they start.
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), answer)
 
 torch.set_num_threads(1)
 FLAGS = [

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNB
 COMMANDS = ["train", "sample", "evaluate", "convert"]
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
         env=ENVIRONMENT,
@@ -31,6 +34,10 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 @POSIX
@@ -38,10 +45,10 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", ENDING)
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.0])
 def test_a_signal_in_the_first_seconds_ends_it_quietly(number: signal.Signals, seconds: float, tmp_path: Path) -> None:
-    process = start(["-m", "ect.train"], tmp_path)
-    time.sleep(seconds)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    with started(["-m", "ect.train"], tmp_path) as process:
+        time.sleep(seconds)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
     assert "Traceback" not in err and len(err.strip().splitlines()) <= 1
     assert process.returncode == 128 + number or "stopping after this step" in err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()] or process.returncode == 0
@@ -63,10 +70,10 @@ def test_a_signal_while_a_command_imports(module: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_for_a_reader_who_leaves_is_quiet(module: str, tmp_path: Path) -> None:
-    process = start(["-m", f"ect.{module}", "--help"], tmp_path)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == interrupts.NOBODY_READS
+    with started(["-m", f"ect.{module}", "--help"], tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=60) == interrupts.NOBODY_READS
 
 
 @POSIX
@@ -115,10 +122,10 @@ def test_other_threads_install_nothing() -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads_it(tmp_path: Path) -> None:
     options = "--pretrain None --total-kimg 1 --eval.samples 0 --log.sample-kimg 0 --run-dir run --net.model-channels 8"
-    process = start(["-m", "ect.train", *options.split(), "--net.attn-resolutions"], tmp_path)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(timeout=120) == 0 and "Traceback" not in err
+    with started(["-m", "ect.train", *options.split(), "--net.attn-resolutions"], tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(timeout=120) == 0 and "Traceback" not in err
     assert (tmp_path / "run" / "results.md").is_file()
