@@ -48,6 +48,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_an_update_can_be_captured(name: str) -> None:
     assert faults(make(**STEPS[name])) == []

@@ -166,6 +166,7 @@ def test_a_teacher_computes_in_the_configured_precision(precision: str) -> None:
     assert halves == ({"fp16": {torch.float16}, "bf16": {torch.bfloat16}}.get(precision, set()))
 
 
+@pytest.mark.slow
 def test_memory_has_room_for_the_teacher() -> None:
     cfg = config()
     data = load(cfg.data)

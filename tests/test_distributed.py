@@ -295,6 +295,7 @@ def test_a_log_of_another_rank_writes_nothing(tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_the_echo_of_a_signal_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -322,6 +323,7 @@ class Alone(World):
         raise UserError(facts["weights"])
 
 
+@pytest.mark.slow
 def test_ranks_compare_their_start_before_they_train(tmp_path: Path) -> None:
     cfg = config(optim=OptimConfig(emas=(".9", ".5")))
     told = []

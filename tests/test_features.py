@@ -98,6 +98,7 @@ def test_the_data_are_at_distance_zero_from_themselves(data: Dataset) -> None:
     assert abs(fdp) < 1e-8
 
 
+@pytest.mark.slow
 def test_distances_of_known_sets(data: Dataset) -> None:
     """Floors of real digits (small-sample bias), and sets that a good metric must push away; figures are printed."""
     rng = np.random.default_rng(0)

@@ -146,6 +146,7 @@ def test_memory_is_counted_in_the_allocators_blocks() -> None:
     assert cost.peak_bytes == 4 * BLOCK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_ops", [False, True])
 def test_the_meta_device_sees_what_the_cpu_does(on_ops: bool) -> None:
     """Same operations, bytes and peak on tensors with data: nothing is counted that does not run, and nothing is missed."""

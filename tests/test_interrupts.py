@@ -76,6 +76,7 @@ def test_help_for_a_reader_who_leaves_is_quiet(module: str, tmp_path: Path) -> N
         assert process.stderr.read() == "" and process.wait(timeout=60) == interrupts.NOBODY_READS
 
 
+@pytest.mark.slow
 @POSIX
 @pytest.mark.parametrize("number", ENDING)
 def test_work_is_interrupted_with_the_status_of_the_signal(
@@ -87,6 +88,7 @@ def test_work_is_interrupted_with_the_status_of_the_signal(
     assert [signal.getsignal(each) for each in ENDING] == before
 
 
+@pytest.mark.slow
 @POSIX
 @pytest.mark.parametrize("number", ENDING)
 def test_each_signal_stops_a_run_after_its_step_and_the_second_at_once(number: signal.Signals) -> None:

@@ -163,6 +163,7 @@ def test_a_stop_during_the_report_is_made_up_for(tmp_path: Path, monkeypatch) ->
     assert (folder / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_an_impatient_user_gets_out(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     def step(self, nimg, stage):  # type: ignore[no-untyped-def]
         for _ in range(2):

@@ -75,6 +75,7 @@ def assert_same_weights(got: Path, want: Path, start: Path) -> None:
     assert off == 0 if machine() == MADE_BY else off <= ROUNDING * way
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_weights_of_its_time(run: Path) -> None:
     resume(run)
     fixture = FIXTURES / run.name

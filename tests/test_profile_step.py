@@ -114,6 +114,7 @@ def test_every_way_is_measured_against_what_was_predicted(machine: Machine, tmp_
     assert "sm80_xmma_fprop_implicit_gemm | 2 | 6.000 | 60.0 %" in text
 
 
+@pytest.mark.slow
 def test_a_way_that_fails_costs_no_other_and_keeps_what_it_had(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_goes_on_without_what_failed_and_writes_it_down(whole: tuple[Path, str], tmp_path: Path) -> None:
     folder, out = whole
@@ -76,6 +77,7 @@ def test_a_run_goes_on_without_what_failed_and_writes_it_down(whole: tuple[Path,
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_resume_keeps_what_was_refused_or_says_what_changed(
     whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -115,6 +115,7 @@ def test_half_precision_is_what_a_step_computes(name: str, half: torch.dtype) ->
     assert torch.equal(got, state.compute(x, sigma, None, None, MaskKey(torch.tensor(1), 0)))
 
 
+@pytest.mark.slow
 def test_noise_grows_as_the_mantissa_shrinks() -> None:
     noise = {p: signal_noise(trained(), p, IMAGES, levels=(0.1, 3.0)) for p in ("fp32", "tf32", "fp16", "bf16")}
     for t in (0.1, 3.0):
@@ -123,6 +124,7 @@ def test_noise_grows_as_the_mantissa_shrinks() -> None:
         assert 0.3 < noise["fp16"][t] / noise["tf32"][t] < 1.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_may_be_compared_with_fp32(precision: str) -> None:
     """What a run prints, at less than its last digit's worth."""

@@ -157,6 +157,7 @@ def test_student_and_teacher_share_the_mask_and_agree_at_r_equal_t(dropout: floa
     assert (step.state.grads == 0).all()
 
 
+@pytest.mark.slow
 def test_training_lowers_the_diffusion_loss() -> None:
     step = make(DiffusionObjective(), batch=32)
     step.state.lr = 3e-3
@@ -164,6 +165,7 @@ def test_training_lowers_the_diffusion_loss() -> None:
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
+@pytest.mark.slow
 def test_tuning_on_gaussian_data_finds_the_exact_consistency_function() -> None:
     """Data N(0, 1/4): the probability-flow solution is f(x, t) = x / (2 sqrt(t^2 + 1/4)) (identity of the method)."""
 
@@ -278,6 +280,7 @@ def test_shares_of_two_ranks_add_up_to_one_batch(options: dict) -> None:
     torch.testing.assert_close(mine.state.params, whole.state.params, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_ops", [True, False])
 def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_ops: bool) -> None:
     same = Mapping("const", q=math.inf)  # r = t
@@ -292,6 +295,7 @@ def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_op
     assert (compiled.state.grads == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])
 def test_all_micro_batches_share_one_compiled_graph(objective: Objective) -> None:
     """Dynamo specialises on Python numbers: a graph for each micro-batch, until it gives up at the ninth."""

@@ -268,6 +268,7 @@ def run(tmp_path: Path, *options: str) -> int:
     )
 
 
+@pytest.mark.slow
 def test_records_compares_checks_and_renders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

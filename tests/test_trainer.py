@@ -45,6 +45,7 @@ def make(cfg: Any, folder: Path) -> Trainer:
     return Trainer(cfg, folder, load(cfg.data), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_every_field_reaches_its_object(tmp_path: Path) -> None:
     trainer = make(EVERYTHING, tmp_path)
     step, state, net = trainer.step, trainer.state, trainer.net
@@ -64,6 +65,7 @@ def test_every_field_reaches_its_object(tmp_path: Path) -> None:
     assert net.training and not trainer.ema_net.training
 
 
+@pytest.mark.slow
 def test_diffusion_and_ncsnpp(tmp_path: Path) -> None:
     cfg = replace(EVERYTHING, net=replace(EVERYTHING.net, arch="ncsnpp"))
     cfg = replace(cfg, objective=ObjectiveConfig(kind="diffusion", P_mean=-0.7, P_std=0.9))
@@ -73,6 +75,7 @@ def test_diffusion_and_ncsnpp(tmp_path: Path) -> None:
     assert any("aux_residual" in name for name in trainer.net.model.enc)
 
 
+@pytest.mark.slow
 def test_schedules_reach_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = TrainStep.__call__
@@ -103,6 +106,7 @@ def test_the_model_file_holds_the_average(tmp_path: Path) -> None:
     assert not torch.equal(state["ema0.model.map_layer0.weight"], state["params.model.map_layer0.weight"])
 
 
+@pytest.mark.slow
 def test_tuning_starts_at_the_pretrained_average(tmp_path: Path) -> None:
     cfg = config(pretrain="digits-diffusion", pretrain_kimg=0.08, log=replace(config().log, keep=99))
     run(cfg, tmp_path / "run")
@@ -126,6 +130,7 @@ def test_a_checkpoint_is_saved_before_what_may_fail(tmp_path: Path, monkeypatch:
     assert read_model(tmp_path / "run").info["nimg"] == 32
 
 
+@pytest.mark.slow
 def test_a_lost_pointer_does_not_restart_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(config(), folder)
@@ -136,6 +141,7 @@ def test_a_lost_pointer_does_not_restart_the_run(tmp_path: Path) -> None:
         assert (folder / "stats.jsonl").read_text() == stats
 
 
+@pytest.mark.slow
 def test_a_resume_reads_and_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     run(config(), folder)
@@ -158,6 +164,7 @@ def test_a_resume_reads_and_hashes_each_file_once(tmp_path: Path, monkeypatch: p
     assert trainer.nimg == STEPS * BATCH and trainer.spec == read_model(folder).spec
 
 
+@pytest.mark.slow
 def test_a_damaged_training_state_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     run(config(), folder)
@@ -237,6 +244,7 @@ def test_images_are_made_and_rated_in_tf32_but_trained_on_as_asked(
     assert seen == {"step": {(trains, trains)}, "sample": {(samples, samples)}, "rate": {(samples, samples)}}
 
 
+@pytest.mark.slow
 def test_the_benchmark_times_the_step_under_the_trainers_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +294,7 @@ def test_images_are_made_by_weights_in_the_memory_order_of_training(channels_las
     assert not weight.requires_grad and weight.untyped_storage().nbytes() == weight.nbytes
 
 
+@pytest.mark.slow
 def test_the_noise_of_half_precision_is_measured_without_slow_arithmetic(tmp_path: Path) -> None:
     """GPUs for games do fp64 at a 64th of their speed; only the small difference of two outputs is taken in it."""
     notes: list[str] = []
@@ -296,6 +305,7 @@ def test_the_noise_of_half_precision_is_measured_without_slow_arithmetic(tmp_pat
     assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 
+@pytest.mark.slow
 def test_a_moved_data_set_is_the_same_data_set(tmp_path: Path) -> None:
     from ect.show.grid import save_png
 

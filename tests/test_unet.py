@@ -157,6 +157,7 @@ def test_a_network_says_what_it_is_made_for() -> None:
         UNet(8, 3, 3)(torch.zeros(1), torch.zeros(1))
 
 
+@pytest.mark.slow
 def test_a_registered_network_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """From its name in a configuration to an update, on the ops and in half precision."""
     cfg, data = config(net=replace(NET, arch="attentive"), precision="bf16"), load(DataConfig())  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ def test_it_is_a_column_of_the_table() -> None:
     assert headers[-1] == "contrast" and 0.5 < float(cells[0][-1]) < 1.5
 
 
+@pytest.mark.slow
 def test_a_run_reports_it(tmp_path: Path) -> None:
     job = run(config(eval=EvalConfig(samples=8)), tmp_path / "run")
     assert "| contrast |" in (job.run_dir / "results.md").read_text()

@@ -43,6 +43,7 @@ def test_plain_and_fused_agree_with_dropout(own: Any, attention: bool) -> None:
         assert rel_l2(fused.detach(), plain.detach()) <= 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_trains_it_and_its_file_is_read_back(precision: Any, tmp_path: Path) -> None:
     """bf16 trains on the ops, fp32 in plain PyTorch."""
@@ -58,6 +59,7 @@ def test_a_command_line_names_it() -> None:
     assert parse(["--net.arch", "two-attentive"]).net.arch == "two-attentive"
 
 
+@pytest.mark.slow
 def test_a_file_of_a_network_that_is_not_known_says_so(tmp_path: Path) -> None:
     run(config(net=replace(NET, arch="two", model_channels=16)), tmp_path)  # type: ignore[arg-type]
     del models._UNETS["TwoBlocks"]

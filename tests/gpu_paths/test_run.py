@@ -85,6 +85,7 @@ def test_the_noise_on_the_signal_is_measured_on_the_device(precision: str, label
         assert "mixed devices" not in {event.kind for event in events}, events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) -> None:
     switches = {"compile": False, "self_check": False}  # no value can be compared here
@@ -99,6 +100,7 @@ def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) ->
         assert first is not None and "mixed devices" not in {event.kind for event in gpu.events}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_whatever_its_check_finds(tmp_path: Path) -> None:
     """Here every comparison fails, so that each op is left with its last backend: the others are tried, none is needed."""
     switches = {"compile": False, "graph": True, "total_kimg": 0.016, "optim": OptimConfig()}

@@ -84,6 +84,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", [HALF, BF16, FP32], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -133,6 +134,7 @@ def test_every_byte(device: str, backend: str) -> None:
     assert torch.equal(x_r, to_float(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_moments(device: str, backend: str) -> None:
     """Noise of 49,152 values: mean, variance, third and fourth moment of a normal; no correlation between neighbours."""

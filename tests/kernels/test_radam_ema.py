@@ -109,6 +109,7 @@ def torch_optim(
     return {"params": p.detach(), **moments, **{f"ema{i}": ema for i, ema in enumerate(averages)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["radam", "adam"])
 @pytest.mark.parametrize(
     ("n", "clip", "emas", "bad"),
@@ -214,6 +215,7 @@ def test_huge_gradient_does_not_break_the_step(where: tuple[str, str]) -> None:
         torch.testing.assert_close(run.params.cpu(), truth["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [False, True])
 def test_bits_do_not_depend_on_order(where: tuple[str, str], bad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     n = 16392 if where[1] == "triton" else 40008

@@ -93,3 +93,10 @@ def test_the_libraries_are_built_or_said_to_be_missing(
     monkeypatch.setattr(emulator, "build", absent)
     emulator.main()
     assert capsys.readouterr().out == "the emulator needs g++\n"
+
+
+def test_missing_headers_are_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="install a CUDA toolkit, or nvidia-cuda-runtime"):
+        emulator.cuda_include()

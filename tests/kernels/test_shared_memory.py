@@ -62,6 +62,7 @@ def test_a_device_that_does_not_exist_is_an_error_once(monkeypatch: pytest.Monke
     launch(replace(case, n=0), inputs(replace(case, n=0)), "emulated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", range(3))
 @pytest.mark.parametrize("op", ["group_norm_silu", "residual_group_norm_silu", "consistency_loss", "perturb"])
 def test_launches_of_the_networks_fit_their_device(op: str, device: int) -> None:

@@ -33,6 +33,7 @@ def test_a_sum_made_elsewhere(backend: str, device: str, dtype: torch.dtype) -> 
         residual_group_norm_silu(**{**k, "skip": k["a"]}, summed=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["cuda", "triton"])
 def test_a_sum_made_elsewhere_is_read_once(form: str) -> None:
     """2s, and 2s of other: a, y and no x."""
