@@ -54,6 +54,7 @@ def test_an_update_can_be_captured(name: str) -> None:
     assert faults(make(**STEPS[name])) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused, fp16", "augmented"])
 def test_so_it_can_where_an_op_falls_back_to_its_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     audit = Audit()
@@ -112,6 +113,7 @@ FAULTS: dict[str, tuple[str, Callable[[TrainStep], object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_audit_finds_a_planted_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, plant = FAULTS[name]
@@ -127,6 +129,7 @@ def test_the_audit_finds_a_planted_fault(name: str, monkeypatch: pytest.MonkeyPa
     assert found and any(text.startswith(kind) for text in found), found
 
 
+@pytest.mark.slow
 def test_the_audit_sees_into_the_reference_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     from ect_kernels import perturb
 

@@ -127,6 +127,7 @@ def test_a_failure_between_the_writes_leaves_the_checkpoint_before(
     assert files(tmp_path) == [*three("000003.000"), "latest"]  # what the failure left is gone
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_checkpoint_before_and_its_remains_go(tmp_path: Path) -> None:
     script = f"""
         import os, torch

@@ -97,6 +97,7 @@ def write_batches(root: Path, first: bytes) -> Path:
     return write_folder(root, {name: first if name == "data_batch_1" else b"" for name in cifar10.BATCHES})
 
 
+@pytest.mark.slow
 def test_cifar_tarball(cifar: Dataset) -> None:
     data, labels = cifar_arrays()
     assert (cifar.name, cifar.resolution, cifar.channels, cifar.label_dim) == ("cifar10", 32, 3, 10)
@@ -107,6 +108,7 @@ def test_cifar_tarball(cifar: Dataset) -> None:
     assert cifar.labels.argmax(1).tolist() == labels and bool((cifar.labels.sum(1) == 1).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "order"), [(2, "C"), (4, "F")])
 def test_cifar_folder_written_by_python_3(tmp_path: Path, cifar: Dataset, protocol: int, order: Any) -> None:
     """The extracted folder, found from its parent too, with numpy 2's names and either memory order."""

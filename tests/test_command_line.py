@@ -134,6 +134,7 @@ def typed(cfg: Config) -> Config:
     return parse(words[3:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_field_is_pasted_back(name: str, tmp_path: Path) -> None:
     """Also where a preset sets what the user unsets, and beside --resume, whose config.json takes the preset's place."""

@@ -67,6 +67,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 # What each format gives.
 
 
+@pytest.mark.slow
 def test_digits_equal_those_of_scikit_learn() -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()

@@ -210,6 +210,7 @@ def test_a_resume_wants_the_same_teacher(tmp_path: Path) -> None:
     assert Job(parse([*resume, "--init-from", str(tmp_path / "moved")]), Console(quiet=True)).run()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no teacher; give a diffusion model with --init-from"):
         run(config(objective=TEACHER), tmp_path / "none")

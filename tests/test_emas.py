@@ -47,6 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run(cfg, tmp_path_factory.mktemp("emas") / "run").run_dir
 
 
+@pytest.mark.slow
 def test_each_average_has_its_model_file_which_goes_with_the_checkpoint(trained: Path) -> None:
     kinds = [".ema1.safetensors", ".ema2.safetensors", ".json", ".safetensors", ".state.safetensors"]
     stems = ["checkpoint-000000.064", LAST]  # two are kept, of four
@@ -65,6 +66,7 @@ def test_each_average_has_its_model_file_which_goes_with_the_checkpoint(trained:
     assert torch.equal(state[f"ema2.{name}"], weights)  # a decay of 0
 
 
+@pytest.mark.slow
 def test_a_second_average_changes_nothing_else(trained: Path, tmp_path: Path) -> None:
     cfg = config(optim=replace(OPTIM, emas=(".9",)))
     alone = load_file(run(cfg, tmp_path / "run").run_dir / f"{LAST}.state.safetensors")
@@ -87,6 +89,7 @@ def test_statistics_and_report_have_a_figure_an_average(trained: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_bit_by_bit_and_refuses_another_list(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
@@ -119,6 +122,7 @@ def test_a_damaged_average_is_passed_over_and_a_missing_one_refused(trained: Pat
         load_model(copy, ema=1)
 
 
+@pytest.mark.slow
 def test_the_commands_take_the_average_that_is_asked_for(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

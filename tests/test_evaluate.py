@@ -122,6 +122,7 @@ def test_table_has_mean_and_minimum_and_a_dash() -> None:
     assert MeanPixel().notes == ["absent: no reason"]
 
 
+@pytest.mark.slow
 def test_one_and_two_evaluations_of_a_random_net_differ(
     digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +144,7 @@ def test_one_and_two_evaluations_of_a_random_net_differ(
     assert report["products"] == "fp32" and "samples, products in fp32\n" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tf32", "fp32"])
 def test_the_products_are_as_asked_and_torch_is_left_as_it_was(
     name: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -173,6 +175,7 @@ def test_a_gpu_is_said_to_use_tf32_where_it_has_it_and_may(monkeypatch: pytest.M
         assert precision.products(gpu) == "fp32"
 
 
+@pytest.mark.slow
 def test_digits_figures_are_those_of_the_generated_images(
     digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +189,7 @@ def test_digits_figures_are_those_of_the_generated_images(
     assert two["mean"]["FDp"] == pytest.approx(fdp, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_report_names_the_weights(digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hashes = []
     other, net = model_file(tmp_path / "other.safetensors", data="digits")
@@ -206,6 +210,7 @@ def _metadata(path: Path) -> str:
         return file.metadata()["ect"]
 
 
+@pytest.mark.slow
 def test_default_folder_and_sample_counts(
     digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,6 +311,7 @@ def test_choice_of_metrics(tmp_path: Path) -> None:
     assert isinstance(other, FidelityEvaluator)
 
 
+@pytest.mark.slow
 def test_a_further_metric_stands_beside_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(choice, "EXTRA", [lambda dataset: MeanPixel(), lambda dataset: None])
     data = load(DataConfig("digits"))

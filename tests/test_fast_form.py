@@ -60,6 +60,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formula", [*MUTANTS, "weighting"])
 def test_a_change_of_a_formula_changes_both_paths(formula: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, called = ConsistencyObjective(c=0.06), spied(monkeypatch)
@@ -97,6 +98,7 @@ def test_a_subclass_of_the_objective_is_not_replaced(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(ten_times, 10 * plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", [Halved(), lambda t, stage: t / 2], ids=["subclass", "function"])
 def test_another_mapping_is_not_replaced(mapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     called = spied(monkeypatch)
@@ -117,6 +119,7 @@ def test_a_kind_of_mapping_without_a_formula_is_refused_on_both_paths() -> None:
             step(0, STAGE)
 
 
+@pytest.mark.slow
 def test_a_preconditioning_of_its_own_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     class Doubled(ECMPrecond):
         def forward(self, *args: Any) -> Tensor:
@@ -128,6 +131,7 @@ def test_a_preconditioning_of_its_own_is_not_replaced(monkeypatch: pytest.Monkey
     torch.testing.assert_close(on_ops, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_shifted_preconditioning_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     called = spied(monkeypatch)
     plain, on_ops = losses(ConsistencyObjective(), lambda step: step.net.eval())
@@ -135,6 +139,7 @@ def test_a_shifted_preconditioning_is_not_replaced(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(on_ops, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_network_says_for_which_data_it_is_preconditioned() -> None:
     plain, fast = losses(ConsistencyObjective(), lambda step: setattr(step.net, "sigma_data", 0.7))
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
@@ -152,6 +157,7 @@ class TwoTimes(Objective):
         return (D_t - D_s).square().flatten(1).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_ops", [False, True])
 def test_an_objective_is_given_what_it_declares(on_ops: bool) -> None:
     whole, parts = make(TwoTimes()), make(TwoTimes(), micro_batch=4)

@@ -49,6 +49,7 @@ def test_shipped_weights_are_small() -> None:
     assert features.WEIGHTS.stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_by_seed_and_learns(data: Dataset) -> None:
     labels = classes(data)
     before = torch.random.get_rng_state()
@@ -92,6 +93,7 @@ def test_features_tell_images_apart_and_do_not_depend_on_the_chunk(data: Dataset
     assert all_at_once.std(0).min() > 0.1  # no dead feature
 
 
+@pytest.mark.slow
 def test_the_data_are_at_distance_zero_from_themselves(data: Dataset) -> None:
     fdc, fdp = digits_distance(data.images, data.images)
     assert abs(fdc) < 1e-8
@@ -127,11 +129,13 @@ def test_distances_of_known_sets(data: Dataset) -> None:
     assert found["uniform noise"][1] > 20
 
 
+@pytest.mark.slow
 def test_imbalance_of_predicted_classes(data: Dataset) -> None:
     assert DigitsStatistics.of(data.images).imbalance < 0.02
     assert DigitsStatistics.of(data.images[classes(data) == 7]).imbalance == pytest.approx(0.9, abs=0.02)
 
 
+@pytest.mark.slow
 def test_evaluator_rates_batches_like_the_whole_set(data: Dataset) -> None:
     evaluator = DigitsEvaluator(data.images)
     images = data.images[:300]

@@ -239,6 +239,7 @@ def test_dinov2_column_is_shown_only_where_its_weights_are_given(
     assert worse > 100 * abs(same)
 
 
+@pytest.mark.slow
 def test_cache_ignores_neither_weights_nor_data(dino: Path, clean: Tensor, noisy: Tensor, tmp_path: Path) -> None:
     other = dino_file(tmp_path / "other.pth", seed=1)
     figures = []
@@ -330,6 +331,7 @@ def test_weights_of_another_network_are_refused(option: str, clean: Tensor, tmp_
         FidelityEvaluator(Dataset("x", clean, None), options, tmp_path)
 
 
+@pytest.mark.slow
 def test_wrong_shapes_are_refused(inception: Path, clean: Tensor, tmp_path: Path) -> None:
     state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in read_state(inception).items()}
     state["fc.weight"] = torch.zeros(1000, 2048)

@@ -55,6 +55,7 @@ def hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hour:
     return Hour(tmp_path / "out", monkeypatch)
 
 
+@pytest.mark.slow
 def test_no_stage_stops_the_next(hour: Hour) -> None:
     hour.stages = [
         Stage("raises", 1, 60, python("print('begun'); raise ValueError('no kernel image')")),
@@ -77,6 +78,7 @@ def test_no_stage_stops_the_next(hour: Hour) -> None:
     assert hour("--only", "fine") == 0
 
 
+@pytest.mark.slow
 def test_a_part_ends_with_its_budget_and_the_other_has_its_own(hour: Hour) -> None:
     sleep = python("import time; time.sleep(60)")
     hour.stages = [Stage("first", 1, 60, sleep), Stage("second", 1, 60, sleep), Stage("third", 2, 60, python(""))]
@@ -96,6 +98,7 @@ def test_parts_by_themselves_add_to_one_report(hour: Hour) -> None:
     assert list(hour.outcomes()) == ["one", "two"] and "2 of 2 stages are well" in hour.report
 
 
+@pytest.mark.slow
 def test_what_a_stage_started_ends_with_it(hour: Hour, tmp_path: Path) -> None:
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
@@ -131,6 +134,7 @@ def test_a_killed_hour_leaves_a_report_and_no_stage(hour: Hour, tmp_path: Path) 
         os.kill(int(log.read_text().split("\n")[-2]), 0)
 
 
+@pytest.mark.slow
 def test_wheels_stand_in_for_a_network(hour: Hour, tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()

@@ -162,6 +162,7 @@ def test_the_meta_device_sees_what_the_cpu_does(on_ops: bool) -> None:
     assert predicted.state_bytes == real.state_bytes
 
 
+@pytest.mark.slow
 def test_values_cannot_leave_an_update_unseen() -> None:
     """tolist() and numpy() pass by every dispatch mode on the CPU; on the meta device there is nothing to read."""
     step = make(Config(batch=8, net=NET), load(DataConfig()))
@@ -181,6 +182,7 @@ def ddpmpp(events: list[Event]) -> Footprint:
     return Footprint.of(events)
 
 
+@pytest.mark.slow
 def test_ddpmpp_takes_at_most_700_operations(ddpmpp: Footprint, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\nDDPM++, 128 images, fp16: {ddpmpp.ops} operations, about {ddpmpp.kernels} kernels\n{ddpmpp.table()}")

@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_fused_network_matches_golden(name: str) -> None:
     case, g = MANIFEST[name], load(name)
@@ -66,6 +67,7 @@ def run(net: nn.Module, use_ops: bool) -> tuple[Tensor, list[Tensor]]:
     return y.detach(), list(torch.autograd.grad((y * cotangent).sum(), list(net.parameters())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fused_equals_plain_with_dropout_labels_and_gradients(name: str) -> None:
     net = build(name)

@@ -144,6 +144,7 @@ def test_rows_apart_do_not_stop_a_run_but_the_last_row_does(tmp_path: Path, monk
     assert (tmp_path / "last" / "latest").read_text().strip() == "checkpoint-000000.064"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("arena", ["params", "exp_avg_sq", "ema0"])
 def test_a_state_that_is_not_finite_is_never_saved(
@@ -202,6 +203,7 @@ def test_a_skipped_step_counts_only_where_the_loss_scale_can_fall_no_further() -
     assert health.row() == {"loss": 1.0, "bad_steps": 0} and health.bad_rows == 0
 
 
+@pytest.mark.slow
 def test_fp16_skips_its_first_steps_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_loss(monkeypatch, {0, 1, 2, 3, 4, 5})
     run(config(log=LOG, precision="fp16", optim=OptimConfig(lr=1e-4)), tmp_path / "run")
@@ -211,6 +213,7 @@ def test_fp16_skips_its_first_steps_without_a_word(tmp_path: Path, monkeypatch: 
     check_finite(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_gpu_that_has_no_room_left_for_the_search_hides_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

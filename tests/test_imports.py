@@ -108,6 +108,7 @@ def test_objective_knows_no_network(name: str) -> None:
     assert not any(found.startswith("ect.models") for found in imports(ECT[name]))
 
 
+@pytest.mark.slow
 def test_one_closed_reader_touches_pickles() -> None:
     assert {name for name, path in ECT.items() if "pickletools" in imports(path)} == {"ect.files.safe_pickle"}
     for name, path in ECT.items():

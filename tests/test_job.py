@@ -59,6 +59,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_files(uninterrupted: Path) -> None:
     names = {p.name for p in uninterrupted.iterdir()}
     assert {"config.json", "stats.jsonl", "latest", "samples.png", "results.md", "results.json"} <= names
@@ -176,6 +177,7 @@ def test_an_impatient_user_gets_out(tmp_path: Path, monkeypatch, capsys) -> None
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_data(uninterrupted: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     job = Job(parse(["--resume", str(uninterrupted)]), Console(quiet=True))
     job.dataset = replace(job.dataset, images=255 - job.dataset.images)
@@ -192,6 +194,7 @@ def test_micro_batches_train_the_same_network(uninterrupted: Path, tmp_path: Pat
             torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_init_from_takes_architecture_from_the_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     other = replace(config().net, model_channels=32, dropout=0.25)
     job = run(config(init_from=uninterrupted, net=other), tmp_path / "run")
@@ -201,6 +204,7 @@ def test_init_from_takes_architecture_from_the_checkpoint(uninterrupted: Path, t
     assert first.state.keys() == read_model(uninterrupted).state.keys()
 
 
+@pytest.mark.slow
 def test_init_from_starts_at_the_teachers_weights(uninterrupted: Path, tmp_path: Path) -> None:
     cfg = config(init_from=uninterrupted, optim=OptimConfig(lr=1e-30), log=replace(config().log, keep=9))
     run(cfg, tmp_path / "run")
@@ -236,6 +240,7 @@ def test_every_network_trains_with_both_objectives_and_every_option(arch: str, k
     assert (folder / ("nfe3-000000.016.png" if kind == "consistency" else "nfe35-000000.016.png")).is_file()
 
 
+@pytest.mark.slow
 def test_evaluation_at_intervals_goes_to_the_statistics(tmp_path: Path) -> None:
     cfg = config(eval=EvalConfig(samples=64, batch=32), log=replace(config().log, eval_kimg=0.032))
     run(cfg, tmp_path / "run")
@@ -257,6 +262,7 @@ def test_run_folders(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-un
         new_run_dir(Config(run_dir=Path("mine")))
 
 
+@pytest.mark.slow
 def test_non_finite_gradients_are_reported(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     def loss(self, denoiser, y, normal, eps, stage):  # type: ignore[no-untyped-def]
         return denoiser(y, normal.exp()).flatten(1).sum(1) * float("inf")

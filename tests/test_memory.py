@@ -29,6 +29,7 @@ def of(cfg: Config, images: int, device: torch.device = CUDA, dataset: Dataset =
     return predict(cfg, network_spec(cfg.net, "ECMPrecond", dataset, 0), dataset, device, images)
 
 
+@pytest.mark.slow
 def test_the_1_hour_recipe_fits_a_24_gb_card(capsys: pytest.CaptureFixture[str]) -> None:
     cfg = PRESETS["cifar10-1h"]
     prediction = of(cfg, cfg.batch)

@@ -63,6 +63,7 @@ def test_published_sizes(name: str) -> None:
     assert len(net.state_dict()) == case["keys"]
 
 
+@pytest.mark.slow
 def test_ddpmpp_sizes_with_labels_and_augmentation() -> None:
     def count(**kwargs: int) -> int:
         with torch.device("meta"):

@@ -109,6 +109,7 @@ def test_a_run_is_sampled(run: Path, tmp_path: Path) -> None:
     assert images.shape == (3, 8, 8, 1) and images.std() > 0
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated(run: Path, tmp_path: Path) -> None:
     options = ["--samples", "16", "--repeats", "1", "--mid-t", "0.8", "--run-dir", str(tmp_path / "rated")]
     evaluate.main([str(run), *options])

@@ -57,6 +57,7 @@ def test_equals_torch_over_30_steps(name: str, betas: tuple[float, float]) -> No
     assert not torch.equal(got["0.weight"], state.ema_state_dict(1)["0.weight"])
 
 
+@pytest.mark.slow
 def test_golden_trajectory() -> None:
     case, g = MANIFEST["trajectory"], load("trajectory")
     net = ECMPrecond(SongUNet(**case["kwargs"])).train()

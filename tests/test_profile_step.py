@@ -143,6 +143,7 @@ def test_a_way_that_fails_costs_no_other_and_keeps_what_it_had(
     assert "| as the trainer runs it | 20.00 |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_after_a_lost_device_no_way_is_tried(machine: Machine, tmp_path: Path) -> None:
     def dead() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")

@@ -52,6 +52,7 @@ def run(folder: Path, *options: str, short: int = 9) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_what_is_slow_and_not_marked_is_refused(workers: str, tmp_path: Path) -> None:
     status, out = run(tmp_path, "--quick", "-n", workers)
@@ -61,6 +62,7 @@ def test_what_is_slow_and_not_marked_is_refused(workers: str, tmp_path: Path) ->
     assert "s, not marked slow: test_it.py::test_near" in out and "test_marked" not in out
 
 
+@pytest.mark.slow
 def test_without_the_option_it_is_named(tmp_path: Path) -> None:
     status, out = run(tmp_path)
     assert status == 0 and "12 passed" in out
@@ -68,6 +70,7 @@ def test_without_the_option_it_is_named(tmp_path: Path) -> None:
     assert named == ["test_hidden", "test_near"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("short", "status"), [(4, 1), (5, 0)])
 def test_too_many_marks_fail(short: int, status: int, tmp_path: Path) -> None:
     """One of 6 is more than 15 %, one of 7 is less."""

@@ -79,6 +79,7 @@ def test_a_containers_quota_limits_the_threads(tmp_path: Path, monkeypatch: pyte
         assert 1 <= device.cpu_count() <= most
 
 
+@pytest.mark.slow
 def test_the_claims_of_the_readme_hold_for_the_recorded_seeds() -> None:
     command = [sys.executable, "benchmarks/digits_quality.py", "--report", "--check"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)

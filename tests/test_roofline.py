@@ -55,6 +55,7 @@ def test_a_step_is_two_passes_forward_and_the_arithmetic_of_two_backward(items: 
     assert sum(w.flops for w in items if w.backward) == pytest.approx(student, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_work_does_not_depend_on_the_precision_but_its_bytes_do(items: tuple[work.Work, ...]) -> None:
     wide = work.ddpmpp_step(roofline.BATCH, None)
     assert sum(w.flops for w in wide) == pytest.approx(sum(w.flops for w in items), rel=1e-6)

@@ -92,6 +92,7 @@ def raising(error: BaseException, when: Callable[[], bool] = lambda: True) -> Ca
     return step
 
 
+@pytest.mark.slow
 def test_rows_that_fail_cost_no_other(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """One while it is built, one in a round, and the floor, which is none of the rows."""
     bench.builds["+channels-last"] = raising(TypeError("got an unexpected keyword argument\nand much more"))
@@ -110,6 +111,7 @@ def test_rows_that_fail_cost_no_other(bench: Bench, capsys: pytest.CaptureFixtur
     assert not bench.lines(".partial")
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_in_its_first_steps_or_profile_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.steps["+compile"] = raising(torch.OutOfMemoryError("CUDA out of memory"))
     bench.steps["+flat optimizer"] = raising(ValueError())
@@ -138,6 +140,7 @@ def test_the_floor_may_fail_before_the_rounds(bench: Bench) -> None:
     assert bench.lines()[0]["floor"] == {"ms": None, "what": "none: OSError: no trace"}
 
 
+@pytest.mark.slow
 def test_the_first_row_may_fail_as_well(bench: Bench) -> None:
     bench.steps["plain"] = raising(RuntimeError("no"), lambda: bench.in_round(3))
     assert bench() == 0
@@ -147,6 +150,7 @@ def test_the_first_row_may_fail_as_well(bench: Bench) -> None:
     assert rows["+channels-last"]["ratio"] == 1 and rows["+compile"]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_nothing_that_runs_is_an_answer_and_costs_no_other_network(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +196,7 @@ def test_a_torn_line_costs_no_other(bench: Bench) -> None:
     assert bench() == 0 and len(bench.lines()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [True, False])
 def test_a_row_that_takes_the_device_along_leaves_the_earlier_figures(
     early: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +232,7 @@ def test_what_is_lost_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) ->
     assert measure.lost(GPU) == LOST
 
 
+@pytest.mark.slow
 def test_a_row_that_takes_too_long_to_start_costs_no_other(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     def endless() -> None:
         try:

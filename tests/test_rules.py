@@ -80,6 +80,7 @@ def test_its_half_precision_copy_follows(half: torch.dtype) -> None:
     assert state.shadow is not None and torch.equal(state.shadow, state.params.to(half))
 
 
+@pytest.mark.slow
 def test_it_trains_a_denoiser_on_the_digits() -> None:
     torch.manual_seed(0)
     kwargs = {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1]}

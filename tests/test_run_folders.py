@@ -113,6 +113,7 @@ def test_a_second_process_is_refused_and_told_by_whom(folder: Path) -> None:
     assert not (folder / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_two_new_runs_that_found_the_same_folder_empty(tmp_path: Path) -> None:
     first, second = (Job(config(run_dir=tmp_path / "run"), Console(quiet=True)) for _ in range(2))
     with locked(tmp_path / "run"), pytest.raises(UserError, match="another process trains in this folder"):
@@ -180,6 +181,7 @@ def test_where_there_are_no_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pyt
 # --- what a resume finds ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [("latest", "stats.jsonl"), ("latest",), ("stats.jsonl",)])
 def test_a_resume_of_a_run_whose_checkpoints_are_gone_is_refused(left: tuple[str, ...], folder: Path) -> None:
     gone = list(folder.glob("checkpoint-*")) + [folder / name for name in {"latest", "stats.jsonl"} - {*left}]
@@ -191,6 +193,7 @@ def test_a_resume_of_a_run_whose_checkpoints_are_gone_is_refused(left: tuple[str
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(folder: Path, finished: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if not path.name.endswith("80.state.safetensors"):  # as a kill within the first save leaves

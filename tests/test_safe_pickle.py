@@ -294,6 +294,7 @@ def test_every_truncation_is_reported(path: Path) -> None:
         assert refusal(path, data[:end])
 
 
+@pytest.mark.slow
 def test_random_damage_never_escapes(path: Path) -> None:
     data, draw, survived = edm.ect_snapshot(small_net()), random.Random(0), 0
     for _ in range(1000):

@@ -57,6 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_grid_folder_and_npz_hold_the_same_images(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ def test_grid_folder_and_npz_hold_the_same_images(
         assert np.array_equal(np.array(picture), make_grid(torch.from_numpy(images)).numpy())
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_seed_and_not_on_the_batch(model: Path, tmp_path: Path) -> None:
     out = [tmp_path / f"{i}.npz" for i in range(3)]
     run(model, "--seeds", "3-9", "--batch", 7, "--out", out[0])
@@ -93,6 +95,7 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch(model: Path, tmp_path
     assert all(abs(together[i] - together[j]).max() > 10 for i in range(7) for j in range(i))
 
 
+@pytest.mark.slow
 def test_noise_levels_come_from_options_then_the_model_then_the_default(tmp_path: Path) -> None:
     plain, own = tmp_path / "plain.safetensors", tmp_path / "own.safetensors"
     write_model(plain)
@@ -118,6 +121,7 @@ def test_noise_levels_come_from_options_then_the_model_then_the_default(tmp_path
         assert torch.equal(images, torch.cat(list(generate(net, [0, 1], sampler))))
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_takes_the_heun_sampler_unless_told_otherwise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +132,7 @@ def test_a_diffusion_model_takes_the_heun_sampler_unless_told_otherwise(
     assert "1 NFE at sigma 80" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_classes_are_given_or_drawn_by_the_seed(tmp_path: Path) -> None:
     model = write_model(tmp_path / "cond.safetensors", label_dim=5)
     run(model, "--seeds", "0-19", "--out", tmp_path / "drawn.npz")

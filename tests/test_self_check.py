@@ -48,6 +48,7 @@ def state(step: TrainStep) -> list[Tensor]:
 # --- where all is well ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_nothing_is_left_of_it_but_the_graph(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_as(monkeypatch, lambda x: x)
@@ -86,6 +87,7 @@ def _fail(x: Tensor) -> Tensor:
     raise NotImplementedError("an operator that the compiler lacks\nand a trace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -127,6 +129,7 @@ def _one_parameter(step: TrainStep) -> None:
     step.state.params[3] += 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
@@ -148,6 +151,7 @@ def test_a_graph_that_fails_is_off(faults: dict[str, Any], said: str, monkeypatc
     assert torch.equal(step(0, 3), plain(0, 3)) and torch.equal(step.state.params, plain.state.params)
 
 
+@pytest.mark.slow
 def test_bits_are_not_asked_of_a_step_that_has_none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     step, count = make(**SMALL), [0]
     step.use(False, True)
@@ -167,6 +171,7 @@ def test_bits_are_not_asked_of_a_step_that_has_none_of_its_own(monkeypatch: pyte
     assert step.wants_graph and len(step.graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_graph_is_kept_where_no_second_update_fits_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its private memory stays taken, as long as there is a graph."""
     step, count = make(**SMALL), [0]
@@ -194,6 +199,7 @@ def test_a_step_that_does_not_fit_is_refused_with_the_option_to_try(monkeypatch:
         self_check.run(step, [], 0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", [_full, _invalid])
 def test_without_a_check_a_failing_capture_warns_and_trains(
     fail: Callable[[], None], monkeypatch: pytest.MonkeyPatch
@@ -208,6 +214,7 @@ def test_without_a_check_a_failing_capture_warns_and_trains(
     assert graphs.emptied == 1 and graphs.streams == ["first"] and not step.wants_graph
 
 
+@pytest.mark.slow
 def test_a_broken_capture_names_its_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     step, count = make(**SMALL), [0]
     step.use(False, True)
@@ -224,6 +231,7 @@ def test_a_broken_capture_names_its_first_cause(monkeypatch: pytest.MonkeyPatch)
     assert step.capture() == "NotImplementedError: not in a capture"
 
 
+@pytest.mark.slow
 def test_a_replay_that_raises_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make(**SMALL)
     step.use(False, True)
@@ -232,6 +240,7 @@ def test_a_replay_that_raises_is_no_end_of_the_run(monkeypatch: pytest.MonkeyPat
     assert line.startswith("self-check: graph failed and is off: RuntimeError: CUDA error") and not step.graphs
 
 
+@pytest.mark.slow
 def test_a_warm_up_that_fails_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make(**SMALL)
     step.use(False, True)
@@ -247,6 +256,7 @@ def test_a_warm_up_that_fails_puts_everything_back(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(a, b) for a, b in zip(state(step), before, strict=True))
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_process_on_a_gpu_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +295,7 @@ class Pair(World):
         return [part, theirs]
 
 
+@pytest.mark.slow
 def test_several_ranks_sum_between_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pair, "other", [])
     step, plain = (make(**SMALL, world=Pair(0, 2)) for _ in range(2))
@@ -308,6 +319,7 @@ def test_ranks_take_the_weakest_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.OPS["levels"].candidates(CPU) == ["reference"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["compile", "graph"])
 def test_a_rank_gives_up_what_another_one_must(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_as(monkeypatch, lambda x: x)

@@ -124,6 +124,7 @@ def test_a_backend_asked_for_by_name_is_refused_before_anything_is_left_behind(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_no_self_check_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "check", pytest.fail)
     cfg = replace(checked(), self_check=False)
@@ -169,6 +170,7 @@ def test_images_are_made_on_ops_that_were_checked(monkeypatch: pytest.MonkeyPatc
     assert next(net.parameters()).device.type == "cpu" and net.model.on_ops is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [sample, evaluate])
 def test_sampling_and_evaluation_check_theirs(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

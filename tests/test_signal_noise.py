@@ -134,6 +134,7 @@ def test_half_precision_may_be_compared_with_fp32(precision: str) -> None:
     assert quick == pytest.approx(exact, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_larger_gap_has_less_noise() -> None:
     tight, loose = (
         signal_noise(trained(), "fp16", IMAGES, levels=(3.0,), mapping=Mapping(q=2.0), stage=stage)[3.0]

@@ -43,6 +43,7 @@ def put(step: TrainStep, nimg: int, stage: int) -> None:
     step.stage.fill_(stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])
 @pytest.mark.parametrize(
     "options", [{}, {"xflip": True, "augment": 0.5, "dataset": DATA, "net": {"label_dropout": 0.3}}]
@@ -210,6 +211,7 @@ def test_tuning_on_gaussian_data_finds_the_exact_consistency_function() -> None:
         assert float(error.square().mean()) < 0.1 * float(gap.square().mean()) or t < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [0.0, 0.06])
 @pytest.mark.parametrize("options", [{}, {"xflip": True, "dataset": DATA, "micro_batch": 4}])
 def test_the_fused_step_equals_the_readable_one(c: float, options: dict) -> None:
@@ -221,6 +223,7 @@ def test_the_fused_step_equals_the_readable_one(c: float, options: dict) -> None
         torch.testing.assert_close(fused.state.grads, plain.state.grads, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_a_half_precision_step_follows_fp32(half: torch.dtype) -> None:
     name = "fp16" if half == torch.float16 else "bf16"

@@ -58,6 +58,7 @@ def test_the_baselines_updates_are_the_flat_optimizers() -> None:
         torch.testing.assert_close(average, q, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_the_per_parameter_state_trains_as_the_flat_one(name: str) -> None:
     case, half = tiny(), precision.PRECISIONS[name].half
@@ -97,6 +98,7 @@ def test_the_plain_steps_teacher_repeats_the_students_dropout() -> None:
     assert torch.equal(loss, torch.zeros(4))
 
 
+@pytest.mark.slow
 def test_the_plain_step_learns() -> None:
     """On one batch with the same draws again and again; fp16 begins at the same loss."""
     losses: dict[bool, list[float]] = {}
@@ -178,6 +180,7 @@ def test_on_a_gpu_kernels_are_classified_and_ranges_are_not_kernels() -> None:
     assert categories._launches(events, gpu=True) == 2
 
 
+@pytest.mark.slow
 def test_every_row_of_a_gpu_but_compile_and_graph_also_runs_here() -> None:
     """fp16 emulated: what a GPU would run is at least code that runs."""
     names = []
@@ -333,6 +336,7 @@ def test_lines_are_json_and_slugs_are_file_names() -> None:
     assert measure.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
+@pytest.mark.slow
 def test_the_teachers_cost_compares_its_two_passes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_each_op_is_printed_before_the_next_begins(
     assert "the device was lost: an illegal" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_arithmetic_that_fails_costs_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_tensorboard_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Mon
     assert nimgs(tmp_path) == [1]
 
 
+@pytest.mark.slow
 def test_a_whole_run_outlives_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def full(path: Path, durable: bool = True) -> Iterator[Path]:

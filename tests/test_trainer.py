@@ -96,6 +96,7 @@ def test_schedules_reach_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len({row[1] for row in seen}) == 3 and len({row[2] for row in seen}) > 5 and len(seen) == 10
 
 
+@pytest.mark.slow
 def test_the_model_file_holds_the_average(tmp_path: Path) -> None:
     run(config(), tmp_path / "run")
     model = read_model(tmp_path / "run").state
@@ -115,6 +116,7 @@ def test_tuning_starts_at_the_pretrained_average(tmp_path: Path) -> None:
     assert all(torch.equal(start[name], teacher[name]) for name in teacher)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_saved_before_what_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = Trainer.grids, [0]
 
@@ -176,6 +178,7 @@ def test_a_damaged_training_state_is_refused_by_name(tmp_path: Path, monkeypatch
             make(replace(config(), resume=folder), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [False, True])
 def test_the_streams_thread_ends_with_the_run(
     failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +205,7 @@ def test_the_streams_thread_ends_with_the_run(
 Flags = tuple[bool, bool]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trains", "samples"),
     [("fp32", False, False), ("tf32", True, True), ("fp16", False, True), ("bf16", False, True)],
@@ -279,6 +283,7 @@ def test_the_benchmark_times_the_step_under_the_trainers_settings(
     assert seen[0]["benchmark"] and len(seen) > trained and all(found == seen[0] for found in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_images_are_made_by_weights_in_the_memory_order_of_training(channels_last: bool, tmp_path: Path) -> None:
     """Also after an average was loaded: else a GPU's convolutions would convert every weight at each call."""

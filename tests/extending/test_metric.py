@@ -23,6 +23,7 @@ def own() -> Iterator[Any]:
         yield names
 
 
+@pytest.mark.slow
 def test_the_data_itself_has_contrast_1() -> None:
     data = load(DataConfig())
     evaluator = make_evaluator(data, EvalConfig(samples=8), Path())

@@ -41,6 +41,7 @@ def test_an_update_stays_on_the_device(case: Case) -> None:
                 assert not gpu.launches
 
 
+@pytest.mark.slow
 def test_kernels_run_on_the_device_of_their_tensors() -> None:
     with FakeGpu(GPUS["A100"], devices=2, archs=cases.BUILT) as gpu:
         step = cases.step(device="cuda:1", small=True)

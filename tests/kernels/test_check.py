@@ -45,6 +45,7 @@ def of(calls: list[Call], op: str) -> list[Call]:
     return [call for call in calls if call.op == op]
 
 
+@pytest.mark.slow
 def test_the_calls_are_those_of_the_network_with_few_samples(calls: list[Call]) -> None:
     assert {call.op for call in calls} == set(OPS)
     assert {call.function for call in calls if call.function.endswith("_bwd")} == {

@@ -212,6 +212,7 @@ def test_opcheck(size: tuple[int, int, int, int]) -> None:
     torch.library.opcheck(torch.ops.ect.consistency_loss_bwd.default, (dF, torch.ones(size[0])))
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
     kwargs = inputs(2, 1, 8, 8)
     kwargs["F_t"].requires_grad_()

@@ -46,6 +46,7 @@ def run(site: Path, folder: Path, module: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_it_is_two_folders_on_the_path(installed: Path) -> None:
     (pth,) = installed.glob("*.pth")
     first, second = map(Path, pth.read_text().splitlines())

@@ -31,6 +31,7 @@ def test_a_norm_adds_up_the_loops_that_it_runs() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "most"), [("consistency_loss", 300), ("radam_ema", 1200)])
 def test_counts_the_kernels_of_csrc(op: str, most: int) -> None:
     """Each value of the loss takes at least three multiply-adds in either loop; the optimizer many more."""

@@ -51,6 +51,7 @@ def usage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
+@pytest.mark.slow
 def test_reads_a_compiled_kernel(usage: sass.Usage) -> None:
     assert usage.max_threads == 96
     assert usage.static_shared == 96 * 4

@@ -297,6 +297,7 @@ def test_saves_only_inputs_of_the_norm() -> None:
     assert sorted(saved) == sorted([(2, 16, 4, 4), (2, 8, 4, 4), (24,), (24,), (2, 8), (2, 8), (), ()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [(), ("bias", "skip_bias"), ("skip", "other")])
 def test_opcheck(absent: tuple[str, ...]) -> None:
     kwargs = inputs(16, 0 if "other" in absent else 8, 8, 4, 4)(torch.device("cpu"))
@@ -359,6 +360,7 @@ for name, kernel, signature, constexprs, attrs, warps, stages, _ in compile_case
 """
 
 
+@pytest.mark.slow
 def test_triton_cross_compiles() -> None:
     """The compiler proper takes the kernels (the interpreter takes more), with 128-bit loads and no atomics."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -99,6 +99,7 @@ template __global__ void kernel_fwd<4>(const __half*, __half*, uint64_t, int, fl
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 120])
 def test_a_compiled_kernel_takes_as_many_instructions_a_row_however_it_is_unrolled(arch: int, tmp_path: Path) -> None:
     try:

@@ -63,6 +63,7 @@ def test_planted_bug_is_caught(number: int, kind: str, report: str) -> None:
     assert report in result.stderr, result.stderr[:2000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_clean_kernel_passes(kind: str) -> None:
     result = plant(kind, CLEAN)

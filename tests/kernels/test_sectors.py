@@ -91,6 +91,7 @@ def image(channels: int, height: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, height, height, channels).to(dtype).permute(0, 3, 1, 2).requires_grad_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "more", "height", "dtype", "device"),
     [
@@ -148,6 +149,7 @@ __global__ void stores(const __half* x, __half* y, float* z) {
 """
 
 
+@pytest.mark.slow
 def test_outputs_are_stored_whole_and_stay_in_l2(tmp_path: Path) -> None:
     """128 bits at once and without evict-first: the next convolution reads at once what a norm has written."""
     try:

@@ -219,6 +219,7 @@ def test_the_compiler_is_told_to_nvcc(machine: Machine) -> None:
     assert f"-ccbin {machine.home}/bin/g++-13" in (machine.folder / "log").read_text()
 
 
+@pytest.mark.slow
 @NEEDS_NINJA
 def test_a_failed_build_in_place_leaves_no_older_extension(machine: Machine) -> None:
     """As `pip install -e .` does it: the file beside the sources is this build's, or none with the reason."""
