@@ -21,7 +21,7 @@ from ect.ranks.distributed import World
 from ect.step import TrainStep
 
 PATIENCE = 3
-"""Rows of statistics in a row with bad updates after which a run stops."""
+"""A run stops after so many rows of statistics in a row, each with at least one bad update."""
 
 
 class Health:
