@@ -33,7 +33,7 @@ from ect.metrics import Evaluator, quality_rows
 from ect.models import EDMPrecond
 from ect.ranks import self_check
 from ect.ranks.distributed import World
-from ect.ranks.health import Health, all_finite
+from ect.ranks.health import Health
 from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
@@ -196,8 +196,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint; return the path of its model file. Raises Diverged rather than write what is not finite."""
-        if not all_finite(self.state.saved_arenas().values()):
-            raise self.health.diverged(self.nimg, "weights, moments or averages are not finite", self.checkpoints.back)
+        self.health.refuse_to_save(self.nimg, self.checkpoints.back)
         healthy, tensors, meta = self.health.saved()
         return Path(self.world.first(lambda: str(self._write(healthy, tensors, meta))))
 

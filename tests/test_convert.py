@@ -91,15 +91,21 @@ def test_the_target_is_a_safetensors_file(source: Path, target: str) -> None:
     assert source.read_bytes() == before
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])  # the last is beyond fp32, as an fp64 weight may be
 @pytest.mark.parametrize("name", ["weight", "norm0.weight"])
-def test_numbers_that_are_not_finite_are_reported(
-    source: Path, net: nn.Module, name: str, capsys: pytest.CaptureFixture[str]
+def test_numbers_that_are_not_finite_are_refused_by_name(
+    source: Path, net: nn.Module, name: str, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A model file of them would be refused by each command that reads one."""
     name = f"model.enc.8x8_{'conv' if name == 'weight' else 'block0'}.{name}"
-    net.state_dict()[name].view(-1)[0] = float("nan")
+    net.to(torch.float64).state_dict()[name].view(-1)[0] = value
     source.write_bytes(edm.edm_snapshot(edm.from_net(net, SPEC)))
-    main([str(source), str(source.with_suffix(".safetensors"))])
-    assert f"all finite: NO, {name} is not" in capsys.readouterr().out
+    target = source.with_suffix(".safetensors")
+    with pytest.raises(SystemExit) as caught:
+        main([str(source), str(target)])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and f"error: {source}: {name} holds NaN or infinite values" in err
+    assert out == "" and len(err.splitlines()) == 1 and not target.exists()
 
 
 def test_mismatch_is_named(source: Path, net: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,8 @@ from ect.files.checkpoint import Checkpoints, load_model
 from ect.job import Job
 from ect.optim import FlatState
 from ect.options import parse
-from ect.ranks.health import PATIENCE, Health, all_finite
+from ect.ranks.first_bad import all_finite
+from ect.ranks.health import PATIENCE, Health
 from ect.step import TrainStep
 from ect.train import main
 from tests.test_distributed import needs_gloo, torchrun

@@ -29,7 +29,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "objectives": {"objective"},
     "optim": set(),
     "presets": {"config", "emas"},
-    "ranks": {"config", "errors", "models", "precision", "step"},
+    "ranks": {"config", "errors", "models", "optim", "precision", "step"},
     "show": {"config", "data", "errors", "files", "metrics", "models", "options", "precision", "ranks", "sampler"},
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
