@@ -127,7 +127,8 @@ def haul(options: Options, folder: Path) -> list[dict[str, float]]:
     set_threads(cfg.threads)
     data = load(cfg.data)
     trainer = Trainer(cfg, folder, data, device, make_evaluator(data, cfg.eval, folder, device=device))
-    with Watch(folder, options.steps, options.batch) as log:
+    log = Watch(folder, options.steps, options.batch)
+    with log:
         trainer.run(log)
     if log.done < options.steps:
         raise KeyboardInterrupt
@@ -145,9 +146,7 @@ def show(line: dict[str, Any]) -> bool:
     """Print a line of the results file; return whether nothing grew."""
     columns = {"steps": "d", "memory": ".1f", "files": "d", "objects": "d", "CPU time": ".2f", "wall": ".2f"}
     heads = ["up to step", "MiB", "open files", "objects", "CPU ms/step", "ms/step"]
-    cells = [
-        [format(int(part[n]) if f == "d" else part[n], f) for n, f in columns.items()] for part in line["parts"]
-    ]
+    cells = [[format(int(part[n]) if f == "d" else part[n], f) for n, f in columns.items()] for part in line["parts"]]
     what = f"{line['steps']:,} steps of {line['batch']} digits in {line['seconds'] / 60:.1f} minutes"
     where = f"{line['device']}, 1 thread, torch {line['torch']}, commit {line['commit']}"
     Console(width=120).print(Table(heads, cells, f"{what}: {where}"))
@@ -177,7 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         parts = haul(options, Path(folder))
     facts = {key: value for key, value in machine(torch.device("cpu")).items() if key in ("device", "torch", "commit")}
-    line = {"steps": options.steps, "batch": options.batch, "seconds": time.monotonic() - began, **facts, "parts": parts}
+    line = {
+        "steps": options.steps,
+        "batch": options.batch,
+        "seconds": time.monotonic() - began,
+        **facts,
+        "parts": parts,
+    }
     append(options.results, line)
     return 0 if show(line) else 1
 

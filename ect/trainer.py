@@ -148,7 +148,8 @@ class Trainer:
         row = self.health.row() | {
             "stage": stage, "lr": self.state.lr,
             **{f"ema{i or ''}_beta": beta for i, beta in enumerate(self.state.ema_betas)},
-            "grad_norm": float(self.state.grad_norm), "nonfinite": int(self.state.nonfinite),
+            "grad_norm": float(self.state.grad_norm), "grad_norm_max": self.health.grad_norm_max,
+            "nonfinite": int(self.state.nonfinite),
             "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
         }  # fmt: skip
         if self.state.loss_scale is not None:

@@ -91,7 +91,9 @@ def test_the_target_is_a_safetensors_file(source: Path, target: str) -> None:
     assert source.read_bytes() == before
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])  # the last is beyond fp32, as an fp64 weight may be
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("-inf"), 1e39]
+)  # the last is beyond fp32, as an fp64 weight may be
 @pytest.mark.parametrize("name", ["weight", "norm0.weight"])
 def test_numbers_that_are_not_finite_are_refused_by_name(
     source: Path, net: nn.Module, name: str, value: float, capsys: pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert"}
+ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert", "ect.doctor.__main__"}
 LIGHT = {
     "ect.config",
     "ect.emas",
@@ -23,6 +23,7 @@ LIGHT = {
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
     "cost": {"assembly", "config", "data", "errors", "models", "objective", "optim", "precision", "show", "step"},
     "data": {"config", "errors", "files"},
+    "doctor": {"config", "errors", "files", "ranks", "show"},
     "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"config", "errors"},

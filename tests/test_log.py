@@ -117,7 +117,8 @@ def test_a_run_without_tensorboard_works(tmp_path: Path, monkeypatch: pytest.Mon
     with RunLog(tmp_path, 1000, quiet=True) as run:
         run.row(1, {"loss": 1.0})
         run.grid("samples", torch.zeros(1, 8, 8, 1, dtype=torch.uint8))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples-000000.001.png", "stats.jsonl"]
+    names = ["history.jsonl", "samples-000000.001.png", "stats.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_grid_is_named_by_the_images_seen(tmp_path: Path) -> None:

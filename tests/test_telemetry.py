@@ -120,6 +120,7 @@ def test_a_whole_run_outlives_them_all(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(str(warning.message).split(": ")[1].split(" cannot")[0] for warning in said) == [
         "TensorBoard",
         "grids",
+        "history.jsonl",
         "stats.jsonl",
     ]
     assert (folder / "latest").read_text().strip() == "checkpoint-000000.080" and not list(folder.glob("nfe*"))

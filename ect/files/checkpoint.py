@@ -179,6 +179,11 @@ class Checkpoints:
         check_finite({name: tensor for name, tensor in tensors.items() if name not in _TOLD}, str(state_file))
         return tensors, meta, folder / f"{stem}{_MODEL}"
 
+    @staticmethod
+    def healthy(model: Path) -> bool:
+        """Return whether the checkpoint of a model file is healthy, as all of version 0.1 are. Raises UserError."""
+        return bool(_manifest(model.parent, model.name.removesuffix(_MODEL)).get("healthy", True))
+
     def back(self) -> Path:
         """Let `latest` name the last healthy checkpoint up to the one that it names now; return the path of its model file."""
         stem = _newest(self.run_dir, (_MODEL, _STATE))

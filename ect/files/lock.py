@@ -38,6 +38,22 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def holder(folder: Path) -> str | None:
+    """Return who holds the lock of a run folder now, by host and process; None where nobody does, or nobody can tell."""
+    path = folder / LOCK
+    try:
+        with path.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (
+            path.read_bytes()[:200].decode(errors="replace").strip() if path.is_file() else "a process that just ended"
+        )
+    except OSError:
+        pass
+    return None
+
+
 def _acquire(path: Path) -> int | None:
     """Return the descriptor that holds the lock, None where the file system has no locks."""
     while True:

@@ -40,6 +40,8 @@ class Health:
         self.values = sum(p.numel() for p in self.state.inputs)
         self.bad_rows = 0
         """Bad rows in a row, up to now."""
+        self.grad_norm_max = 0.0
+        """The largest gradient norm of an update of the last row, without skipped ones."""
         self._some = ""  # how many updates of the last row were bad, "" for none
         self._first = False  # whether it is the first such row in a row
         self._ends_badly = False
@@ -47,10 +49,13 @@ class Health:
         self._unbroken = True  # no bad update between the last checkpoint and the last row
         self._begin(torch.zeros((), dtype=torch.float64, device=self.state.params.device))
 
-    def _begin(self, loss: Tensor, counts: tuple[float, float] = (0.0, 0.0), steps: int = 0) -> None:
+    def _begin(
+        self, loss: Tensor, counts: tuple[float, float] = (0.0, 0.0), steps: int = 0, largest: float = 0.0
+    ) -> None:
         self.loss, self.steps = loss, steps  # a sum in fp64: that of finite fp32 numbers is finite
         self.counts = torch.tensor(counts, dtype=torch.float64, device=loss.device)  # finite losses, bad updates
         self._seen = self.state.nonfinite.clone()
+        self._largest = torch.full_like(loss, largest)
         self._latest = torch.full_like(self._seen, -1)  # number of the last bad update in this row
 
     def add(self, loss: Tensor) -> None:
@@ -63,6 +68,8 @@ class Health:
             bad = (met > 0) & ~(self.state.loss_scale > SCALE_RANGE[0])  # where the scale itself is NaN, too
         self.loss = self.loss + kept
         self.counts += torch.stack([finite, bad])
+        norm = torch.nan_to_num(self.state.grad_norm, 0.0, 0.0)  # inf where the step was skipped
+        self._largest = torch.maximum(self._largest, norm)
         self._latest.masked_fill_(bad, self.steps)
         self._seen.copy_(self.state.nonfinite)
         self.steps += 1
@@ -76,14 +83,18 @@ class Health:
     def row(self) -> dict[str, Any]:
         """Return the mean of the finite losses since the last row (nan without one) and how many updates were bad."""
         steps, (loss, finite, bad, good) = self.steps, self._read()
-        most, latest = torch.stack([2 * self.counts[1] >= steps, self._latest]).tolist()
-        self._ago = steps - latest if latest >= 0 else 1
+        most, latest, self.grad_norm_max = torch.stack(
+            [2 * self.counts[1] >= steps, self._latest, self._largest]
+        ).tolist()
+        self._ago = steps - int(latest) if latest >= 0 else 1
         most = self.world.any(not good and bool(most))
         self._ends_badly = self.world.any(latest == steps - 1)
         self.bad_rows = self.bad_rows + 1 if most else 0
         self._unbroken &= good
         row = {"loss": loss / finite if finite else math.nan, "bad_steps": math.ceil(bad)}
         self._first = not good and not self._some
+        self.grad_norm_max = 0.0
+        """The largest gradient norm of an update of the last row, without skipped ones."""
         self._some = "" if good else f"{row['bad_steps']} of {steps} updates"
         self._begin(torch.zeros_like(self.loss))
         return row
@@ -124,6 +135,7 @@ class Health:
         loss, finite, bad, good = self._read()
         healthy, self._unbroken = self._unbroken and good, True
         numbers = {"tally_steps": self.steps, "tally_counts": [finite, bad], "bad_rows": self.bad_rows}
+        numbers["grad_norm_max"] = float(self._largest)
         return healthy, {"tally_loss": torch.tensor(loss, dtype=torch.float64)}, numbers
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -131,4 +143,5 @@ class Health:
         steps = meta["tally_steps"]
         finite, bad = meta.get("tally_counts", (steps, 0))
         self.bad_rows = meta.get("bad_rows", 0)
-        self._begin(torch.nan_to_num(tensors["tally_loss"].to(self.loss), 0.0, 0.0, 0.0), (finite, bad), steps)
+        loss = torch.nan_to_num(tensors["tally_loss"].to(self.loss), 0.0, 0.0, 0.0)
+        self._begin(loss, (finite, bad), steps, meta.get("grad_norm_max", 0.0))

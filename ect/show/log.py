@@ -1,4 +1,4 @@
-"""The log of a run: a progress bar or plain lines, stats.jsonl, TensorBoard events and image grids."""
+"""The log of a run: a progress bar or plain lines, stats.jsonl, history.jsonl, TensorBoard events and image grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -24,13 +24,16 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
-from ect.errors import UserError
+from ect.errors import Diverged, UserError
 from ect.files.atomic import atomic
 from ect.show.grid import make_grid, save_png
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+STATS = "stats.jsonl"
+HISTORY = "history.jsonl"
+"""Name of the file that says when a phase began, went on and ended, and how: one JSON object a line."""
 _LINE_SECONDS = 10.0  # between two plain lines, where there is no terminal for a bar
 _RATE_SECONDS = 30.0  # window of the rate
 
@@ -77,10 +80,12 @@ class RunLog:
         self._failed: set[str] = set()  # what has been said to fail
         self._board: SummaryWriter | None = None
         if writes:
-            stats = self.run_dir / "stats.jsonl"
+            stats = self.run_dir / STATS
+            begun: dict[str, Any] = {"event": "start"}
             if resume_nimg is not None and stats.is_file():
-                _drop_rows_after(stats, resume_nimg)
+                begun = {"event": "resume", "reached": max(_drop_rows_after(stats, resume_nimg), resume_nimg)}
             self._stats = stats.open("ab", buffering=0)
+            self.event(**begun)
             with self._surviving("TensorBoard"):
                 self._board = _summary_writer(self.run_dir, resume_nimg)
         self._bar: Progress | None = None
@@ -118,7 +123,7 @@ class RunLog:
         if self._stats is None:
             return
         plain = {name: _plain(value) for name, value in stats.items()}
-        with self._surviving("stats.jsonl"):
+        with self._surviving(STATS):
             _append(self._stats, (json.dumps({"nimg": nimg, **plain}) + "\n").encode())
         with self._surviving("TensorBoard"):
             if self._board is not None:
@@ -126,6 +131,19 @@ class RunLog:
                     if isinstance(value, (int, float)):
                         self._board.add_scalar(name, value, nimg)
                 self._board.flush()
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Append {"time": in UTC, "event": event, "nimg": images seen, **facts} to history.jsonl; facts are JSON-able.
+
+        The events are "start"; "resume", with the images that the log had `reached` before; and how it ended: "end", "stop"
+        (by a signal), "diverged" and "failed", these two with a `text`. A run that is killed writes none of the last four.
+        """
+        if self._stats is not None:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            line = json.dumps({"time": now, "event": event, "nimg": self.nimg, **facts}) + "\n"
+            with self._surviving(HISTORY), (self.run_dir / HISTORY).open("a+b", buffering=0) as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+                _append(file, b"\n" * (file.read(1) not in (b"", b"\n")) + line.encode())  # after one that a kill tore
 
     def grid(self, name: str, images: Tensor) -> Path | None:
         """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it wrote it."""
@@ -178,6 +196,11 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self.event("end" if self.nimg >= self.total_nimg else "stop")
+        else:
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.event("diverged" if isinstance(error, Diverged) else "failed", text=what)
         self.close()
 
     def _start_bar(self) -> None:
@@ -240,18 +263,20 @@ def _append(file: IO[bytes], line: bytes) -> None:
         raise
 
 
-def _drop_rows_after(path: Path, nimg: int) -> None:
-    """Keep, as they are, the rows of stats.jsonl up to `nimg`; a row torn by a kill goes too."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+def _drop_rows_after(path: Path, nimg: int) -> int:
+    """Keep, as they are, the rows of stats.jsonl up to `nimg`; a row torn by a kill goes too. Returns the last row's nimg."""
+    kept, reached = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            keep = line.endswith("\n") and json.loads(line)["nimg"] <= nimg
-        except (ValueError, KeyError, TypeError):
+            found = json.loads(line)["nimg"]
+            keep, reached = line.endswith(b"\n") and found <= nimg, max(reached, found)
+        except (ValueError, KeyError, TypeError, RecursionError):
             keep = False
         if keep:
             kept.append(line)
     with atomic(path) as temp:
-        temp.write_text("".join(kept), encoding="utf-8")
+        temp.write_bytes(b"".join(kept))
+    return reached
 
 
 def _plain(value: Any) -> Any:

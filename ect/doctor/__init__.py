@@ -1,0 +1,1 @@
+"""What happened to a run, told from the files that it left: python -m ect.doctor RUN."""
