@@ -22,7 +22,7 @@ from ect.config import BATCH, FROM_1, IMAGES, MAX_STEPS, THREADS, EvalConfig, at
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.resume import weights_fingerprint
-from ect.files.run_folder import evaluation_dir
+from ect.files.run_folder import evaluation_dir, leaving_nothing
 from ect.metrics import Evaluator, FidelityOptions, QualityRow, RemoteEvaluator, make_evaluator, quality_rows, reference
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
@@ -116,35 +116,39 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     data = None
     if options.reference is None:
         data = reference(net, info, str(options.model), options.data, options.resolution, options.convert)
-    run_dir = Path(world.first(lambda: str(evaluation_dir(options.run_dir, options.model, options.ema))))
-    files = FidelityOptions(options.weights, options.vgg, options.dinov2, options.reference, options.download)
-    samples = options.samples
-    if samples is None:
-        samples = _DIGITS_SAMPLES if data is not None and data.name == "digits" else _SAMPLES
-    evaluator: Evaluator = RemoteEvaluator()
-    if world.rank == 0:
-        evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
-    with sampling(PRECISIONS[options.precision]):
-        arithmetic = products(device)
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("rating", total=samples * options.repeats * len(samplers))
-            rows = quality_rows(
-                net, evaluator, samplers, samples=samples, repeats=options.repeats, seed=options.seed, batch=options.batch,
-                device=device, on_images=lambda count: progress.advance(task, count),
-                ema=None if options.ema is None else info.get("ema"), world=world,
-            )  # fmt: skip
-    if world.rank > 0:
+    made: list[Path] = []
+    run_dir = Path(world.first(lambda: str(evaluation_dir(options.run_dir, options.model, options.ema, made))))
+    with leaving_nothing(made):
+        files = FidelityOptions(options.weights, options.vgg, options.dinov2, options.reference, options.download)
+        samples = options.samples
+        if samples is None:
+            samples = _DIGITS_SAMPLES if data is not None and data.name == "digits" else _SAMPLES
+        evaluator: Evaluator = RemoteEvaluator()
+        if world.rank == 0:
+            evaluator = make_evaluator(data, EvalConfig(samples=samples), run_dir, options=files, device=device)
+        with sampling(PRECISIONS[options.precision]):
+            arithmetic = products(device)
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task("rating", total=samples * options.repeats * len(samplers))
+                rows = quality_rows(
+                    net, evaluator, samplers, samples=samples, repeats=options.repeats, seed=options.seed, batch=options.batch,
+                    device=device, on_images=lambda count: progress.advance(task, count),
+                    ema=None if options.ema is None else info.get("ema"), world=world,
+                )  # fmt: skip
+        if world.rank > 0:
+            return rows
+        spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
+        console.print(Text(f"{options.model}: {spread} {samples:,} samples, products in {arithmetic}"))
+        unrated = [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers]
+        report.show_metrics(console, rows or unrated, evaluator)
+        if not rows:
+            raise UserError(
+                f"{options.model}: no metric can be computed; the lines below the table say what each needs"
+            )
+        model = {"path": str(options.model), "weights_sha256": weights_fingerprint(net), "info": info}
+        report.write_metrics(run_dir / "metrics.json", model, rows, evaluator, arithmetic)
+        console.print(Text(f"wrote {run_dir / 'metrics.json'}"))
         return rows
-    spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
-    console.print(Text(f"{options.model}: {spread} {samples:,} samples, products in {arithmetic}"))
-    unrated = [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers]
-    report.show_metrics(console, rows or unrated, evaluator)
-    if not rows:
-        raise UserError(f"{options.model}: no metric can be computed; the lines below the table say what each needs")
-    model = {"path": str(options.model), "weights_sha256": weights_fingerprint(net), "info": info}
-    report.write_metrics(run_dir / "metrics.json", model, rows, evaluator, arithmetic)
-    console.print(Text(f"wrote {run_dir / 'metrics.json'}"))
-    return rows
 
 
 def _check_numbers(options: Options) -> None:

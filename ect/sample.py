@@ -19,6 +19,7 @@ import tyro
 from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
+from ect.files.run_folder import leaving_nothing
 from ect.models import ECMPrecond, EDMPrecond
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
@@ -85,28 +86,30 @@ def sample(options: Options, world: World = World()) -> None:
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
-    world.first(lambda: images.prepare(out))
-    net, info = load_model(options.checkpoint.expanduser(), device=device, ema=options.ema)
-    given, classes = options.class_idx, net.label_dim
-    if given is not None and not 0 <= given < classes:
-        fits = f"expected 0 to {classes - 1}, the classes of this model"
-        raise UserError(f"--class {given}: {fits if classes else 'this model is unconditional; leave the option out'}")
-    for line in self_check.of_sampling(net, device, world):
-        print(line)
-    sampler = _sampler(options, net, info)
-    print(f"{options.checkpoint}: {sampler}")
-    start = time.perf_counter()
-    with sampling(PRECISIONS[options.precision]):
-        arithmetic = products(device)
-        batches = generate(net, seeds, sampler, class_idx=given, batch=options.batch, device=device, world=world)
-        if world.rank > 0:
-            deque(batches, maxlen=0)  # makes them
-            return
-        labels = [draw(net, seed)[1] if given is None else given for seed in seeds]
-        images.write(out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels})
-    count, seconds = len(seeds), time.perf_counter() - start
-    rate = f"{count / seconds:,.1f} img/s, products in {arithmetic}"
-    print(f"wrote {count} images to {out} in {seconds:.1f} s ({rate})")
+    with leaving_nothing(list(map(Path, world.first(lambda: images.prepare(out))))):
+        net, info = load_model(options.checkpoint.expanduser(), device=device, ema=options.ema)
+        given, classes = options.class_idx, net.label_dim
+        if given is not None and not 0 <= given < classes:
+            fits = f"expected 0 to {classes - 1}, the classes of this model"
+            raise UserError(
+                f"--class {given}: {fits if classes else 'this model is unconditional; leave the option out'}"
+            )
+        for line in self_check.of_sampling(net, device, world):
+            print(line)
+        sampler = _sampler(options, net, info)
+        print(f"{options.checkpoint}: {sampler}")
+        start = time.perf_counter()
+        with sampling(PRECISIONS[options.precision]):
+            arithmetic = products(device)
+            batches = generate(net, seeds, sampler, class_idx=given, batch=options.batch, device=device, world=world)
+            if world.rank > 0:
+                deque(batches, maxlen=0)  # makes them
+                return
+            labels = [draw(net, seed)[1] if given is None else given for seed in seeds]
+            images.write(out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels})
+        count, seconds = len(seeds), time.perf_counter() - start
+        rate = f"{count / seconds:,.1f} img/s, products in {arithmetic}"
+        print(f"wrote {count} images to {out} in {seconds:.1f} s ({rate})")
 
 
 def _seeds(options: Options) -> list[int]:

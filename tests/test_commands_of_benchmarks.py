@@ -17,6 +17,9 @@ BAD = [  # command, arguments, what the sentence names; {file}: a file that is t
     ("first_hour", "--out {file}", "name a folder"),
     ("footprint", "--batch 0", "--batch: 0: expected a whole number of at least 1"),
     ("kernel_report", "--arch 75", "--arch: invalid choice: 75"),
+    ("long_haul", "--steps 7", "--steps 7: expected a multiple of 200"),
+    ("long_haul", "--batch 0", "--batch 0: expected at least 1"),
+    ("long_haul", "--report --results {none}", "{none}: no such file; leave --report out"),
     ("machine_facts", "{none}/facts.json", "name a file in a folder that exists"),
     ("ops", "--images 0", "--images: 0: expected a whole number of at least 1"),
     ("ops", "--device tpu", "--device"),
@@ -38,6 +41,15 @@ BAD = [  # command, arguments, what the sentence names; {file}: a file that is t
     ("synthetic_cifar", "{folder}", "is a folder; name a file"),
     ("synthetic_cifar", "{file}/cifar.tar", "name a folder"),
 ]
+
+OUTPUTS = {  # what a command writes into, where it can be told
+    "digits_quality": "--results {new}/a.jsonl",
+    "first_hour": "--out {new}/a",
+    "long_haul": "--results {new}/a.jsonl",
+    "precision_quality": "--folder {new}/a --results {new}/a.jsonl",
+    "profile_step": "--out {new}/a.json",
+    "step_time": "--results {new}/a",
+}
 
 
 def status(name: str, arguments: list[str]) -> int:
@@ -65,11 +77,13 @@ def test_bad_input_ends_a_command_with_status_2_and_a_sentence(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    places = {key: str(tmp_path / key) for key in ("file", "folder", "none")}
-    assert status(name, arguments.format(**places).split()) == 2
+    places = {key: str(tmp_path / key) for key in ("file", "folder", "none", "new")}
+    output = OUTPUTS.get(name, "").split() if "--out" not in arguments and "--results" not in arguments else []
+    before = sorted(tmp_path.rglob("*"))
+    assert status(name, " ".join([*output, arguments]).format(**places).split()) == 2
     out, err = capsys.readouterr()
     assert said.format(**places) in err and len(err.splitlines()) == 1 and "Traceback" not in err
-    assert out == "" and not (tmp_path / "none").exists()
+    assert out == "" and sorted(tmp_path.rglob("*")) == before, "a refused command leaves nothing"
 
 
 def test_every_command_is_tried_with_bad_input_and_every_library_lies_below() -> None:

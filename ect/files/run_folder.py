@@ -33,11 +33,11 @@ def new_run_dir(cfg: Config) -> Path:
         with can_make(f"--run-dir {cfg.run_dir}"):
             path = cfg.run_dir.expanduser()
             refuse_used(path)
-            _make(path)
+            make(path)
             return path
     with can_make("runs, where a run without --run-dir goes"):
         root = Path("runs")
-        _make(root)
+        make(root)
         number = max((int(p.name[:5]) for p in root.iterdir() if p.name[:5].isdigit()), default=-1) + 1
         while True:
             path = root / f"{number:05d}-{cfg.preset}"
@@ -60,7 +60,7 @@ def absent(path: Path) -> list[Path]:
     return [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
 
 
-def _make(path: Path) -> None:
+def make(path: Path) -> None:
     """Make a folder and its parents, or none of them and raise OSError."""
     missing = absent(path)
     try:
@@ -115,17 +115,20 @@ def has_begun(folder: Path, early: bool = False) -> bool:
     return False
 
 
-def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None) -> Path:
-    """Create and return `run_dir`, else runs/evaluation-<model>, for a weight average with -ema<i>. Raises UserError."""
+def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None, made: list[Path]) -> Path:
+    """Create and return `run_dir`, else runs/evaluation-<model>, for a weight average with -ema<i>. Raises UserError.
+
+    made: gets the folders that were not there before.
+    """
     if run_dir is None:
         model = model.resolve()
         name = model.name if model.is_dir() else f"{model.parent.name}-{model.stem}"
         run_dir = Path("runs") / f"evaluation-{name}{f'-ema{ema}' if ema else ''}"
-    run_dir = run_dir.expanduser()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: cannot make this folder ({error.strerror}); choose another") from error
+    with can_make(f"--run-dir {run_dir}"):
+        run_dir = run_dir.expanduser()
+        missing = absent(run_dir)
+        make(run_dir)
+    made += missing
     return run_dir
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ect.config import DataConfig
+from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.frechet import Array, Statistics, frechet_distance
@@ -169,9 +170,14 @@ class TrainOptions:
     seed: int = 0
 
 
-def main(options: TrainOptions) -> None:
-    """Train, write the weights as fp16 and print the held-out accuracy."""
+def main(options: TrainOptions) -> int:
+    """Train, write the weights as fp16 and print the held-out accuracy. Raises UserError before that on what cannot be."""
     from ect.data import load
+
+    if options.out.suffix != ".npz" or options.out.is_dir() or not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: name a file NAME.npz in a folder that is there")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed}: expected a number from 0 on, below 2^63")
 
     data = load(DataConfig("digits", labels=True))
     assert data.labels is not None
@@ -180,9 +186,14 @@ def main(options: TrainOptions) -> None:
     with atomic(options.out) as temp, temp.open("wb") as file:
         np.savez_compressed(file, **arrays)
     print(f"{options.out}: {accuracy:.2%} of {HELD_OUT} held-out digits recognised")
+    return 0
 
 
 if __name__ == "__main__":
+    import sys
+
     import tyro
 
-    main(tyro.cli(TrainOptions))
+    from ect.ranks.launch import launch
+
+    sys.exit(launch(lambda: tyro.cli(TrainOptions), lambda options, world: main(options)))

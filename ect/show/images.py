@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ect.errors import UserError
 from ect.files.atomic import atomic
+from ect.files.run_folder import absent, make
 from ect.show.grid import save_grid, save_png
 
 _FILES = (".png", ".npz")
 
 
-def prepare(out: Path) -> None:
-    """Make the folder that `write` needs, so that a bad --out fails before the work. Raises UserError."""
+def prepare(out: Path) -> list[str]:
+    """Make the folder that `write` needs, so that a bad --out fails before the work; return what was made. Raises UserError."""
     if out.suffix.lower() not in _FILES and out.suffix[1:].isalpha() and not out.is_dir():
         raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
     if out.suffix.lower() in _FILES and out.is_dir():
@@ -28,11 +29,13 @@ def prepare(out: Path) -> None:
             f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images"
         )
     folder = out.parent if out.suffix.lower() in _FILES else out
+    made = absent(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--out {out}: cannot write into {folder} ({error.strerror}); choose another place") from error
+    return list(map(str, made))
 
 
 def write(
