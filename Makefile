@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo quick test mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench clean
+.PHONY: demo quick test mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -56,6 +56,9 @@ bench: .venv/.test-installed  # all that can be timed or predicted here; step ti
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/plots.py
+
+long-haul: .venv/.installed  # 20,000 steps of the digits network: does memory, the number of open files or a step's time grow?
+	$(BIN)/python benchmarks/long_haul.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,6 +1,6 @@
 """Does a long run grow? 20,000 steps of the digits network, watched for memory, open files, objects and time a step.
 
-    python benchmarks/long_haul.py                # on one CPU core 20 minutes or so
+    python benchmarks/long_haul.py                # on one idle CPU core about 12 minutes
     python benchmarks/long_haul.py --report       # print what the results file has
 
 The run is a tuning of the digits network as `make demo` has it, from scratch and with small batches, and everything that a

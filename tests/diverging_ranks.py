@@ -1,4 +1,4 @@
-"""What test_health runs under torchrun: one rank's loss goes bad, and all ranks stop together."""
+"""What the tests run under torchrun: one rank's loss, or its average, goes bad, and all ranks stop together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from tests.tiny import config
 LOSS = TrainStep.loss
 
 
-def work(folder: Path, world: World) -> int:
+def work(arguments: tuple[Path, str], world: World) -> int:
+    folder, what = arguments
+
     def loss(self: TrainStep, i: int) -> torch.Tensor:
         bad = world.rank == 1 and not self.key.is_meta and int(self.key) >= 4  # memory is predicted on meta tensors
-        return LOSS(self, i) * (math.nan if bad else 1.0)
+        if bad and what == "average":
+            self.state.emas[0][8:] = math.nan
+        return LOSS(self, i) * (math.nan if bad and what == "loss" else 1.0)
 
     TrainStep.loss = loss  # type: ignore[method-assign]
     log = LogConfig(stats_kimg=0.016, sample_kimg=0, checkpoint_kimg=0.016, keep=1)
@@ -35,4 +39,4 @@ def work(folder: Path, world: World) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(lambda: Path(sys.argv[1]), work))
+    sys.exit(launch(lambda: (Path(sys.argv[1]), sys.argv[2]), work))

@@ -193,6 +193,68 @@ def test_an_update_is_bad_by_its_loss_or_by_most_of_its_gradients(bad: int, loss
     assert health.row() == {"loss": 1.0, "bad_steps": counts} and health.bad_rows == counts
 
 
+def test_few_bad_updates_are_told_once_and_do_not_make_a_row_bad() -> None:
+    """The unit of PATIENCE: a row, at least half of whose updates are bad."""
+    health, said = health_of_20_weights(None), []
+    for bad in ([0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1], [0, 1], [0, 0]):
+        for one in bad:
+            update(health, 20 * one)
+        assert health.row()["bad_steps"] == sum(bad) and health.bad_rows == [0, 1][2 * sum(bad) >= len(bad)] + (
+            bad == [0, 1]
+        )
+        said.append(health.judge(3000, False, Path))
+    assert [text is not None for text in said] == [True, False, False, True, False, False, False]
+    assert (
+        said[0] is not None and "since the last row of statistics, in 1 of 3 updates; the run stops after 3 " in said[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "last", "stops"),
+    [
+        ([[1], [1]], False, False), ([[1], [1], [1]], False, True), ([[1], [1], [0], [1]], False, False),
+        ([[0, 0, 1]], True, True), ([[1, 0, 0]], True, False), ([[1, 1, 0]], True, False), ([[0, 0, 1], [0]], True, False),
+    ],
+)  # fmt: skip
+def test_a_run_stops_after_three_bad_rows_or_at_a_bad_end(
+    rows: list[list[int]], last: bool, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    health, searched = health_of_20_weights(None), []
+    monkeypatch.setattr("ect.ranks.health.first_bad", lambda step, nimg: searched.append(nimg))
+    health.step.batch = 8
+    try:
+        for i, row in enumerate(rows, 1):
+            for one in row:
+                update(health, 20 * one)
+            health.row()
+            health.judge(1000 * i, last and i == len(rows), Path)
+    except Diverged:
+        assert stops and searched == [1000 * len(rows) - 8]  # where the last update began
+    else:
+        assert not stops
+
+
+def test_the_sum_of_finite_losses_is_finite() -> None:
+    health = health_of_20_weights(None)
+    for _ in range(4):
+        update(health, 0, 3e38)
+    assert all_finite(health.saved()[1].values()) and health.row()["loss"] == pytest.approx(3e38)
+
+
+def test_the_largest_gradient_norm_of_a_row_is_kept_over_a_resume() -> None:
+    health, other = health_of_20_weights(None), health_of_20_weights(None)
+    for size in (3.0, 1.0):
+        health.state.grad_norm.fill_(size)
+        health.add(torch.tensor(1.0))
+    _, tensors, numbers = health.saved()
+    other.restore(tensors, numbers)
+    other.state.grad_norm.fill_(math.inf)  # of a skipped step
+    other.add(torch.tensor(1.0))
+    for one in (health, other):
+        one.row()
+        assert one.grad_norm_max == 3.0
+
+
 def test_a_skipped_step_counts_only_where_the_loss_scale_can_fall_no_further() -> None:
     health = health_of_20_weights(4 * SCALE_RANGE[0])
     update(health, 20, math.nan)
@@ -233,19 +295,14 @@ def test_a_gpu_that_has_no_room_left_for_the_search_hides_nothing(
         run(config(log=replace(LOG, stats_kimg=0)), tmp_path / "run")
 
 
-def test_every_value_of_every_tensor_is_looked_at() -> None:
-    assert not all_finite([torch.zeros(3), torch.tensor([1.0, -math.inf])]) and all_finite(
-        [torch.tensor([3e38, -3e38])]
-    )
-
-
 @needs_gloo
 def test_all_ranks_stop_where_one_of_them_goes_bad(tmp_path: Path) -> None:
-    with torchrun("-m", "tests.diverging_ranks", str(tmp_path), cwd=tmp_path) as process:
+    with torchrun("-m", "tests.diverging_ranks", str(tmp_path), "loss", cwd=tmp_path) as process:
         _, err = process.communicate(timeout=120)
     said = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
     assert process.returncode != 0 and all(
-        text.startswith("Diverged: the run diverged and stopped at 0.08") for text in said
+        text.startswith("Diverged: the run diverged and stopped at 0.08") and "tensor is the gradient of model." in text
+        for text in said
     )
     assert err.count("error: the run diverged") == 1 and "exitcode  : 3" in err
     assert stems(tmp_path / "run") == {"checkpoint-000000.032": True, "checkpoint-000000.064": False}

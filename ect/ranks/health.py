@@ -93,8 +93,6 @@ class Health:
         self._unbroken &= good
         row = {"loss": loss / finite if finite else math.nan, "bad_steps": math.ceil(bad)}
         self._first = not good and not self._some
-        self.grad_norm_max = 0.0
-        """The largest gradient norm of an update of the last row, without skipped ones."""
         self._some = "" if good else f"{row['bad_steps']} of {steps} updates"
         self._begin(torch.zeros_like(self.loss))
         return row
