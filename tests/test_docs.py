@@ -50,6 +50,7 @@ SHORT = [  # what is run in earnest: it needs seconds, and nothing that is not h
     pytest.param("python benchmarks/footprint.py", marks=pytest.mark.slow),
     "python benchmarks/digits_quality.py --report",
     "python benchmarks/precision_quality.py --report",
+    "python benchmarks/long_haul.py --report",
     "python benchmarks/first_hour.py --help",
 ]
 
