@@ -1,1 +1,1 @@
-"""What happened to a run, told from the files that it left: python -m ect.doctor RUN."""
+"""The story of a run, told from the files that it left: python -m ect.doctor RUN."""

@@ -1,4 +1,4 @@
-"""What the records of a phase say, in a sentence or two a subject."""
+"""Findings: from the records of a phase, a sentence or two a subject."""
 
 from __future__ import annotations
 

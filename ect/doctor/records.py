@@ -22,7 +22,7 @@ class Records:
     found: list[dict[str, Any]] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
     unreadable: str = ""
-    """Why the file cannot be read at all."""
+    """The reason where the file cannot be read at all."""
 
     def numbers(self, name: str) -> list[tuple[int, float]]:
         """Return (nimg, value) of each record in which `name` is a finite number."""

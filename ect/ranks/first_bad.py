@@ -1,4 +1,4 @@
-"""Which tensor went bad first: a search after the fact, so that no update of a healthy run pays for it."""
+"""The search for the tensor that went bad first: after the fact, so that no update of a healthy run pays for it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _Seen:
         self.name: str | None = None
 
     def watching(self, step: TrainStep) -> ExitStack:
-        """Look at all layers of the network, and of a teacher, until the block ends."""
+        """Check all layers of the network, and of a teacher, until the block ends."""
         stack = ExitStack()
         for whole, net in (("the network", step.net), ("the teacher", step.teacher)):
             for name, module in [] if net is None else net.named_modules():
@@ -98,6 +98,6 @@ class _Seen:
         yield module.register_forward_hook(after)
 
     def look(self, name: str, value: Any) -> None:
-        """Remember the name where it is the first one, and its value a tensor that is not finite."""
+        """Keep the name where it is the first one, and its value a tensor that is not finite."""
         if self.name is None and isinstance(value, Tensor) and value.is_floating_point() and not all_finite([value]):
             self.name = name
