@@ -24,6 +24,7 @@ from ect.errors import UserError
 from ect.files import checkpoint, origin
 from ect.files.resume import (
     data_fingerprint,
+    refuse_bad_numbers,
     refuse_changed_data,
     refuse_changed_maths,
     refuse_changed_teacher,
@@ -226,6 +227,7 @@ class Trainer:
 
     def _resume(self, saved: checkpoint.Saved) -> None:
         tensors, meta, self.path = saved
+        refuse_bad_numbers(tensors, self.path)
         refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
         refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
         refuse_changed_teacher(meta.get("teacher"), self.teacher_digest, self.cfg.init_from)

@@ -11,6 +11,7 @@ from typing import Any
 from ect.doctor.records import Phase, Records
 from ect.errors import UserError
 from ect.files.checkpoint import Checkpoints
+from ect.files.resume import refuse_bad_numbers
 from ect.show.log import HISTORY, STATS
 
 SPIKE = 10.0  # times the median
@@ -133,7 +134,8 @@ def checkpoint(folder: Path) -> tuple[Path | None, int, str]:
     with warnings.catch_warnings(record=True) as passed:
         warnings.simplefilter("always")
         try:
-            _, meta, model = Checkpoints.load(folder)
+            tensors, meta, model = Checkpoints.load(folder)
+            refuse_bad_numbers(tensors, model)
             nimg, healthy = _nimg(meta), Checkpoints.healthy(model)
         except UserError as error:
             return None, 0, f"none: {plain(error)}"

@@ -43,8 +43,6 @@ Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
 """The ends of the names of the model files, one for each weight average."""
-_TOLD = {"grad_norm", "tally_loss"}
-"""Tensors of the state that are shown and teach nothing; version 0.1 wrote them as they were."""
 _STEM = re.compile(r"checkpoint-\d{6}\.\d{3}")
 
 
@@ -161,8 +159,7 @@ class Checkpoints:
         """Return what a checkpoint holds, its checksums verified.
 
         `path` is a run folder or any file of a checkpoint. In a run folder an incomplete or damaged checkpoint is
-        passed over, with a warning, for the one before; a checkpoint that was named raises UserError, and so does one whose
-        weights, moments or averages are not finite.
+        passed over, with a warning, for the one before; a checkpoint that was named raises UserError.
         """
         path = Path(path)
         if path.is_dir():
@@ -176,7 +173,6 @@ class Checkpoints:
         state_file = folder / f"{stem}{_STATE}"
         tensors, metadata = read_tensors(state_file)
         meta = parse_header(state_file, metadata.get("ect_state", "{}"), ("meta",))["meta"]
-        check_finite({name: tensor for name, tensor in tensors.items() if name not in _TOLD}, str(state_file))
         return tensors, meta, folder / f"{stem}{_MODEL}"
 
     @staticmethod

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from ect.emas import spelled
 from ect.errors import UserError
+from ect.files.fit import check_finite
 
 _FREE = {"run_dir", "resume", "dry_run", "device", "threads", "batch_per_device", "init_from", "kernels"}
 _FREE |= {"graph", "compile", "channels_last", "self_check"}
 # The data may have moved: their fingerprint says whether they are the same.
 _FREE |= {"data.source", "data.resolution"}
 _FREE_GROUPS = ("log.", "eval.")
+_SHOWN = {"grad_norm", "tally_loss"}
+"""Tensors of the state that are shown and teach nothing; version 0.1 wrote them as they were."""
 
 
 def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
@@ -94,6 +97,11 @@ def refuse_changed_teacher(saved: str | None, new: str | None, source: Path | No
         raise UserError(
             f"--init-from {source}: it is not the teacher that the run was started with; give that one, or start a new run"
         )
+
+
+def refuse_bad_numbers(tensors: dict[str, Tensor], model: Path) -> None:
+    """Raise UserError, naming it, where a weight, moment or average of a training state is not finite. model: its file."""
+    check_finite({name: tensor for name, tensor in tensors.items() if name not in _SHOWN}, str(model))
 
 
 def refuse_changed_data(saved: str, new: str, source: str) -> None:
