@@ -51,6 +51,7 @@ def test_check_fails_above_the_bar(
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_fp16_is_at_most_1_3_times_tf32() -> None:
     assert precision.main(["--check"]) == 0
 
