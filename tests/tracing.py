@@ -1,8 +1,8 @@
 """Where coverage's tracer rests: it makes all Python code twice as slow, torch's compiler and Triton's interpreter too.
 
-A test marked `untraced` runs without it: other tests reach the lines that it does. So does a launch in Triton's interpreter that
-can reach no new line: the process has traced one of the same kernel, with the same constants, the same arguments left out and
-the same dtypes. What is lost shows: `make test` holds a bar on coverage, and tests/gpu_paths/report.py names lines.
+A test marked `untraced` runs without it: other tests reach the lines that it does. So does a launch in Triton's interpreter
+that can reach no new line: the process has traced one of the same kernel, with the same constants, the same arguments left out
+and the same dtypes. What is lost shows: `make test` holds a bar on coverage, and tests/gpu_paths/report.py names lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def kind(launcher: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Hashabl
     values = {**dict(zip(launcher.arg_names, args, strict=False)), **given}
     fixed = {*launcher.constexprs, *(name for name, value in values.items() if value is None)}
     types = {
-        name: repr(value) if name in fixed else str(getattr(value, "dtype", type(value))) for name, value in values.items()
+        name: repr(value) if name in fixed else str(getattr(value, "dtype", type(value)))
+        for name, value in values.items()
     }
     return launcher.fn.__module__, launcher.fn.__qualname__, frozenset(types.items())
 
@@ -36,7 +37,9 @@ def sparing(launch: Any) -> Any:
             if tracer is not None:
                 traced.add(of_kind)
             return launch(self, *args, **given)
-        sys.settrace(None)  # here and not in a function of its own: the tracer counts the calls and returns that it sees
+        sys.settrace(
+            None
+        )  # here and not in a function of its own: the tracer counts the calls and returns that it sees
         try:
             return launch(self, *args, **given)
         finally:
