@@ -39,6 +39,7 @@ from ect.show.table import Table
 
 DIGITS = Path(models.__file__).with_name("digits.safetensors")
 BAR = 1.3
+COMPARED = ("fp16, fp32 ends", "TF32 everywhere")
 Row = dict[float, float]
 
 
@@ -65,8 +66,13 @@ def all_in_fp16(net: EDMPrecond, labels: torch.Tensor | None = None) -> Denoiser
     return signal_noise.denoiser(twin, labels)
 
 
-def measure(net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Row]:
-    """Return {arithmetic: {t: error}} of uint8 images [N, H, W, C]. An arithmetic that fails is left out and says so."""
+def measure(
+    net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None, names: Sequence[str] | None = None
+) -> dict[str, Row]:
+    """Return {arithmetic: {t: error}} of uint8 images [N, H, W, C], of all or of those named.
+
+    An arithmetic that fails is left out and says so.
+    """
     rows: dict[str, tuple[str, Callable[[], Denoiser]]] = {
         "TF32 everywhere": ("tf32", lambda: in_precision(net, "tf32", labels)),
         "fp16 everywhere": ("fp16", lambda: all_in_fp16(net, labels)),
@@ -76,7 +82,8 @@ def measure(net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None) 
     }
     exact = differences(in_fp64(net, labels), images)
     found = {}
-    for name, (precision, make) in rows.items():
+    for name in names or rows:
+        precision, make = rows[name]
         apply(PRECISIONS[precision])
         try:
             found[name] = relative_errors(differences(make(), images), exact)
@@ -87,7 +94,7 @@ def measure(net: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None) 
 
 def worst(found: dict[str, Row]) -> tuple[float, float]:
     """Return (the largest ratio of fp16 with fp32 ends to TF32, its level)."""
-    ours, tf32 = found["fp16, fp32 ends"], found["TF32 everywhere"]
+    ours, tf32 = (found[name] for name in COMPARED)
     return max((ours[t] / tf32[t], t) for t in tf32)
 
 
@@ -132,7 +139,7 @@ def main(args: Sequence[str] | None = None) -> int:
     print(f"{options.checkpoint.name}, {len(images)} images of {dataset.name}, {arithmetic}; {header(where)}")
     found = measure(net, images, labels)
     show(found, options.markdown)
-    if not {"fp16, fp32 ends", "TF32 everywhere"} <= found.keys():
+    if not found.keys() >= {*COMPARED}:
         print(f"- fp16 with fp32 ends is at most {BAR} times TF32: not decided, an arithmetic is missing")
         return 1
     ratio, level = worst(found)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.quick import Quick
+from tests.tracing import Tracing
 
 if not torch.cuda.is_available():  # before any test imports triton, whose library is interpreted or compiled for good
     os.environ["TRITON_INTERPRET"] = "1"
@@ -76,6 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Quick(config))
+    config.pluginmanager.register(Tracing())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -51,8 +51,19 @@ def test_check_fails_above_the_bar(
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_fp16_is_at_most_1_3_times_tf32() -> None:
-    assert precision.main(["--check"]) == 0
+    """Over all digits; of the arithmetics the two that `--check` compares."""
+    found = precision.measure(load_model(precision.DIGITS)[0], load(DataConfig()).images, None, precision.COMPARED)
+    assert list(found) == list(precision.COMPARED)
+    assert precision.worst(found)[0] <= precision.BAR
+
+
+def test_the_command_measures_every_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    status = precision.main(["--samples", "8", "--check"])  # so few images decide nothing
+    out = capsys.readouterr().out
+    assert "8 images of digits" in out and f"times TF32: {'fails' if status else 'holds'}" in out
+    assert all(name in out for name in (*precision.COMPARED, "fp16 everywhere", "bf16, fp32 ends"))
 
 
 def test_data_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,9 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"no {name} on PATH, in CUDA_HOME, /usr/local/cuda or Triton's package")
 
 
-# A file of csrc/ whose launchers instantiate the kernels of one dtype, or none.
+# What instantiates kernels: cut out, a file compiles those that are asked for by name and no others.
+LAUNCHER = re.compile(r'^extern "C" int .*?^}\n', re.M | re.S)
+# A file of csrc/ whose launchers instantiate the kernels of one dtype.
 PART = """#include "vec.cuh"
 #undef BY_DTYPE
 #define BY_DTYPE(code, CALL) {choice}
@@ -114,14 +116,15 @@ def compiled(
     if only or bits:
         file = folder / "part.cu"
         code, name = TYPES[bits or 32]
-        choice = "" if only else f"if (code == {code}) {{ using T = {name}; CALL; }}"
-        text = PART.format(choice=choice, source=source)
+        text = PART.format(choice=f"if (code == {code}) {{ using T = {name}; CALL; }}", source=source)
+        if only:
+            text = LAUNCHER.sub("", source.read_text(encoding="utf-8"))
         for kernel in sorted(only):
             text += f"template __global__ void {kernel}(const gn::{'Backward' if '_bwd_' in kernel else 'Forward'});\n"
         file.write_text(text, encoding="utf-8")
     cubin = folder / "out.cubin"
     command = [tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{source.parent}/common"]
-    command += ["--keep", "--keep-dir", str(folder), str(file), "-o", str(cubin)]
+    command += [f"-I{source.parent}", "--keep", "--keep-dir", str(folder), str(file), "-o", str(cubin)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{done.stderr}")

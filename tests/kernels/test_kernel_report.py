@@ -12,7 +12,7 @@ from typing import Any
 
 import kernel_report
 import pytest
-from lib import launches, sass
+from lib import launches, row_loops, sass
 
 ROOT = Path(__file__).parents[2]
 KERNEL = """
@@ -232,6 +232,15 @@ def test_counts_spills_atomics_and_widths() -> None:
 )
 def test_ctas_per_sm(arch: int, registers: int, threads: int, shared: int, want: int) -> None:
     assert sass.ctas_per_sm(arch, registers, threads, shared) == want
+
+
+@pytest.mark.parametrize("op", row_loops.OPS)
+def test_kernels_asked_for_by_name_are_all_that_is_compiled(op: str) -> None:
+    """A launcher names every kernel of its file, and nvcc compiles what is named; of the residual norm three times as many."""
+    source = (ROOT / "csrc" / f"{op}.cu").read_text(encoding="utf-8")
+    rest = sass.LAUNCHER.sub("", source)
+    assert source.count("gn::start(") >= 2 and rest.count(f"{op}_fwd_kernel") == rest.count(f"{op}_bwd_kernel") == 1
+    assert "gn::start(" not in rest and "return f.p.resident" not in rest
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""Where coverage's tracer rests: it makes all Python code twice as slow, torch's compiler and Triton's interpreter too.
+
+A test marked `untraced` runs without it: other tests reach the lines that it does. So does a launch in Triton's interpreter
+that can reach no new line: the process has traced one of the same kernel, with the same constants, the same arguments left out
+and the same dtypes. What is lost shows: `make test` holds a bar on coverage, and tests/gpu_paths/report.py names lines.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Generator, Hashable
+from typing import Any
+
+import pytest
+
+
+def kind(launcher: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Hashable:
+    """What decides which lines of a kernel a launch runs."""
+    values = {**dict(zip(launcher.arg_names, args, strict=False)), **given}
+    fixed = {*launcher.constexprs, *(name for name, value in values.items() if value is None)}
+    types = {
+        name: repr(value) if name in fixed else str(getattr(value, "dtype", type(value)))
+        for name, value in values.items()
+    }
+    return launcher.fn.__module__, launcher.fn.__qualname__, frozenset(types.items())
+
+
+def sparing(launch: Any) -> Any:
+    """A launch of Triton's interpreter that is traced once for each kind."""
+    traced: set[Hashable] = set()
+
+    @functools.wraps(launch)
+    def spared(self: Any, *args: Any, **given: Any) -> Any:
+        tracer = sys.gettrace()
+        if tracer is None or (of_kind := kind(self, args, given)) not in traced:
+            if tracer is not None:
+                traced.add(of_kind)
+            return launch(self, *args, **given)
+        sys.settrace(
+            None
+        )  # here and not in a function of its own: the tracer counts the calls and returns that it sees
+        try:
+            return launch(self, *args, **given)
+        finally:
+            sys.settrace(tracer)
+
+    return spared
+
+
+class Tracing:
+    """A plugin of pytest: without pytest-cov it does nothing."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        interpreter: Any = sys.modules.get("triton.runtime.interpreter")
+        if interpreter is not None and sys.gettrace() is not None:
+            interpreter.GridExecutor.__call__ = sparing(interpreter.GridExecutor.__call__)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        coverage = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+        if coverage is None or item.get_closest_marker("untraced") is None:
+            return (yield)
+        coverage.pause()
+        try:
+            return (yield)
+        finally:
+            coverage.resume()
