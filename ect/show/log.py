@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -36,7 +37,15 @@ _RATE_SECONDS = 30.0  # window of the rate
 
 
 class Screen(Console):
-    """A console that falls silent where nobody reads it any more (`| head`), and does not end the run."""
+    """A console that falls silent where nobody reads it any more (`| head`), or its file has no room, and ends no run."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print as rich does, or say once on stderr that it cannot."""
+        try:
+            super().print(*args, **kwargs)
+        except OSError as error:
+            warnings.warn(f"the output cannot be written, the run goes on without ({error.strerror})", stacklevel=2)
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Do what rich does, which sends the output to nowhere, but do not exit."""
@@ -76,11 +85,14 @@ class RunLog:
         self._stats: IO[bytes] | None = None
         self._failed: set[str] = set()  # what has been said to fail
         self._board: SummaryWriter | None = None
+        self._writes, self._excepthook = writes, threading.excepthook
         if writes:
-            stats = self.run_dir / "stats.jsonl"
-            if resume_nimg is not None and stats.is_file():
-                _drop_rows_after(stats, resume_nimg)
-            self._stats = stats.open("ab", buffering=0)
+            threading.excepthook = self._thread_failed
+            with self._surviving("stats.jsonl"):
+                stats = self.run_dir / "stats.jsonl"
+                if resume_nimg is not None and stats.is_file():
+                    _drop_rows_after(stats, resume_nimg)
+                self._stats = stats.open("ab", buffering=0)
             with self._surviving("TensorBoard"):
                 self._board = _summary_writer(self.run_dir, resume_nimg)
         self._bar: Progress | None = None
@@ -115,11 +127,12 @@ class RunLog:
         Values are text, None or numbers (0-d tensors too); what is not finite becomes null: JSON has no name for it.
         """
         self.nimg = nimg
-        if self._stats is None:
+        if not self._writes:
             return
         plain = {name: _plain(value) for name, value in stats.items()}
         with self._surviving("stats.jsonl"):
-            _append(self._stats, (json.dumps({"nimg": nimg, **plain}) + "\n").encode())
+            if self._stats is not None:
+                _append(self._stats, (json.dumps({"nimg": nimg, **plain}) + "\n").encode())
         with self._surviving("TensorBoard"):
             if self._board is not None:
                 for name, value in plain.items():
@@ -129,7 +142,7 @@ class RunLog:
 
     def grid(self, name: str, images: Tensor) -> Path | None:
         """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it wrote it."""
-        if self._stats is None:
+        if not self._writes:
             return None
         path, written = self.run_dir / f"{name}-{self.nimg / 1000:010.3f}.png", None
         image = make_grid(images)
@@ -155,6 +168,11 @@ class RunLog:
                     f"{self.run_dir}: {what} cannot be written, the run goes on without ({error})", stacklevel=4
                 )
 
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """Say nothing of TensorBoard's thread, whose error meets the next write and is said there."""
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._excepthook(args)
+
     def note(self, text: str) -> None:
         """Print one line on the console, above the bar."""
         with self._surviving("the console"):
@@ -171,6 +189,8 @@ class RunLog:
         if board is not None:
             with self._surviving("TensorBoard"):
                 board.close()
+        if threading.excepthook == self._thread_failed:
+            threading.excepthook = self._excepthook
 
     def __enter__(self) -> RunLog:
         return self
@@ -241,17 +261,15 @@ def _append(file: IO[bytes], line: bytes) -> None:
 
 
 def _drop_rows_after(path: Path, nimg: int) -> None:
-    """Keep, as they are, the rows of stats.jsonl up to `nimg`; a row torn by a kill goes too."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            keep = line.endswith("\n") and json.loads(line)["nimg"] <= nimg
-        except (ValueError, KeyError, TypeError):
-            keep = False
-        if keep:
-            kept.append(line)
-    with atomic(path) as temp:
-        temp.write_text("".join(kept), encoding="utf-8")
+    """Keep, as they are, the rows of stats.jsonl up to `nimg`; a row that is torn or damaged goes too."""
+    lines, kept = path.read_bytes().splitlines(keepends=True), []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            if line.endswith(b"\n") and json.loads(line)["nimg"] <= nimg:
+                kept.append(line)
+    if kept != lines:
+        with atomic(path) as temp:
+            temp.write_bytes(b"".join(kept))
 
 
 def _plain(value: Any) -> Any:
