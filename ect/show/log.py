@@ -168,6 +168,16 @@ class RunLog:
                     f"{self.run_dir}: {what} cannot be written, the run goes on without ({error})", stacklevel=4
                 )
 
+    def told(self) -> set[str]:
+        """Return the names of the grids, and of the statistics in stats.jsonl, that there are of the present nimg."""
+        end, stats = f"-{self.nimg / 1000:010.3f}.png", self.run_dir / "stats.jsonl"
+        names = {path.name.removesuffix(end) for path in self.run_dir.glob(f"*{end}")}
+        for line in stats.read_bytes().splitlines() if stats.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                row = json.loads(line)
+                names |= row.keys() if row["nimg"] == self.nimg else set()
+        return names
+
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         """Say nothing of TensorBoard's thread, whose error meets the next write and is said there."""
         if not type(args.thread).__module__.startswith("tensorboard."):

@@ -24,17 +24,17 @@ class Drill:
 
 
 DRILLS = [
-    Drill("killed at a random moment, then resumed", kills.kill, 24, 100),
-    Drill("checkpoint cut short", damage.truncated, 8, 50),
-    Drill("checkpoint with a flipped bit", damage.flipped, 8, 50),
+    Drill("killed at a random moment, then resumed", kills.kill, 16, 100),
+    Drill("checkpoint cut short", damage.truncated, 6, 50),
+    Drill("checkpoint with a flipped bit", damage.flipped, 6, 50),
     Drill("damage beside the checkpoint", damage.beside, 5, 50),
     Drill("damaged model file without a manifest", damage.model_file, 40, 400),
-    Drill("no space at a write", disk.full, 20, disk.places),
+    Drill("no space at a write", disk.full, 14, disk.places),
     Drill("no space for the output", disk.silent, 1, 4),
     Drill("a small disk", disk.small, 3, 20),
-    Drill("folder or disk that is read-only", disk.read_only, 5, 30),
+    Drill("folder or disk that is read-only", disk.read_only, 4, 30),
     Drill("two processes in one folder", folders.two, 3, 12),
     Drill("clock set back", folders.clock, 2, 10),
     Drill("SIGTERM, SIGINT, SIGHUP to a new process", signals.real, 6, 3 * signals.MOMENTS),
-    Drill("SIGTERM, SIGINT, SIGHUP at a write or any time", signals.forked, 12, 60),
+    Drill("SIGTERM, SIGINT, SIGHUP at a write or any time", signals.forked, 9, 60),
 ]
