@@ -37,19 +37,23 @@ class Row:
         ]
 
 
-def hold(ground: Ground, drill: Drill, number: int, count: int, row: Row) -> None:
-    """Hold one case, and enter it into the row of its drill."""
+def hold(ground: Ground, drill: Drill, number: int, count: int, row: Row, until: float) -> None:
+    """Hold one case, and enter it into the row of its drill; none any more after `until`."""
     begun = time.monotonic()
+    if begun > until:
+        return
     try:
         drill.case(ground, number, count)
-        row.passed += 1
+        passed = True
     except Skipped as reason:
         row.skipped = str(reason)
         return
     except Exception:
         print(f"{drill.name}, case {number} of {count}:\n{traceback.format_exc(-2, chain=False)}", flush=True)
-    row.tried += 1
-    row.longest = max(row.longest, time.monotonic() - begun)
+        passed = False
+    with ground.lock:
+        row.tried, row.passed = row.tried + 1, row.passed + passed
+        row.longest = max(row.longest, time.monotonic() - begun)
 
 
 def main(argv: list[str]) -> int:
@@ -57,26 +61,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--count", choices=["short", "long"], default="short", help="as in the gate, or in full")
     parser.add_argument("--only", default="", help="the drills whose name holds this")
     parser.add_argument("--number", type=int, help="of the only case to hold, as an earlier failure named it")
+    parser.add_argument("--minutes", type=float, help="begin no case later than this; all drills get their share")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--write", action="store_true", help=f"also write the table to {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args(argv)
-    rows: dict[str, Row] = {}
+    rows, begun = {drill.name: Row() for drill in DRILLS if options.only in drill.name}, time.monotonic()
+    until = begun + 60 * options.minutes if options.minutes is not None else float("inf")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        ground = Ground(Path(folder))
-        for drill in (drill for drill in DRILLS if options.only in drill.name):
-            begun, row = time.monotonic(), rows.setdefault(drill.name, Row())
-            count = drill.short if options.count == "short" else drill.long
-            count = count(ground) if callable(count) else count
+        ground, cases = Ground(Path(folder)), []
+        for drill in (drill for drill in DRILLS if drill.name in rows):
+            asked = drill.short if options.count == "short" else drill.long
+            count = asked(ground) if callable(asked) else asked
             numbers = range(count) if options.number is None else [options.number]
-            for done in [pool.submit(hold, ground, drill, number, count, row) for number in numbers]:
-                done.result()
-            print(f"{drill.name}: {row.passed} of {row.tried} in {time.monotonic() - begun:.0f} s", flush=True)
+            cases += [((number + 0.5) / count, drill, number, count) for number in numbers]
+        for _, drill, number, count in sorted(cases, key=lambda case: case[0]):
+            pool.submit(hold, ground, drill, number, count, rows[drill.name], until)
     table = Table(["drill", "tried", "passed", "longest (s)"], [row.cells(name) for name, row in rows.items()])
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    stopped = f", stopped after {options.minutes:g} minutes" if time.monotonic() > until else ""
+    spent = f"{options.jobs} at a time, {(time.monotonic() - begun) / 60:.0f} minutes"
     text = (
-        f"Drills, the {options.count} form, on a CPU, at commit {commit.strip() or 'unknown'}:\n\n{table.markdown()}\n"
+        f"Drills, the {options.count} form{stopped}, on a CPU ({spent}), at commit {commit.strip() or 'unknown'}.\n\n"
     )
-    print(text)
+    print(text := text + table.markdown())
     if options.write:
         RESULTS.write_text(text, encoding="utf-8")
     return int(any(row.passed < row.tried for row in rows.values()))

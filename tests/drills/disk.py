@@ -46,11 +46,14 @@ def _fails(
     at = 1 if number == 0 else dice.randint(low + 1, high)
     with ground.place() as place:
         end = place.start(options, Fault(at, 0, error, bool(number % 2) if lasting is None else lasting, classes)).end()
-        judge(place, end, want)
+        judge(place, end, want, tidy=not classes & REMOVE)
 
 
-def judge(place: Place, end: End, want: Path) -> None:
-    """Hold that only what is told of a run was lost, or that it ended in a sentence; and that it goes on once it can."""
+def judge(place: Place, end: End, want: Path, tidy: bool) -> None:
+    """Hold that only what is told of a run was lost, or that it ended in a sentence; and that it goes on once it can.
+
+    tidy: whether it could remove what it had half-written.
+    """
     end.quiet()
     met = {Path(path).name for _, path, hit in end.changes if hit}
     if end.status == 0:
@@ -61,7 +64,7 @@ def judge(place: Place, end: End, want: Path) -> None:
     if met and end.status == 0:
         assert "cannot be written, the run goes on without" in end.err or met <= BESIDE, (met, end.err)
     left = names(place.run) if place.run.is_dir() else set()
-    assert not [name for name in left if "tmp" in name or "lock" in name], left
+    assert not tidy or not [name for name in left if "tmp" in name or "lock" in name], left
     place.start(None).end().done()
     same(place.run, want, telemetry=False)
 
