@@ -158,11 +158,11 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
 
 
 def test_a_damaged_manifest_of_an_older_checkpoint_ends_no_run(tmp_path: Path) -> None:
-    run = Checkpoints(tmp_path, keep=2)
+    run, state = Checkpoints(tmp_path, keep=2), build(spec()).state_dict()
     save(run, 1000)
-    save(run, 2000)
+    run.save(2000, state, spec(), {}, TENSORS, META, healthy=False)
     (tmp_path / "checkpoint-000001.000.json").write_text("{")
-    last = save(run, 3000)
+    last = run.save(3000, state, spec(), {}, TENSORS, META, healthy=False)  # looks for the last healthy one
     assert files(tmp_path) == [*three("000002.000"), *three("000003.000"), "latest"] and run.back() == last
 
 
