@@ -32,7 +32,7 @@ WHOLE += ["--eval.samples", "2", "--eval.batch", "2", "--log.eval-kimg", ".048"]
 """Both phases, with evaluation on the way and at the end."""
 RESUME = ["--resume", "run"]
 ROOM, REMOVE, FLUSH = 1, 2, 4
-PATIENCE = 120.0  # seconds that a run may take, on a machine that others use
+PATIENCE = 300.0  # seconds that a run may take, on a machine that others use
 
 
 class Skipped(Exception):

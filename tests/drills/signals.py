@@ -14,7 +14,10 @@ SAID = (
     "stopping after this step and saving; once more quits at once",
     "interrupted; the last checkpoint is what is saved",
 )
-LONG = [*PLAIN, "--total-kimg", "4"]
+LONG = [
+    *PLAIN,
+    *["--total-kimg", "4", "--log.stats-kimg", ".4", "--log.sample-kimg", "2", "--log.checkpoint-kimg", ".8"],
+]
 MOMENTS, SECONDS = 20, 10.0
 
 
