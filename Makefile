@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo quick test mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
+.PHONY: demo quick test drills drills-short mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -16,6 +16,12 @@ test: .venv/.test-installed
 	$(BIN)/python -m ect_kernels.testing.emulator
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 	$(BIN)/python tests/gpu_paths/report.py
+
+drills-short: .venv/.test-installed  # runs that are killed, damaged, short of room, stopped: each a few times, in three minutes
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/drills
+
+drills: .venv/.test-installed  # the same in full, 100 kills and every write of a run; the table goes to benchmarks/results/drills.md
+	$(BIN)/python -m tests.drills --count long --write
 
 # The tests that need a CUDA device, by what is installed, with no network: $(PYTHON) where there is no .venv.
 test-gpu:

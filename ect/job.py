@@ -184,10 +184,11 @@ class Job:
         trainer.notes += self_check.changes(before, now)
         writes = self.world.rank == 0
         if writes:
-            with can_make(str(run_dir)):  # not before the trainer stands: a refused start leaves nothing behind
-                run_dir.mkdir(exist_ok=True)
-            write_config(cfg, run_dir, now)
-            write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
+            write_config(self.cfg, self.run_dir, now)  # first, also while pretraining: --resume finds the job by it
+            if run_dir != self.run_dir:  # not before the trainer stands: a refused start leaves nothing behind
+                with can_make(str(run_dir)):
+                    run_dir.mkdir(exist_ok=True)
+                write_config(cfg, run_dir, now)
         total_img, start = trainer.total_img, trainer.nimg
         resume_nimg = None if self.cfg.resume is None else start
         log = RunLog(

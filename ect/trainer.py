@@ -110,6 +110,8 @@ class Trainer:
         if self.path is None:
             self.grids()
             self.path = self.save()
+        elif self.nimg:
+            self._show(self.world.first(lambda: sorted(log.told())))
         step_seconds, row_nimg, shown = 0.0, self.nimg, {}
         stopping = self.stop.heard()
         while self.nimg < self.total_img and not stopping:
@@ -118,28 +120,33 @@ class Trainer:
             self.state.lr = schedule.lr_at(self.nimg, cfg.batch, self.total_img, cfg.optim)
             self.state.ema_betas = schedule.ema_betas_at(self.nimg, cfg.batch, cfg.optim)
             self.health.add(self.step(self.nimg, stage))
-            before, self.nimg = self.nimg, self.nimg + cfg.batch
+            self.nimg += cfg.batch
             last, stopping = self.nimg >= self.total_img, self.stop.heard()
             step_seconds += time.monotonic() - started
-
-            def due(kimg: float, before: int = before, last: bool = last) -> bool:
-                interval = round(kimg * 1000)
-                return last or (interval > 0 and self.nimg // interval > before // interval)
-
-            if due(every.stats_kimg):
+            if self._due(every.stats_kimg):
                 row = self.row(stage, step_seconds / (self.nimg - row_nimg) * 1000)
                 shown = {"loss": row["loss"], "stage": stage} if self.objective.staged else {"loss": row["loss"]}
                 step_seconds, row_nimg = 0.0, self.nimg
                 if (said := self.health.judge(self.nimg, last, self.checkpoints.back)) is not None:
                     self.log.note(said)
             self.log.step(self.nimg, **shown)
-            if due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
+            if self._due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
-            if due(every.sample_kimg):
-                self.grids()
-            if due(every.eval_kimg) and not last and self.evaluator is not None and not self.health.bad_rows:
-                self.evaluate()
+            self._show()
         return self.path
+
+    def _due(self, kimg: float) -> bool:
+        """Return whether the last update was the last of all, or of an interval."""
+        interval, before = round(kimg * 1000), self.nimg - self.cfg.batch
+        return self.nimg >= self.total_img or (interval > 0 and self.nimg // interval > before // interval)
+
+    def _show(self, told: Sequence[str] = ()) -> None:
+        """Write grids and rate the averages where that is due. told: what a resumed run has already, unless a kill cost it."""
+        if self._due(self.cfg.log.sample_kimg) and not {f"nfe{sampler.nfe}" for sampler in self.samplers()} <= {*told}:
+            self.grids()
+        not_now = self.nimg >= self.total_img or self.health.bad_rows or any("/" in name for name in told)
+        if self._due(self.cfg.log.eval_kimg) and self.evaluator is not None and not not_now:
+            self.evaluate()
 
     def _stage(self) -> int:
         return schedule.stage_at(self.nimg, self.cfg.objective)

@@ -21,6 +21,7 @@ for name, answer in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.S
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         signal.signal(getattr(signal, name), answer)
 
+collect_ignore = ["drills"]  # a step of its own: `make drills-short` names the folder
 torch.set_num_threads(1)
 FLAGS = [
     *((torch.backends.cudnn, name) for name in ("allow_tf32", "deterministic", "benchmark")),

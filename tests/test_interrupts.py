@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,20 +40,6 @@ def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]
 
 
 @POSIX
-@pytest.mark.slow
-@pytest.mark.parametrize("number", ENDING)
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.0])
-def test_a_signal_in_the_first_seconds_ends_it_quietly(number: signal.Signals, seconds: float, tmp_path: Path) -> None:
-    with started(["-m", "ect.train"], tmp_path) as process:
-        time.sleep(seconds)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err and len(err.strip().splitlines()) <= 1
-    assert process.returncode == 128 + number or "stopping after this step" in err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()] or process.returncode == 0
-
-
-@POSIX
 @pytest.mark.parametrize("module", COMMANDS)
 def test_a_signal_while_a_command_imports(module: str, tmp_path: Path) -> None:
     """Its first import after the handler's stands in for all: it sends the signal, and must not be survived."""
@@ -74,6 +59,19 @@ def test_help_for_a_reader_who_leaves_is_quiet(module: str, tmp_path: Path) -> N
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(timeout=60) == interrupts.NOBODY_READS
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_help_onto_a_full_disk_says_so(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end, interrupts.read_or_not():
+            print("help")
+        full.write("more")  # goes nowhere from now on
+    assert end.value.code == 2
+    assert capfd.readouterr().err == (
+        "error: the output cannot be written (No space left on device); send it where there is room\n"
+    )
 
 
 @pytest.mark.slow

@@ -121,6 +121,23 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         read_model(path)
 
 
+def test_every_bit_of_the_description_counts_or_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    saved(path)
+    whole, before = path.read_bytes(), read_model(path)
+    begin = whole.index(b'"ect":')
+    noticed = 0
+    for place in range(begin, begin + 400):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            found = read_model(path)
+        except UserError:
+            noticed += 1
+        else:
+            assert found.spec == before.spec and found.info == before.info
+    assert noticed > 380  # the rest is the name of the checksum
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     net = saved(path)

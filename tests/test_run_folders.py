@@ -99,21 +99,6 @@ def test_runs_that_is_a_file_or_cannot_be_written_is_refused(tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_a_second_process_is_refused_and_told_by_whom(folder: Path) -> None:
-    with locked(folder):
-        holder = (folder / LOCK).read_text().strip()
-        assert holder.endswith(f", process {os.getpid()}") and holder.startswith("host ")
-        before = sorted(path.name for path in folder.iterdir())
-        job = Job(parse(["--resume", str(folder)]), Console(quiet=True))
-        with pytest.raises(UserError, match=rf"another process trains in this folder \({holder}\)"):
-            job.run()
-        assert sorted(path.name for path in folder.iterdir()) == before
-    assert not (folder / LOCK).exists()
-    run(parse(["--resume", str(folder)]), folder)
-    assert not (folder / LOCK).exists()
-
-
-@pytest.mark.slow
 def test_two_new_runs_that_found_the_same_folder_empty(tmp_path: Path) -> None:
     first, second = (Job(config(run_dir=tmp_path / "run"), Console(quiet=True)) for _ in range(2))
     with locked(tmp_path / "run"), pytest.raises(UserError, match="another process trains in this folder"):
@@ -176,6 +161,39 @@ def test_where_there_are_no_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(lock.fcntl, "flock", none)
     with pytest.warns(UserWarning, match="no locks here"), locked(tmp_path):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock there")
+def test_a_lock_without_room_for_its_text_holds_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with locked(tmp_path), pytest.raises(UserError, match="another process"), locked(tmp_path):
+            pass
+    monkeypatch.setattr(Path, "unlink", full)
+    with pytest.warns(UserWarning, match="lock: cannot be removed"), locked(tmp_path):
+        pass
+
+
+def test_what_a_kill_left_goes_once_the_folder_is_ours(tmp_path: Path) -> None:
+    left = [tmp_path / ".config.json.1.tmp", tmp_path / ".tmpAbC", tmp_path / "pretrain" / ".latest.1.tmp"]
+    left[2].parent.mkdir()
+    kept = [tmp_path / "config.json", tmp_path / "pretrain" / "latest"]
+    for path in left + kept:
+        path.touch()
+    with locked(tmp_path):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+
+
+def test_a_kill_at_the_very_start_leaves_a_folder_for_a_new_run(tmp_path: Path) -> None:
+    for name in (LOCK, ".config.json.1.tmp"):
+        (tmp_path / name).touch()
+    assert new_run_dir(Config(run_dir=tmp_path)) == tmp_path
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match="not an empty folder"):
+        new_run_dir(Config(run_dir=tmp_path))
 
 
 # --- what a resume finds ---

@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ect.errors import UserError
 from ect.show import log
 from ect.show.log import RunLog
-from tests.tiny import config, run
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -101,27 +100,70 @@ def test_tensorboard_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Mon
     assert nimgs(tmp_path) == [1]
 
 
-@pytest.mark.slow
-def test_a_whole_run_outlives_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def full(path: Path, durable: bool = True) -> Iterator[Path]:
-        raise UserError(f"{path}: cannot write it ({FULL.strerror})")
-        yield path
-
-    def append(*args: Any) -> None:
+@pytest.mark.filterwarnings("error")
+def test_tensorboards_own_thread_fails_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
         raise FULL
 
-    monkeypatch.setattr("ect.show.grid.atomic", full)
-    monkeypatch.setattr(log, "_append", append)
-    monkeypatch.setattr(log, "_summary_writer", lambda *args: Board("flush"))
-    monkeypatch.setattr("ect.job.save_png", lambda *args: None)  # samples.png is a result, not telemetry
-    with pytest.warns(UserWarning, match="cannot be written, the run goes on") as said:
-        folder = run(config(), tmp_path / "run").run_dir
-    assert sorted(str(warning.message).split(": ")[1].split(" cannot")[0] for warning in said) == [
-        "TensorBoard",
-        "grids",
-        "history.jsonl",
-        "stats.jsonl",
-    ]
-    assert (folder / "latest").read_text().strip() == "checkpoint-000000.080" and not list(folder.glob("nfe*"))
-    assert os.path.getsize(folder / "stats.jsonl") == 0 and (folder / "results.md").is_file()
+    before = threading.excepthook
+    with RunLog(tmp_path, 1000, quiet=True) as run:
+        monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        with pytest.warns(UserWarning, match="TensorBoard cannot be written"):
+            run.row(1, {"loss": 0.5})
+        run.row(2, {"loss": 0.5})
+        other = threading.Thread(target=full)  # whose traceback is not ours to hide
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_excepthook", lambda args: print("said", args.exc_value, file=sys.stderr))
+            other.start()
+            other.join()
+    assert capsys.readouterr().err == f"said {FULL}\n" and threading.excepthook == before
+    assert nimgs(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["directory", "rewriting"])
+def test_rows_that_cannot_be_written_at_all_end_no_run(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = tmp_path / "stats.jsonl"
+    if what == "directory":
+        stats.mkdir()
+    else:
+        stats.write_text('{"nimg": 5}\n')
+        monkeypatch.setattr(os, "replace", raising)
+    with pytest.warns(UserWarning, match=r"stats\.jsonl cannot be written"):
+        run = RunLog(tmp_path, 1000, quiet=True, resume_nimg=4)
+    with run:
+        run.row(6, {"loss": 0.5})
+        monkeypatch.undo()
+        assert run.grid("grid", torch.zeros(1, 8, 8, 1, dtype=torch.uint8)) is not None
+    assert what == "directory" or stats.read_text() == '{"nimg": 5}\n'
+
+
+def raising(*args: Any) -> None:
+    raise FULL
+
+
+def test_damaged_rows_go_and_what_needs_no_change_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = tmp_path / "stats.jsonl"
+    good = b'{"nimg": 1}\n{"nimg": 2}\n'
+    stats.write_bytes(b"\xff\xfe\n" + good + b"[" * 100_000 + b'\n3\n{"nimg": 3}\n{"nimg": 4')
+    with RunLog(tmp_path, 1000, quiet=True, resume_nimg=2):
+        assert stats.read_bytes() == good
+    monkeypatch.setattr(os, "replace", raising)
+    with RunLog(tmp_path, 1000, quiet=True, resume_nimg=2) as run:
+        run.row(3, {})
+    assert nimgs(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_without_room_ends_no_run(tmp_path: Path) -> None:
+    script = "from ect.show.log import Screen; s = Screen(); [s.print('x') for _ in range(3)]"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=full, stderr=-1, text=True)
+    assert done.returncode == 0 and done.stderr.count("the output cannot be written, the run goes on without") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -117,19 +118,30 @@ def test_tuning_starts_at_the_pretrained_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_saved_before_what_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, count = Trainer.grids, [0]
+@pytest.mark.parametrize(("method", "call"), [("grids", 2), ("evaluate", 1)])
+def test_a_checkpoint_is_saved_before_what_may_fail_and_a_resume_makes_up_for_that(
+    method: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, count, folder = getattr(Trainer, method), [0], tmp_path / "run"
 
-    def grids(self: Trainer) -> None:
+    def fails(self: Trainer) -> None:
         count[0] += 1
-        if count[0] == 2:
+        if count[0] == call:
             raise OSError("disk full")
         original(self)
 
-    monkeypatch.setattr(Trainer, "grids", grids)
-    with pytest.raises(OSError, match="disk full"):
-        Job(config(run_dir=tmp_path / "run"), Console(quiet=True)).run()
-    assert read_model(tmp_path / "run").info["nimg"] == 32
+    log = LogConfig(stats_kimg=0.016, sample_kimg=0.032, eval_kimg=0.032, checkpoint_kimg=0.032)
+    cfg = config(log=log, eval=EvalConfig(samples=2, batch=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, method, fails)
+        with pytest.raises(OSError, match="disk full"):
+            Job(replace(cfg, run_dir=folder), Console(quiet=True)).run()
+    assert read_model(folder).info["nimg"] == 32
+    for _ in range(2):  # the second one finds that nothing is missing
+        run(replace(cfg, resume=folder), folder)
+        rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+        assert [row["nimg"] for row in rows if "nfe1/FDc" in row] == [32, 64]
+        assert len(list(folder.glob("nfe*-000000.032.png"))) == 2
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,19 @@ def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+def left_by_a_kill(folder: Path) -> list[Path]:
+    """Return what a kill while writing left in a folder: temporary files of `atomic`, and of safetensors."""
+    return [path for pattern in (".*.tmp", ".tmp*") for path in folder.glob(pattern)]
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may be gone already, or warn that it stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path}: cannot be removed ({error.strerror}); it is not needed any more", stacklevel=2)
 
 
 def _flush(path: Path, flags: int) -> None:

@@ -8,6 +8,7 @@ that last file. A checkpoint without it is incomplete and never loaded. `latest`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from torch import Tensor
 from ect.emas import MAX_EMAS
 from ect.errors import UserError
 from ect.files import edm_pickle
-from ect.files.atomic import atomic
+from ect.files.atomic import atomic, left_by_a_kill, remove
 from ect.files.edm_pickle import Snapshot
 from ect.files.fit import check_finite
 from ect.files.model_file import (
@@ -43,6 +44,8 @@ Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
 _STATE, _MODEL, _MANIFEST = ".state.safetensors", ".safetensors", ".json"
 _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
 """The ends of the names of the model files, one for each weight average."""
+_SEAL, _UNSEALED = "sha256", {"format", "nimg", "healthy", "files"}
+"""Key of a manifest's own checksum; earlier versions wrote none, and no more than the others."""
 _STEM = re.compile(r"checkpoint-\d{6}\.\d{3}")
 
 
@@ -136,9 +139,8 @@ class Checkpoints:
         updates since the checkpoint before were not finite; the last healthy one is never pruned. Killed at any point,
         the run folder still loads the checkpoint before.
         """
-        for pattern in (".*.tmp", ".tmp*"):  # what a kill while writing left: of `atomic`, of safetensors
-            for leftover in self.run_dir.glob(pattern):
-                leftover.unlink(missing_ok=True)
+        for left in left_by_a_kill(self.run_dir):
+            remove(left)
         stem = f"checkpoint-{nimg / 1000:010.3f}"
         state_meta = {"ect_state": json.dumps({"format": FORMAT, "meta": meta})}
         write_tensors(self.run_dir / f"{stem}{_STATE}", tensors, state_meta)
@@ -148,8 +150,7 @@ class Checkpoints:
             save_model(self.run_dir / names[-1], weights, spec, about)
         files = {name: _fingerprint(self.run_dir / name) for name in [*names, f"{stem}{_STATE}"]}
         with atomic(self.run_dir / f"{stem}{_MANIFEST}") as temp:
-            manifest = {"format": FORMAT, "nimg": nimg, "healthy": healthy, "files": files}
-            temp.write_text(json.dumps(manifest, indent=1) + "\n")
+            temp.write_text(_sealed({"format": FORMAT, "nimg": nimg, "healthy": healthy, "files": files}))
         self._point(stem)
         self._prune(stem)
         return self.run_dir / f"{stem}{_MODEL}"
@@ -193,7 +194,11 @@ class Checkpoints:
 
     def _healthy(self, stems: list[str]) -> str | None:
         """Return the last of these checkpoints that is healthy, as all of version 0.1 are; None without one."""
-        return next((stem for stem in reversed(stems) if _manifest(self.run_dir, stem).get("healthy", True)), None)
+        for stem in reversed(stems):
+            with contextlib.suppress(UserError):  # of a damaged one
+                if _manifest(self.run_dir, stem).get("healthy", True):
+                    return stem
+        return None
 
     def _prune(self, newest: str) -> None:
         """Remove what is older than the last `keep` but the last healthy one, and what a killed save or prune left incomplete.
@@ -205,7 +210,7 @@ class Checkpoints:
         incomplete = set(_stems(self.run_dir, _STATE)) - set(_stems(self.run_dir, _MANIFEST))
         for stem in {*complete[: -max(self.keep, 1)], *incomplete} - {self._healthy(complete)}:
             for kind in (_MANIFEST, *_MODELS, _STATE):
-                (self.run_dir / f"{stem}{kind}").unlink(missing_ok=True)
+                remove(self.run_dir / f"{stem}{kind}")
 
 
 def _stems(run_dir: Path, kind: str) -> list[str]:
@@ -284,7 +289,17 @@ def _manifest(folder: Path, stem: str) -> dict[str, Any]:
         text = manifest.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{manifest}: cannot be read ({error})") from error
-    return parse_header(manifest, text, ("files",))
+    found = parse_header(manifest, text, ("files",))
+    seal = found.pop(_SEAL, None)
+    if text != _sealed(found) if seal is not None else found.keys() - _UNSEALED:
+        raise UserError(f"{manifest}: damaged: it is not what was written")
+    return found
+
+
+def _sealed(manifest: dict[str, Any]) -> str:
+    """Return the text of a manifest, with its own SHA-256."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, _SEAL: digest}, indent=1) + "\n"
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ect.errors import UserError
+from ect.files.atomic import left_by_a_kill, remove
 
 try:
     import fcntl
@@ -24,17 +25,19 @@ LOCK = "lock"
 def locked(folder: Path) -> Iterator[None]:
     """Keep the lock of a run folder inside the block. Raises UserError, naming host and process, where another one holds it.
 
-    The system gives the lock back when its process ends, however it ends: the file that a kill leaves locks nothing. On
-    Windows there is no such lock, and two processes in one folder go unnoticed; so they do, after a warning, on a file
-    system without locks.
+    What a kill left half-written, in the folder or one in it, goes first. The system gives the lock back when its process
+    ends, however it ends: the file that a kill leaves locks nothing. On Windows there is no such lock, and two processes in
+    one folder go unnoticed; so they do, after a warning, on a file system without locks.
     """
     path = folder / LOCK
     descriptor = None if fcntl is None else _acquire(path)
     try:
+        for left in (left for place in (folder, *folder.glob("*/")) for left in left_by_a_kill(place)):
+            remove(left)  # nobody else writes here
         yield
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # while it is held: nobody else's
+            remove(path)  # while it is held: nobody else's
             os.close(descriptor)
 
 
@@ -77,7 +80,8 @@ def _acquire(path: Path) -> int | None:
             return None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
+                with contextlib.suppress(OSError):  # a full disk: it is held all the same
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
                 return descriptor
         os.close(descriptor)  # its holder ended, and took the file away, between our opening and locking it

@@ -24,7 +24,8 @@ from ect.models import build
 
 FORMAT = 1
 _CHECKSUM = "weights_sha256"
-"""Key of the metadata of model files; earlier versions wrote none."""
+_SEAL = "ect_sha256"
+"""Keys of the metadata of model files, the second one of the description; earlier versions wrote none."""
 
 
 def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info: dict[str, Any]) -> None:
@@ -34,7 +35,8 @@ def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info:
     JSON-able ("preset", "nimg", "data", "mid_t", ...). Raises UserError where `path` cannot be written.
     """
     header = json.dumps({"format": FORMAT, "spec": spec, "info": info})
-    write_tensors(Path(path), state, {"ect": header, _CHECKSUM: _digest(state)})
+    seals = {_SEAL: hashlib.sha256(header.encode()).hexdigest(), _CHECKSUM: _digest(state)}
+    write_tensors(Path(path), state, {"ect": header, **seals})
 
 
 def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
@@ -90,6 +92,8 @@ def read_model_file(path: Path, weights: bool = True) -> Snapshot:
     if "ect" not in metadata:
         hint = "it is the training state of a checkpoint" if "ect_state" in metadata else "it has no 'ect' metadata"
         raise UserError(f"{path}: not a model file of ours: {hint}; make one with python -m ect.convert or ect.train")
+    if _SEAL in metadata and metadata[_SEAL] != hashlib.sha256(metadata["ect"].encode()).hexdigest():
+        raise UserError(f"{path}: damaged: its description is not the one that was written; copy or convert it again")
     header = parse_header(path, metadata["ect"], ("spec", "info"))
     if weights and _CHECKSUM in metadata and metadata[_CHECKSUM] != _digest(tensors):
         raise UserError(f"{path}: damaged: its weights are not those that were written; copy or convert it again")

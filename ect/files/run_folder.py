@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from ect.config import Config
 from ect.errors import UserError
-from ect.files.atomic import atomic
+from ect.files.atomic import atomic, left_by_a_kill
 from ect.files.lock import LOCK
 from ect.files.old_configs import FORMAT, current
 
@@ -49,8 +49,8 @@ def new_run_dir(cfg: Config) -> Path:
 
 
 def refuse_used(path: Path) -> None:
-    """Raise UserError where a new run cannot go into this folder, because it holds something else than a lock."""
-    if path.exists() and (not path.is_dir() or any(item.name != LOCK for item in path.iterdir())):
+    """Raise UserError where a new run cannot go into this folder: it holds more than what a kill at the very start leaves."""
+    if path.exists() and (not path.is_dir() or {*path.iterdir()} - {path / LOCK, *left_by_a_kill(path)}):
         raise UserError(f"--run-dir {path}: not an empty folder; choose another, or continue it with --resume {path}")
 
 

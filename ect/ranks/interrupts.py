@@ -54,13 +54,32 @@ def status(error: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def read_or_not() -> Iterator[None]:
-    """End quietly, with the status of SIGPIPE, where nobody reads what the block prints (`--help | head -1`)."""
+    """End quietly, with the status of SIGPIPE, where nobody reads what the block prints (`--help | head -1`).
+
+    Where it has no room, say so and end with status 2.
+    """
     try:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            _flush()
     except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # for what is flushed at the exit
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _to_nowhere()
         raise SystemExit(NOBODY_READS) from None
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _to_nowhere()
+        print(f"error: the output cannot be written ({error.strerror}); send it where there is room", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _to_nowhere() -> None:
+    """Let stdout lead nowhere, for what is flushed at the exit."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -39,7 +40,15 @@ _RATE_SECONDS = 30.0  # window of the rate
 
 
 class Screen(Console):
-    """A console that falls silent where nobody reads it any more (`| head`), and does not end the run."""
+    """A console that falls silent where nobody reads it any more (`| head`), or its file has no room, and ends no run."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print as rich does, or say once on stderr that it cannot."""
+        try:
+            super().print(*args, **kwargs)
+        except OSError as error:
+            warnings.warn(f"the output cannot be written, the run goes on without ({error.strerror})", stacklevel=2)
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Do what rich does, which sends the output to nowhere, but do not exit."""
@@ -79,12 +88,15 @@ class RunLog:
         self._stats: IO[bytes] | None = None
         self._failed: set[str] = set()  # what has been said to fail
         self._board: SummaryWriter | None = None
+        self._writes, self._excepthook = writes, threading.excepthook
         if writes:
+            threading.excepthook = self._thread_failed
             stats = self.run_dir / STATS
             begun: dict[str, Any] = {"event": "start"}
-            if resume_nimg is not None and stats.is_file():
-                begun = {"event": "resume", "reached": max(_drop_rows_after(stats, resume_nimg), resume_nimg)}
-            self._stats = stats.open("ab", buffering=0)
+            with self._surviving(STATS):
+                if resume_nimg is not None and stats.is_file():
+                    begun = {"event": "resume", "reached": max(_drop_rows_after(stats, resume_nimg), resume_nimg)}
+                self._stats = stats.open("ab", buffering=0)
             self.event(**begun)
             with self._surviving("TensorBoard"):
                 self._board = _summary_writer(self.run_dir, resume_nimg)
@@ -120,11 +132,12 @@ class RunLog:
         Values are text, None or numbers (0-d tensors too); what is not finite becomes null: JSON has no name for it.
         """
         self.nimg = nimg
-        if self._stats is None:
+        if not self._writes:
             return
         plain = {name: _plain(value) for name, value in stats.items()}
         with self._surviving(STATS):
-            _append(self._stats, (json.dumps({"nimg": nimg, **plain}) + "\n").encode())
+            if self._stats is not None:
+                _append(self._stats, (json.dumps({"nimg": nimg, **plain}) + "\n").encode())
         with self._surviving("TensorBoard"):
             if self._board is not None:
                 for name, value in plain.items():
@@ -138,7 +151,7 @@ class RunLog:
         The events are "start"; "resume", with the images that the log had `reached` before; and how it ended: "end", "stop"
         (by a signal), "diverged" and "failed", these two with a `text`. A run that is killed writes none of the last four.
         """
-        if self._stats is not None:
+        if self._writes:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             line = json.dumps({"time": now, "event": event, "nimg": self.nimg, **facts}) + "\n"
             with self._surviving(HISTORY), (self.run_dir / HISTORY).open("a+b", buffering=0) as file:
@@ -147,7 +160,7 @@ class RunLog:
 
     def grid(self, name: str, images: Tensor) -> Path | None:
         """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it wrote it."""
-        if self._stats is None:
+        if not self._writes:
             return None
         path, written = self.run_dir / f"{name}-{self.nimg / 1000:010.3f}.png", None
         image = make_grid(images)
@@ -173,6 +186,21 @@ class RunLog:
                     f"{self.run_dir}: {what} cannot be written, the run goes on without ({error})", stacklevel=4
                 )
 
+    def told(self) -> set[str]:
+        """Return the names of the grids, and of the statistics in stats.jsonl, that there are of the present nimg."""
+        end, stats = f"-{self.nimg / 1000:010.3f}.png", self.run_dir / STATS
+        names = {path.name.removesuffix(end) for path in self.run_dir.glob(f"*{end}")}
+        for line in stats.read_bytes().splitlines() if stats.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                row = json.loads(line)
+                names |= row.keys() if row["nimg"] == self.nimg else set()
+        return names
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """Say nothing of TensorBoard's thread, whose error meets the next write and is said there."""
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._excepthook(args)
+
     def note(self, text: str) -> None:
         """Print one line on the console, above the bar."""
         with self._surviving("the console"):
@@ -189,6 +217,8 @@ class RunLog:
         if board is not None:
             with self._surviving("TensorBoard"):
                 board.close()
+        if threading.excepthook == self._thread_failed:
+            threading.excepthook = self._excepthook
 
     def __enter__(self) -> RunLog:
         return self
@@ -264,18 +294,20 @@ def _append(file: IO[bytes], line: bytes) -> None:
 
 
 def _drop_rows_after(path: Path, nimg: int) -> int:
-    """Keep, as they are, the rows of stats.jsonl up to `nimg`; a row torn by a kill goes too. Returns the last row's nimg."""
-    kept, reached = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
+    """Keep, as they are, the rows of stats.jsonl up to `nimg`; a row that is torn or damaged goes too.
+
+    Returns the nimg of the last row that there was.
+    """
+    lines, kept, reached = path.read_bytes().splitlines(keepends=True), [], 0
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(line)["nimg"]
-            keep, reached = line.endswith(b"\n") and found <= nimg, max(reached, found)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            keep = False
-        if keep:
-            kept.append(line)
-    with atomic(path) as temp:
-        temp.write_bytes(b"".join(kept))
+            reached = max(reached, found)
+            if line.endswith(b"\n") and found <= nimg:
+                kept.append(line)
+    if kept != lines:
+        with atomic(path) as temp:
+            temp.write_bytes(b"".join(kept))
     return reached
 
 

@@ -1,0 +1,1 @@
+"""Drills: what happens to runs (kills, damage, a full disk, signals ...) is done to small ones, some times or many."""
