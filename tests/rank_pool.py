@@ -19,11 +19,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-TINY = (
+_TINY = (
     "--batch 12 --net.model-channels 8 --net.channel-mult 1 --net.num-blocks 1 --net.attn-resolutions --pretrain None "
     "--objective.n-stages 4 --eval.samples 0 --log.sample-kimg 0 --log.stats-kimg 0.12 --log.checkpoint-kimg 0.12 "
     "--threads 1 --device cpu --total-kimg 1000"
-).split()
+)
+TINY = _TINY.split()
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ect.job", "torch._dynamo", "torch.utils.tensorboard", "tests.rank_pool"])
 
@@ -69,6 +70,7 @@ class Ranks:
         self.store: Any = None
         self.processes: dict[int, BaseProcess] = {}
         self.began = time.monotonic()
+        self._saved: set[str] = set()
 
     @property
     def run(self) -> Path:
@@ -81,7 +83,9 @@ class Ranks:
         if self.served:
             from torch.distributed import TCPStore
 
-            self.store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+            self.store = TCPStore(
+                "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
+            )
         try:
             for rank in sorted(set(range(self.size)) - {*self.absent}):
                 size = str(self.sizes.get(rank, self.size))
@@ -106,9 +110,14 @@ class Ranks:
             assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes.values()), self.said()
             time.sleep(0.02)
 
+    def saved(self) -> set[str]:
+        """Return the checkpoints that have been there: of those before the last ones, none is left."""
+        self._saved |= {path.stem for path in self.run.glob("checkpoint-*.json")}
+        return self._saved
+
     def training(self) -> None:
-        """Wait until they train: a row of statistics and two checkpoints are there."""
-        self.wait_for(lambda: len(list(self.run.glob("checkpoint-*.json"))) > 1)
+        """Wait until they train, and have written two checkpoints."""
+        self.wait_for(lambda: len(self.saved()) > 1)
 
     def signal(self, rank: int, number: int) -> None:
         pid = self.processes[rank].pid
