@@ -242,7 +242,7 @@ class Config:
     threads: Annotated[int | None, FROM_1, THREADS] = None
     """CPU threads. None: as many as CPUs that this process may use."""
     heartbeat: Annotated[float, Limit("from 1 to 86,400 seconds", lambda seconds: 1 <= seconds <= 86_400)] = 60.0
-    """Of several processes, one that is not heard for so many seconds is lost: the others say so and end."""
+    """Seconds of silence after which one of several processes is lost: the others say so, and end."""
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
     """Arithmetic of training. fp16 and bf16: half precision inside the residual blocks, fp32 at both ends, fp32 weights. fp16
     scales the loss; bf16 needs no scale, but puts up to 8 times fp16's noise on the signal. auto: fp16 on a GPU, else fp32."""

@@ -50,9 +50,8 @@ class Ending:
         elif isinstance(error, KeyboardInterrupt):
             status = interrupts.status(error)
         severed = isinstance(error, Severed)
-        end = (
-            self.heartbeat.first_end(GRACE) if severed else None
-        )  # a closed connection is soon known to be a lost rank's
+        # A closed connection is soon known to be a lost rank's.
+        end = self.heartbeat.first_end(GRACE) if severed else None
         if end is None:
             expected = isinstance(error, (UserError, KeyboardInterrupt))
             end = self.heartbeat.report(End(rank, "told" if expected else "failed", status))
@@ -61,11 +60,8 @@ class Ending:
         elif self.quiet:
             pass
         elif severed:
-            way_back = self.heartbeat.way_back()
-            print(
-                f"error: rank {rank} of {size}: an exchange failed, though all ranks beat ({error}); {way_back}",
-                file=sys.stderr,
-            )
+            what = f"error: rank {rank} of {size}: an exchange failed, though all ranks beat ({error})"
+            print(f"{what}; {self.heartbeat.way_back()}", file=sys.stderr)
         elif end.how == "told":
             said = self.interrupted if isinstance(error, KeyboardInterrupt) else f"error: {error}"
             print(said, file=sys.stderr, end="\n" if said else "")

@@ -34,7 +34,7 @@ STATUS = 4
 
 @dataclass(frozen=True)
 class End:
-    """Why all ranks end: one is "lost", "failed" (it prints a traceback) or "told" (bad input, a signal: it says so).
+    """The end of one rank, which ends all: "lost", "failed" (with a traceback) or "told" (bad input, a signal: it says so).
 
     text: what is known of a loss. status: with which the others exit.
     """
@@ -113,7 +113,7 @@ class Heartbeat(threading.Thread):
     # --- for the process ---
 
     def listen(self) -> str:
-        """Begin as rank 0, and return the key with which the others join."""
+        """Listen as rank 0, and return the key with which the others join."""
         six = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if six else socket.AF_INET
         server = socket.create_server(("", 0), family=family, dualstack_ipv6=six, backlog=self.size)
@@ -122,7 +122,7 @@ class Heartbeat(threading.Thread):
         return json.dumps([server.getsockname()[1], self._token])
 
     def join_rank_0(self, address: str, key: str) -> None:
-        """Begin as another rank. Raises OSError where rank 0 does not answer at this address."""
+        """Join as another rank. Raises OSError where rank 0 does not answer at this address."""
         port, token = json.loads(key)
         peer = Peer(socket.create_connection((address, port), timeout=self.patience), rank=0)
         peer.send({"token": token, "hello": self.hellos[0]})
@@ -138,7 +138,7 @@ class Heartbeat(threading.Thread):
         return self.hellos if self.end is None else []
 
     def report(self, end: End) -> End:
-        """Tell the others how this rank ends, and return the end that came first of all: this one, or another."""
+        """Report to the others how this rank ends, and return the end that came first of all: this one, or another."""
         if not self.is_alive():  # it has not joined the others
             return end
         self._reported.append(end)
@@ -172,10 +172,10 @@ class Heartbeat(threading.Thread):
         """Do what is due: pass reports on, beat, judge."""
         while self._reported:
             end = self._reported.popleft()
-            if self.rank:
-                self._peers[0].send({"end": asdict(end)})
-            else:
+            if self.rank == 0:
                 self._decide(end)
+            elif self._peers:  # else there is an end already
+                self._peers[0].send({"end": asdict(end)})
         if now - self._turned > self.seconds / 2:  # this process itself was stopped: it cannot say who was silent
             for peer in self._peers:
                 peer.seen = now
@@ -217,12 +217,12 @@ class Heartbeat(threading.Thread):
         peer.socket.close()
 
     def _lose(self, peer: Peer, why: str) -> None:
-        self._forget(peer)
         if peer.rank >= 0 and not self._leaving:
-            self._decide(End(peer.rank, "lost", STATUS, why))
+            self._decide(End(peer.rank, "lost", STATUS, why))  # which it reads too, if it goes on
+        self._forget(peer)
 
     def _welcome(self, peer: Peer, message: dict[str, Any]) -> bool:
-        """Take a rank's hello, and return whether it is one."""
+        """Read a rank's hello, and return whether it is one."""
         hello = message.get("hello")
         if message.get("token") != self._token or not isinstance(hello, dict):
             return False
@@ -250,7 +250,7 @@ class Heartbeat(threading.Thread):
         self._decide(End(missing[0], "lost", STATUS, f"did not come within {self.patience:g} s"))
 
     def _decide(self, end: End) -> None:
-        """Take the end that came first, and let all know it. Rank 0 decides; without it each rank for itself."""
+        """Keep the end that came first, and let all know it. Rank 0 decides; without it each rank for itself."""
         if self.end is not None:
             return
         self.end = end

@@ -65,13 +65,15 @@ def _together(place: Place, parse: Callable[[], T | None], work: Callable[[T, Wo
     patience = seconds * (JOIN if options is not None else 1)
     ending = Ending(place, quiet=options is None)
     ending.heartbeat = heartbeat = Heartbeat(place.rank, place.size, told, seconds, patience, ending.of_another)
-    from ect.ranks.distributed import find, start
+    from ect.ranks.distributed import Severed, find, start
 
     try:
         with interrupts.answered_by(interrupts.interrupt):
             ending.store = store = find(place, heartbeat, patience)
             hellos = heartbeat.meet()
-            if hellos and (why := refusal(hellos)) is not None:
+            if not hellos:
+                raise Severed("another rank ended")
+            if (why := refusal(hellos)) is not None:
                 status, said = why
                 if said and place.rank == 0:
                     print(f"error: {said}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What the ranks tell each other before anything else, and whether they fit together: numbers, refusals, options."""
+"""The ranks tell each other how each was started, before anything else: numbers, refusals and options must fit together."""
 
 from __future__ import annotations
 
@@ -43,24 +43,19 @@ def refusal(hellos: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
     if first["status"]:
         return first["status"], ""
     for other in hellos[1:]:
+        who = f"rank {other['rank']} of {len(ranks)}"
         if other["status"]:
-            return other["status"], f"rank {other['rank']} of {len(ranks)} refuses its command line: {other['said']}"
+            return other["status"], f"{who} refuses its command line: {other['said']}"
         if other["status"] != first["status"]:
-            alone = other if first["status"] is None else first
-            return (
-                2,
-                f"rank {alone['rank']} has nothing to run (--help or --dry-run), and others have; give all the same options",
-            )
+            alone = who if first["status"] is None else f"rank 0 of {len(ranks)}"
+            why = "has nothing to run (--help or --dry-run), and others have"
+            return 2, f"{alone} {why}; give all the same options"
     if first["status"] is not None:
         return first["status"], ""
     for other in hellos[1:]:
-        if differ := [name for name in first["options"] if other["options"].get(name) != first["options"][name]]:
-            told = ", ".join(
-                f"--{name} {other['options'].get(name)} for {first['options'][name]}" for name in differ[:NAMED]
-            )
-            more = f" and {len(differ) - NAMED} more" * (len(differ) > NAMED)
-            return (
-                2,
-                f"rank {other['rank']} of {len(ranks)} has other options than rank 0: {told}{more}; give all the same",
-            )
+        theirs, ours = other["options"], first["options"]
+        if differ := [name for name in ours if theirs.get(name) != ours[name]]:
+            told = ", ".join(f"--{name} {theirs.get(name)} for {ours[name]}" for name in differ[:NAMED])
+            told += f" and {len(differ) - NAMED} more" * (len(differ) > NAMED)
+            return 2, f"rank {other['rank']} of {len(ranks)} has other options than rank 0: {told}; give all the same"
     return None
