@@ -1,9 +1,10 @@
 """The heartbeat of several processes: who is there, what each was started with, and which one is lost.
 
 Rank 0 listens on a port of its own. Each other rank keeps one connection to it, and both ends send a line every beat. A
-connection that closes is a process that was killed; silence for `seconds` is one that was stopped, or a machine that is cut
-off. Rank 0 tells the others, so that all know the same end. A thread does it: while the process evaluates, compiles, writes
-or waits for a sum, by gloo or by NCCL, its beats go on, and a rank that is merely slow is not lost. No torch is needed.
+connection that closes is a process that was killed or crashed; silence for `seconds` is one that was stopped, or a machine
+that is cut off. Rank 0 tells the others, so that all know the same end. A thread does it: while the process evaluates,
+compiles, writes or waits for a sum, by gloo or by NCCL, its beats go on, and a rank that is merely slow is not lost. No
+torch is needed.
 """
 
 from __future__ import annotations
@@ -114,9 +115,10 @@ class Heartbeat(threading.Thread):
 
     def listen(self) -> str:
         """Listen as rank 0, and return the key with which the others join."""
-        six = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if six else socket.AF_INET
-        server = socket.create_server(("", 0), family=family, dualstack_ipv6=six, backlog=self.size)
+        try:
+            server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=self.size)
+        except (OSError, ValueError):  # a machine without IPv6
+            server = socket.create_server(("", 0), backlog=self.size)
         self._selector.register(server, selectors.EVENT_READ, lambda: self._add(Peer(server.accept()[0])))
         self.start()
         return json.dumps([server.getsockname()[1], self._token])
@@ -209,7 +211,7 @@ class Heartbeat(threading.Thread):
                 more = False
                 self._forget(peer)
         if not more and peer in self._peers:
-            self._lose(peer, "was killed, or its machine failed: its connection closed")
+            self._lose(peer, "ended without a word: it was killed, it crashed, or its machine failed")
 
     def _forget(self, peer: Peer) -> None:
         self._selector.unregister(peer.socket)
@@ -254,9 +256,8 @@ class Heartbeat(threading.Thread):
         if self.end is not None:
             return
         self.end = end
-        if self.rank == 0:
-            for peer in self._peers:
-                peer.send({"end": asdict(end)})
+        for peer in self._peers:  # of a rank to rank 0 too: if that was stopped, it learns why the others are gone
+            peer.send({"end": asdict(end)})
         self._ended.set()
         self._complete.set()
         if end.rank != self.rank or end.how == "lost":

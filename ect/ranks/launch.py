@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ect.config import Config
 from ect.errors import UserError
 from ect.ranks import interrupts
 from ect.ranks.ending import Ending
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ect.ranks.distributed import World
 
 T = TypeVar("T")
-SECONDS = 60.0
-"""Heartbeat of the commands that have no option for it."""
 JOIN = 10
 """Times as long may pass until all ranks have come: they load torch first, perhaps from a disk that they share."""
 
@@ -60,7 +59,7 @@ def _together(place: Place, parse: Callable[[], T | None], work: Callable[[T, Wo
     if place.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     options, told = _read(parse, place.rank == 0)
-    seconds = float(getattr(options, "heartbeat", SECONDS))
+    seconds = float(getattr(options, "heartbeat", Config.heartbeat))  # some commands have no option for it
     # Who has nothing to run waits less for the others: it is only to tell them so.
     patience = seconds * (JOIN if options is not None else 1)
     ending = Ending(place, quiet=options is None)

@@ -64,7 +64,8 @@ def killed(ground: object, number: int, count: int) -> None:
     with folder() as path, Ranks(Path(path), size, OPTIONS, served=served).started() as ranks:
         ranks.training()
         ranks.signal(victim, signal.SIGKILL)
-        check_loss(ranks, victim, "was killed, or its machine failed", GRACE)
+        check_loss(ranks, victim, "ended without a word: it was killed", GRACE)
+        assert ranks.resumed() == 0, (ranks.folder / "resumed").read_text()
 
 
 def stopped(ground: object, number: int, count: int) -> None:
@@ -73,6 +74,11 @@ def stopped(ground: object, number: int, count: int) -> None:
         ranks.training()
         ranks.signal(victim, signal.SIGSTOP)
         check_loss(ranks, victim, "was not heard for 3 s", HEARTBEAT + GRACE)
+        ranks.signal(victim, signal.SIGCONT)  # it goes on, and finds itself alone
+        others = [rank for rank in range(size) if rank != victim]
+        assert ranks.ended(*others)[0] == [STATUS], ranks.said()
+        (said,) = ranks.errors(*others)
+        assert said.startswith(f"error: rank {victim} of {size} was not heard for 3 s"), said
 
 
 def hang() -> None:
@@ -103,7 +109,7 @@ def killed_while_the_others_hang(ground: object, number: int, count: int) -> Non
         ranks.training()
         time.sleep(1)
         ranks.signal(size - 1, signal.SIGKILL)
-        check_loss(ranks, size - 1, "was killed, or its machine failed", GRACE)
+        check_loss(ranks, size - 1, "ended without a word: it was killed", GRACE)
 
 
 def busy(seconds: float) -> None:
