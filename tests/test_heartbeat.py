@@ -185,7 +185,7 @@ def test_numbers_that_do_not_fit_end_the_wait(
 
 def test_strangers_at_the_port_change_nothing(world: Callable[[int], World]) -> None:
     two = world(2)
-    two.start(0)
+    two.start(0, seconds=60)
     port, _ = json.loads(two.key)
     said = [b"GET / HTTP/1.0\n", b"[]\n", b"{}\n", b"[" * 10_000 + b"\n", b"\xff\n", b"x" * (2**20 + 2**17)]
     said += [json.dumps({"token": "wrong", "hello": {"rank": 1, "size": 2}}).encode() + b"\n"]
@@ -196,10 +196,15 @@ def test_strangers_at_the_port_change_nothing(world: Callable[[int], World]) -> 
                 assert connection.recv(100) == b"", text[:20]
             except ConnectionError:
                 pass
-    with socket.create_connection(("127.0.0.1", port)):  # and one that says nothing
-        two.make(1).join_rank_0("127.0.0.1", two.key)
-        assert len(two.ranks[0].meet()) == 2
-        time.sleep(1.5 * SILENCE)
+    two.start(1)
+    assert len(two.ranks[0].meet()) == 2 and two.ends == {0: [], 1: []}
+
+
+def test_a_stranger_who_is_silent_is_not_lost(world: Callable[[int], World]) -> None:
+    two = world(2)
+    two.start()
+    with socket.create_connection(("127.0.0.1", json.loads(two.key)[0]), timeout=5) as connection:
+        assert connection.recv(100) == b""
     assert two.ends == {0: [], 1: []}
 
 

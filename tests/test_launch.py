@@ -31,7 +31,11 @@ ENVIRONMENT = {
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """Put back what answers signals, which `report` ignores."""
-    with interrupts.answered_by(interrupts.interrupt):
+
+    def heard(number: int, frame: object) -> None:
+        raise AssertionError(f"signal {number} was heard")
+
+    with interrupts.answered_by(heard):
         yield
 
 

@@ -41,9 +41,8 @@ class Ending:
         from ect.ranks.distributed import Severed
 
         assert self.heartbeat is not None
-        interrupts.install(
-            lambda number, frame: None
-        )  # torchrun ends all where one has ended: not before it has spoken
+        # torchrun ends all where one has ended: not this one before it has spoken.
+        interrupts.install(lambda number, frame: None)
         rank, size, status = self.place.rank, self.place.size, 1
         if isinstance(error, UserError):
             status = error.status
