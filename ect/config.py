@@ -241,6 +241,8 @@ class Config:
     """'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1'."""
     threads: Annotated[int | None, FROM_1, THREADS] = None
     """CPU threads. None: as many as CPUs that this process may use."""
+    heartbeat: Annotated[float, Limit("from 1 to 86,400 seconds", lambda seconds: 1 <= seconds <= 86_400)] = 60.0
+    """Seconds of silence after which one of several processes is lost: the others say so, and end."""
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
     """Arithmetic of training. fp16 and bf16: half precision inside the residual blocks, fp32 at both ends, fp32 weights. fp16
     scales the loss; bf16 needs no scale, but puts up to 8 times fp16's noise on the signal. auto: fp16 on a GPU, else fp32."""

@@ -19,7 +19,7 @@ from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.errors import UserError
 from ect.files.lock import locked
-from ect.files.resume import refuse_changed_maths, refuse_new_start
+from ect.files.resume import data_fingerprint, refuse_changed_maths, refuse_new_start
 from ect.files.run_folder import (
     CONFIG,
     absent,
@@ -90,6 +90,8 @@ class Job:
         self.device = resolve(cfg.device, self.world)
         self._choose_kernels()
         self.dataset = load(cfg.data)
+        if self.world.size > 1:  # all ranks have come so far, before one of them makes a folder
+            self.world.agree({"images": data_fingerprint(self.dataset.images, self.dataset.labels)})
         for line in (self.dataset.describe(), *self.dataset.notes, *idle_options(cfg, self.dataset)):
             self.console.print(line, markup=False, highlight=False)
         self.stop = StopSignal(world=self.world)
@@ -189,6 +191,7 @@ class Job:
                 with can_make(str(run_dir)):
                     run_dir.mkdir(exist_ok=True)
                 write_config(cfg, run_dir, now)
+        self.world.can_go_on(self.run_dir, lambda: trainer.path)
         total_img, start = trainer.total_img, trainer.nimg
         resume_nimg = None if self.cfg.resume is None else start
         log = RunLog(

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Train as the command line says, and return the exit status.
 
-    It is 0 when done or stopped by a signal (all is saved), 2 on bad input, 3 where the run diverged, 130 on an impatient
-    second Ctrl-C.
+    It is 0 when done or stopped by a signal (all is saved), 2 on bad input, 3 where the run diverged, 4 where another process
+    of it was lost, 130 on an impatient second Ctrl-C.
     """
 
     def configure() -> Config | None:

@@ -25,7 +25,7 @@ from ect.data import load
 from ect.errors import UserError
 from ect.job import Job
 from ect.ranks import device, launch
-from ect.ranks.distributed import World, check_share, start
+from ect.ranks.distributed import World, check_share
 from ect.ranks.stop import ECHO_SECONDS, StopSignal
 from ect.sample import Options, sample
 from ect.show.log import RunLog
@@ -235,19 +235,22 @@ def test_sigterm_to_torchrun_saves_once_and_says_how_to_continue(tmp_path: Path)
 
 
 def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    world = start(*launch.rank_and_size())
-    assert world == World() and not torch.distributed.is_initialized()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
-    assert start(*launch.rank_and_size()) == world and not torch.distributed.is_initialized()
+    worlds: list[World] = []
+    for size in (None, "1"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        if size is not None:
+            monkeypatch.setenv("WORLD_SIZE", size)
+            monkeypatch.setenv("RANK", "0")
+        assert launch.launch(lambda: 0, lambda options, world: worlds.append(world) or 5) == 5  # type: ignore[func-returns-value]
+    world = worlds[0]
+    assert worlds == [World(), World()] and not torch.distributed.is_initialized()
     x = torch.ones(3)
     world.sum_(x)
     assert torch.equal(x, torch.ones(3)) and world.mean(0.1) == 0.1 and world.gather(x)[0] is x
     assert world.any(True) and not world.any(False) and world.first(lambda: 7) == 7
     world.agree({"options": "x"})
-    assert world.failed("crashed") is None
+    world.can_go_on(Path("run"), lambda: None)
     world.stop()
 
 
@@ -336,57 +339,6 @@ def test_ranks_compare_their_start_before_they_train(tmp_path: Path) -> None:
             trainer.run(log)
         told.append(str(error.value))
     assert told[0] == told[1] and len(set(told)) == 4 and not list(tmp_path.iterdir())
-
-
-class Lost(World):
-    """A rank that hears how another one ended."""
-
-    def failed(self, how: str) -> str | None:
-        return os.environ["HOW"] or None
-
-
-@pytest.mark.parametrize(
-    ("error", "before", "said", "status"),
-    [
-        (RuntimeError("mine"), "", "rank 1 of 2 failed:\n", 1),
-        (RuntimeError("connection closed\nby peer"), "crashed", "rank 1 ended after it: RuntimeError: connection closed\n", 1),
-        (RuntimeError("connection closed"), "told", "", 1),
-        (UserError("--x 1"), "", "error: --x 1\n", 2),
-        (UserError("--x 1"), "told", "", 2),
-        (KeyboardInterrupt(), "", "interrupted\n", 130),
-    ],
-)  # fmt: skip
-def test_how_a_rank_ends(
-    error: BaseException, before: str, said: str, status: int, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setenv("HOW", before)
-    monkeypatch.setattr("ect.ranks.distributed.start", lambda rank, size: Lost(1, 2))
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
-
-    def work(options: int, world: World) -> int:
-        raise error
-
-    launch.launch(lambda: 0, work)
-    found = capsys.readouterr().err
-    assert left == [status] and (found.startswith(said) if "mine" in str(error) else found == said)
-
-
-def test_only_rank_0_answers_a_command_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def parse() -> None:
-        print("usage")
-        print("warning", file=sys.stderr)
-        raise UserError("--x 1")
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
-    for rank, said in (("0", ("usage\n", "warning\nerror: --x 1\n")), ("1", ("", ""))):
-        monkeypatch.setenv("RANK", rank)
-        assert launch.launch(parse, pytest.fail) == 2
-        assert tuple(capsys.readouterr()) == said
 
 
 def test_one_process_keeps_its_traceback() -> None:

@@ -15,7 +15,7 @@ VERBS = {
     "Add", "Append", "Apply", "Ask", "Attend", "Bound", "Bring", "Build", "Call", "Catch", "Change", "Check",
     "Choose", "Compare", "Compile", "Compute", "Convolve", "Copy", "Count", "Create", "Do", "Download",
     "Downsample", "Draw", "End", "Fill", "Filter", "Fit", "Flatten", "Generate", "Give", "Go", "Group", "Hold",
-    "Invert", "Join", "Keep", "Launch", "Lay", "Let", "Limit", "Load", "Make", "Measure", "Move", "Multiply",
+    "Invert", "Join", "Keep", "Launch", "Lay", "Let", "Limit", "Listen", "Load", "Make", "Measure", "Move", "Multiply",
     "Name", "Note", "Order", "Plot", "Predict", "Print", "Profile", "Put", "Raise", "Rate", "Read", "Record",
     "Refuse", "Register", "Remove", "Replace", "Report", "Resample", "Return", "Round", "Run", "Say", "Set", "Show",
     "Split", "Stop", "Sum", "Train", "Transform", "Turn", "Update", "Upsample", "Use", "Wait", "Walk", "Write",

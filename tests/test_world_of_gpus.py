@@ -8,6 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from ect.ranks import distributed, driver
+from ect.ranks.heartbeat import Heartbeat
+from ect.ranks.place import Place
 
 
 @pytest.mark.parametrize(
@@ -19,12 +21,10 @@ def test_sums_run_by_nccl_where_there_are_gpus(
     made: dict[str, Any] = {}
     monkeypatch.setattr(driver, "available", lambda: gpu)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([("store", 1, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.update(backend=backend, **options))
     monkeypatch.setattr(dist, "new_group", lambda **options: f"{options['backend']} control")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    world = distributed.start(1, 2)
-    assert made["backend"] == backend and (made["rank"], made["world_size"]) == (1, 2)
+    place, heartbeat = Place(1, 2, 1, 2, "host", 29500), Heartbeat(1, 2, {}, 60, 600, lambda end: None)
+    world = distributed.start(place, "store", heartbeat)
+    assert made["backend"] == backend and (made["rank"], made["world_size"], made["store"]) == (1, 2, "store")
     assert (world.rank, world.size, world.local_rank, world.local_size) == (1, 2, 1, 2)
-    assert (world.control, world.store) == ("gloo control", "store")
+    assert (world.control, world.heartbeat) == ("gloo control", heartbeat)
