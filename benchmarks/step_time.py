@@ -1,10 +1,11 @@
-"""Time of a training step, row by row from the public design to this project's: python benchmarks/step_time.py.
+"""Time of a training step, row by row from the public code's operations to this project's: python benchmarks/step_time.py.
 
-The rows take turns, in several rounds, so that a machine which slows down slows them all; a figure is the median over rounds,
-its spread the interquartile range. Appends a line a network to benchmarks/results/<device>.jsonl and compares it with the last
-one of the device; --check exits 1 where a row got more than 5 % slower (on a CPU: its ratio to the first row), and then
-records nothing. A row that fails, or whose first steps take longer than --limit seconds, compilation included, is left out and
-says so. What is measured so far stands in benchmarks/results/<device>-<net>-<batch>.partial until the line is complete.
+The first row is what the public code does at each step, and all ratios are to it. The rows take turns, in several rounds, so
+that a machine which slows down slows them all; a figure is the median over rounds, its spread the interquartile range. Appends
+a line a network to benchmarks/results/<device>.jsonl and compares it with the last one that has the same first row; --check
+exits 1 where a row got more than 5 % slower (on a CPU: its ratio to the first row), and then records nothing. A row that fails,
+or whose first steps take longer than --limit seconds, compilation included, is left out and says so. What is measured so far
+stands in benchmarks/results/<device>-<net>-<batch>.partial until the line is complete.
 The last line says after how many steps torch.compile has paid for its start, with an empty compiler cache.
 """
 
