@@ -170,7 +170,9 @@ def test_a_data_set_says_what_it_is(tmp_path: Path) -> None:
 def test_postscript_named_png_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PIL goes by the content, and draws PostScript by Ghostscript, which is an interpreter."""
     started: list[object] = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args) or pytest.fail("gs"))
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args) or pytest.fail("gs")
+    )
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "EPS")
     data = write(tmp_path / "data", {"0.png": plain(0), "1.png": file.getvalue()})
