@@ -80,10 +80,11 @@ def section(lines: list[dict[str, Any]], folder: Path, stem: str) -> Iterator[st
     line = lines[-1]
     clocks = ", ".join(f"{name} {value}" for name, value in line["clocks"].items())
     driver = f", driver {line['driver']}" if line["driver"] else ""
+    load = f", load average {line['load'][0]} before and {line['load'][-1]} after" if line.get("load") else ""
     yield f"## {line['net']}, batch {line['batch']}: {line['device']}\n"
     yield (
         f"{line['time']}, commit {line['commit']}, torch {line['torch']}{driver}, {clocks}, {line['threads']} CPU thread(s), "
-        f"median of {line['rounds']} rounds.\n\n    python benchmarks/step_time.py --net {line['net']}\n"
+        f"median of {line['rounds']} rounds{load}.\n\n    python benchmarks/step_time.py --net {line['net']}\n"
     )
     for table in step_time.tables(line):
         yield f"{table.title}\n\n{table.markdown()}"

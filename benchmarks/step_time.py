@@ -92,7 +92,7 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
     line: dict[str, Any] = {
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(),
-        "net": case.name, "batch": case.cfg.batch,
+        "net": case.name, "batch": case.cfg.batch, "load": [measure.load()],
     }  # fmt: skip
     path = options.results / f"{measure.slug(line['device'])}.jsonl"
     partial = history.partial(path, line)
@@ -108,6 +108,7 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
     except rounds.NoRow as error:
         console.print(str(error), highlight=False, markup=False)
         return False
+    line["load"].append(measure.load())
     before, after = waterfall.compile_rows(device)
     line["payback"] = payback.steps(line["rows"], before, after)
     for table in tables(line):

@@ -290,6 +290,7 @@ def test_records_compares_checks_and_renders(
         assert row["predicted_minutes"] == pytest.approx(row["sec_per_kimg"] * PRESETS["digits"].total_kimg / 60)
         assert row["memory"] > 4 * 4 * sum(p.numel() for p in tiny().network(CPU).parameters())
     assert first["rows"]["public"]["ratio"] == 1 and "plain" not in first["rows"] and first["floor"]["ms"] > 0
+    assert len(first["load"]) == 2 and all(load >= 0 for load in first["load"])
     assert first["commit"] and first["torch"] == torch.__version__ and first["clocks"]
 
     fast = copy.deepcopy(first)
@@ -303,6 +304,7 @@ def test_records_compares_checks_and_renders(
     last = history.read(path)[-1]["rows"]
     assert all(f"{last[name]['ms']:.2f}" in text for name in ("public", "+flat optimizer"))
     assert "python benchmarks/step_time.py --net digits" in text
+    assert "load average {} before and {} after".format(*history.read(path)[-1]["load"]) in text
     pictures = [tmp_path / name for name in (f"{path.stem}-digits-4.png", f"{path.stem}-digits-4-course.png")]
     assert all(picture.name in text and picture.stat().st_size > 5000 for picture in pictures)
 
