@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo quick test drills drills-short mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
+.PHONY: demo quick core test drills drills-short mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -11,6 +11,9 @@ demo: .venv/.installed
 quick: .venv/.test-installed  # the tests that take at most two seconds each; what takes longer and hides it fails
 	$(BIN)/python -m ect_kernels.testing.emulator
 	$(BIN)/python -m pytest -q --quick -n auto --maxprocesses 8 --dist worksteal
+
+core:  # the quick tests of maths, files and commands, in any environment that has pytest: make core BIN=path/to/venv/bin
+	$(BIN)/python -m pytest -q --quick @tests/core.txt
 
 test: .venv/.test-installed
 	$(BIN)/python -m ect_kernels.testing.emulator

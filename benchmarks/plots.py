@@ -30,8 +30,10 @@ COLOURS = dict(
 HEAD = """# Results
 
 Written by `make bench`. Every figure is measured unless it says predicted; each table names its machine, and the command
-that prints it. Ratios compare rows of one run, in which the rows took turns. IQR: first and third quartile. MB: what a row
-holds from step to step, with the most that a step has alive beside it. Launches: kernels on a GPU, operations on a CPU.
+that prints it. Ratios compare rows of one run, in which the rows took turns. Where a table has the row `public`, its
+ratios are to that row: what the public ECT code does at each step, in our own code (`benchmarks/lib/public_step.py`). IQR:
+first and third quartile. MB: what a row holds from step to step, with the most that a step has alive beside it. Launches:
+kernels on a GPU, operations on a CPU.
 """
 
 
@@ -62,10 +64,10 @@ def course(lines: list[dict[str, Any]], path: Path) -> None:
     labels = ["\n".join((line["commit"].replace("-dirty", "\nchanged"), line["time"][:10])) for line in lines]
     for name in lines[-1]["rows"]:
         values = [line["rows"].get(name, {}).get("ratio") for line in lines]
-        if any(values) and name != "plain":
+        if any(values) and name != history.first(lines[-1]):
             axes.plot(range(len(lines)), [v or float("nan") for v in values], marker="o", label=name)
     axes.set_xticks(range(len(lines)), labels, fontsize=7)
-    axes.set_ylabel("ratio to the first row")
+    axes.set_ylabel(f"ratio to {history.first(lines[-1])!r}")
     axes.set_title(f"{lines[-1]['net']}, batch {lines[-1]['batch']}: {lines[-1]['device']}", fontsize=10)
     axes.set_ylim(bottom=0)
     figure.legend(fontsize=7, loc="outside right center")
@@ -78,15 +80,17 @@ def section(lines: list[dict[str, Any]], folder: Path, stem: str) -> Iterator[st
     line = lines[-1]
     clocks = ", ".join(f"{name} {value}" for name, value in line["clocks"].items())
     driver = f", driver {line['driver']}" if line["driver"] else ""
+    load = f", load average {line['load'][0]} before and {line['load'][-1]} after" if line.get("load") else ""
     yield f"## {line['net']}, batch {line['batch']}: {line['device']}\n"
     yield (
         f"{line['time']}, commit {line['commit']}, torch {line['torch']}{driver}, {clocks}, {line['threads']} CPU thread(s), "
-        f"median of {line['rounds']} rounds.\n\n    python benchmarks/step_time.py --net {line['net']}\n"
+        f"median of {line['rounds']} rounds{load}.\n\n    python benchmarks/step_time.py --net {line['net']}\n"
     )
     for table in step_time.tables(line):
         yield f"{table.title}\n\n{table.markdown()}"
     waterfall(line, folder / f"{stem}.png")
     yield f"![time by row and category]({stem}.png)\n"
+    lines = history.comparable(lines, line)
     if len(lines) > 1:
         course(lines[-12:], folder / f"{stem}-course.png")
         yield f"![ratios over the recorded runs]({stem}-course.png)\n"

@@ -1,10 +1,11 @@
-"""Time of a training step, row by row from the public design to this project's: python benchmarks/step_time.py.
+"""Time of a training step, row by row from the public code's operations to this project's: python benchmarks/step_time.py.
 
-The rows take turns, in several rounds, so that a machine which slows down slows them all; a figure is the median over rounds,
-its spread the interquartile range. Appends a line a network to benchmarks/results/<device>.jsonl and compares it with the last
-one of the device; --check exits 1 where a row got more than 5 % slower (on a CPU: its ratio to the first row), and then
-records nothing. A row that fails, or whose first steps take longer than --limit seconds, compilation included, is left out and
-says so. What is measured so far stands in benchmarks/results/<device>-<net>-<batch>.partial until the line is complete.
+The first row is what the public code does at each step, and all ratios are to it. The rows take turns, in several rounds, so
+that a machine which slows down slows them all; a figure is the median over rounds, its spread the interquartile range. Appends
+a line a network to benchmarks/results/<device>.jsonl and compares it with the last one that has the same first row; --check
+exits 1 where a row got more than 5 % slower (on a CPU: its ratio to the first row), and then records nothing. A row that fails,
+or whose first steps take longer than --limit seconds, compilation included, is left out and says so. What is measured so far
+stands in benchmarks/results/<device>-<net>-<batch>.partial until the line is complete.
 The last line says after how many steps torch.compile has paid for its start, with an empty compiler cache.
 """
 
@@ -91,7 +92,7 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
     line: dict[str, Any] = {
         "benchmark": "step_time", "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **measure.machine(device), "clock": measure.clock(device)[0], "threads": torch.get_num_threads(),
-        "net": case.name, "batch": case.cfg.batch,
+        "net": case.name, "batch": case.cfg.batch, "load": [measure.load()],
     }  # fmt: skip
     path = options.results / f"{measure.slug(line['device'])}.jsonl"
     partial = history.partial(path, line)
@@ -107,6 +108,7 @@ def run(case: waterfall.Case, device: torch.device, options: argparse.Namespace,
     except rounds.NoRow as error:
         console.print(str(error), highlight=False, markup=False)
         return False
+    line["load"].append(measure.load())
     before, after = waterfall.compile_rows(device)
     line["payback"] = payback.steps(line["rows"], before, after)
     for table in tables(line):

@@ -68,15 +68,15 @@ class Options:
     batch: int = 256
     """Images computed at a time."""
     weights: Path | None = None
-    """Inception weights (FID, KID, IS). Default: torch's cache, else a download of 96 MB."""
+    """Inception weights (FID, KID, IS). Default: torch's cache; with --download, a download of 96 MB."""
     vgg: Path | None = None
-    """VGG16 weights (precision, recall). Default: torch's cache, else a download of 528 MB."""
+    """VGG16 weights (precision, recall). Default: torch's cache; with --download, a download of 528 MB."""
     dinov2: Path | None = None
     """DINOv2 weights, such as dinov2_vitl14_pretrain.pth: adds the column FD-DINOv2."""
     reference: Path | None = None
     """EDM's statistics of a data set (.npz with mu and sigma) instead of images: FID and IS only."""
-    download: bool = True
-    """Fetch weights that are neither given nor cached."""
+    download: bool = False
+    """Fetch weights that are neither given nor cached. Without it no command uses the network."""
     run_dir: Path | None = None
     """Folder for metrics.json and torch-fidelity's cache of the reference. Default: runs/evaluation-<model>."""
     device: str = "auto"

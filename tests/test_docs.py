@@ -40,7 +40,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # of runpy
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README = 130
 OPTIONS = {"ect.sample": sample.Options, "ect.evaluate": evaluate.Options, "ect.convert": convert.Options}
 SHORT = [  # what is run in earnest: it needs seconds, and nothing that is not here

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ect.config import DataConfig
 from ect.data import Dataset, load
@@ -165,3 +165,17 @@ def test_a_data_set_says_what_it_is(tmp_path: Path) -> None:
     assert "a single class" in read(write(tmp_path / "one", one), labels=True).describe()
     vectors = gaps | {"dataset.json": b'{"labels": [["a.png", [0.5, 1]], ["b.png", [0, 1]]]}'}
     assert read(write(tmp_path / "v", vectors), labels=True).describe().endswith("label vectors of 2 numbers")
+
+
+def test_postscript_named_png_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL goes by the content, and draws PostScript by Ghostscript, which is an interpreter."""
+    started: list[object] = []
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args) or pytest.fail("gs")
+    )
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    data = write(tmp_path / "data", {"0.png": plain(0), "1.png": file.getvalue()})
+    with pytest.raises(UserError, match=r"1\.png: cannot be read as an image \(of no known format\)"):
+        read(data)
+    assert not started

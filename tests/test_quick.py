@@ -76,3 +76,8 @@ def test_too_many_marks_fail(short: int, status: int, tmp_path: Path) -> None:
     """One of 6 is more than 15 %, one of 7 is less."""
     found, out = run(tmp_path, "--quick", "--deselect", "test_it.py::test_hidden", short=short)
     assert found == status and ("85% must be" in out) == bool(status)
+
+
+def test_the_core_is_files_that_exist() -> None:
+    files = (ROOT / "tests/core.txt").read_text(encoding="utf-8").split()
+    assert len(files) > 20 and all((ROOT / file).is_file() for file in files)

@@ -193,7 +193,7 @@ def test_every_row_of_a_gpu_but_compile_and_graph_also_runs_here() -> None:
         assert not torch.equal(before[0], runner.step.tensors()[0].detach())
         assert runner.resident() > 0
         names.append(row.name)
-    assert names == ["plain", "+tf32", "+channels-last", "+fp16", "+fused ops", "+flat optimizer"]
+    assert names == ["public", "plain", "+tf32", "+channels-last", "+fp16", "+fused ops", "+flat optimizer"]
 
 
 def test_products_alone_are_the_steps_arithmetic() -> None:
@@ -251,6 +251,10 @@ def test_the_last_line_of_the_same_case_counts(tmp_path: Path) -> None:
     history.append(path, {"benchmark": "something else"})
     found = history.last(path, line(plain=9))
     assert found is not None and found["rows"]["plain"]["ms"] == 2
+    assert history.last(path, line(public=9, plain=9)) is None  # its ratios are to another row
+    history.append(path, line(public=7, plain=3))
+    found = history.last(path, line(public=9, plain=9))
+    assert found is not None and found["rows"]["public"]["ms"] == 7
 
 
 def run(tmp_path: Path, *options: str) -> int:
@@ -280,12 +284,13 @@ def test_records_compares_checks_and_renders(
     (path,) = tmp_path.iterdir()
     (first,) = history.read(path)
     assert first["rows"]["+graph"] == {"ms": None, "why": "not on cpu"}
-    for row in (first["rows"]["plain"], first["rows"]["+flat optimizer"]):
+    for row in (first["rows"]["public"], first["rows"]["+flat optimizer"]):
         assert row["ms"] > 0 and row["launches"] > 50 and sum(row["share"].values()) == pytest.approx(1)
         assert row["images_per_second"] == pytest.approx(4000 / row["ms"])
         assert row["predicted_minutes"] == pytest.approx(row["sec_per_kimg"] * PRESETS["digits"].total_kimg / 60)
         assert row["memory"] > 4 * 4 * sum(p.numel() for p in tiny().network(CPU).parameters())
-    assert first["rows"]["plain"]["ratio"] == 1 and first["floor"]["ms"] > 0
+    assert first["rows"]["public"]["ratio"] == 1 and "plain" not in first["rows"] and first["floor"]["ms"] > 0
+    assert len(first["load"]) == 2 and all(load >= 0 for load in first["load"])
     assert first["commit"] and first["torch"] == torch.__version__ and first["clocks"]
 
     fast = copy.deepcopy(first)
@@ -297,8 +302,9 @@ def test_records_compares_checks_and_renders(
 
     text = plots.render(tmp_path).read_text()
     last = history.read(path)[-1]["rows"]
-    assert all(f"{last[name]['ms']:.2f}" in text for name in ("plain", "+flat optimizer"))
+    assert all(f"{last[name]['ms']:.2f}" in text for name in ("public", "+flat optimizer"))
     assert "python benchmarks/step_time.py --net digits" in text
+    assert "load average {} before and {} after".format(*history.read(path)[-1]["load"]) in text
     pictures = [tmp_path / name for name in (f"{path.stem}-digits-4.png", f"{path.stem}-digits-4-course.png")]
     assert all(picture.name in text and picture.stat().st_size > 5000 for picture in pictures)
 

@@ -1,4 +1,4 @@
-"""The update of the public design in plain PyTorch: what the waterfall of benchmarks/step_time.py starts from.
+"""The update of the public design in plain PyTorch, on this project's networks: `plain` of benchmarks/step_time.py.
 
 Our own implementation, on the same network as everything else (its plain forward pass), of what the public ECT trainer does at
 each step: images come from the host; the teacher repeats the student's dropout by setting the generators back; gradients are

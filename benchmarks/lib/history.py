@@ -46,10 +46,20 @@ def keep(path: Path, line: dict[str, Any]) -> None:
     os.replace(temp, path)
 
 
-def last(path: Path, line: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the latest earlier line of the same device, network, batch and number of threads."""
+def first(line: dict[str, Any]) -> str:
+    """Return the name of the row that a line's ratios are to: its first one with figures."""
+    return next((name for name, row in line["rows"].items() if row["ms"] is not None), "")
+
+
+def comparable(lines: list[dict[str, Any]], line: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of the same device, network, batch and number of threads whose ratios are to the same row."""
     same = ("device", "net", "batch", "threads")
-    found = [old for old in read(path) if all(old[key] == line[key] for key in same)]
+    return [old for old in lines if all(old[key] == line[key] for key in same) and first(old) == first(line)]
+
+
+def last(path: Path, line: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the latest earlier line that `line` compares with."""
+    found = comparable(read(path), line)
     return found[-1] if found else None
 
 

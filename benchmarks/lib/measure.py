@@ -53,6 +53,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name(device), "driver": driver, "clocks": values, **found}
 
 
+def load() -> float | None:
+    """Return how many processes wanted a core during the last minute, on average; None where the system does not say."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
 def slug(device: str) -> str:
     """Return a device's name as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-")

@@ -72,10 +72,11 @@ class Measurement:
         self.floor: Result | None = None
 
     def run(self, names: list[str] | None) -> Result:
-        for row in waterfall.rows(self.device):
+        rows = waterfall.rows(self.device)
+        for row in rows:
             if self.device.type in row.not_on:
                 self.found[row.name] = {"ms": None, "why": f"not on {self.device.type}"}
-            elif names is None or row.name in names or row.name == "plain":
+            elif names is None or row.name in names or row is rows[0]:
                 self.prepare(row)
         if not self.runners:
             why = {row["why"] for row in self.found.values() if not row["why"].startswith("not on")}
@@ -143,7 +144,7 @@ class Measurement:
     def update(self, times: dict[str, list[float]]) -> None:
         """Make figures of the seconds of each row, a value a round.
 
-        Ratios are to the first row: the plain one, or the first that runs.
+        Ratios are to the first row: the public code's operations, or the first that runs.
         """
         first = next(iter(times.values()))
         for name, values in times.items():

@@ -1,6 +1,7 @@
 """The rows of benchmarks/step_time.py: from the public design's step to this project's, one change a row.
 
-The first rows are baseline.PlainStep; `+fused ops` is ect.step.TrainStep with the public design's optimizer; from `+flat
+The first row is public_step.PublicStep, the public code's own operations, which all ratios are to; the next ones are
+baseline.PlainStep; `+fused ops` is ect.step.TrainStep with the public design's optimizer; from `+flat
 optimizer` on, everything is built by the functions that the trainer itself uses.
 """
 
@@ -23,10 +24,12 @@ from ect.models import EDMPrecond, build
 from ect.objective import ConsistencyObjective
 from ect.presets import PRESETS
 from ect.step import TrainStep
+from lib import public_net
 from lib.baseline import ParameterState, PlainStep
+from lib.public_step import PublicStep
 
 STAGE = 0
-Step = PlainStep | TrainStep
+Step = PublicStep | PlainStep | TrainStep
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,13 @@ class Case:
     def kimg(self) -> float:
         return self.cfg.total_kimg
 
+    def spec(self) -> dict[str, Any]:
+        """Return the description of the network, as model files have it."""
+        return network_spec(self.cfg.net, "ECMPrecond", self.dataset, 0)
+
     def network(self, device: torch.device) -> EDMPrecond:
         torch.manual_seed(0)
-        net = build(network_spec(self.cfg.net, "ECMPrecond", self.dataset, 0))
+        net = build(self.spec())
         for p in net.parameters():  # public checkpoints are trained: no weight is near zero
             if p.dim() > 1 and float(p.detach().std()) < 1e-3:
                 torch.nn.init.xavier_uniform_(p)
@@ -98,6 +105,15 @@ class Runner:
         """Return the bytes of the state between steps."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.step.tensors()}
         return sum(storages.values())
+
+
+def _public(case: Case, device: torch.device) -> PublicStep:
+    optim, spec = case.cfg.optim, case.spec()
+    net = public_net.denoiser(spec["kwargs"], spec["sigma_data"], case.network(torch.device("cpu")).state_dict())
+    return PublicStep(
+        net.to(device), case.objective(), case.dataset.images, batch=case.cfg.batch, lr=optim.lr, betas=optim.betas,
+        ema_beta=beta_of(optim.emas[0]),
+    )  # fmt: skip
 
 
 def _plain(**options: bool) -> Callable[[Case, torch.device], Step]:
@@ -161,6 +177,7 @@ def rows(device: torch.device) -> list[Row]:
     half = "fp16" if gpu else "fp32"
     options: dict[str, Any] = {"precision": half, "channels_last": True}
     return [
+        Row("public", "fp32", _public),
         Row("plain", "fp32", _plain()),
         Row("+tf32", "tf32", _plain(), ("cpu",)),
         Row("+channels-last", "tf32", _plain(channels_last=True)),

@@ -49,8 +49,9 @@ class WeightFile:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / self.filename
         if cached.is_file():
             return cached
-        failure = ""
+        failure, fetched = "", "; ect.evaluate --download does so"
         if download:
+            fetched = ""
             try:
                 fetch(self.url, cached)
                 return cached
@@ -58,7 +59,7 @@ class WeightFile:
                 failure = f", and the download failed ({error})"
         raise Unavailable(
             f"{self.what} weights not found{failure}: pass {self.option} PATH{self.training}, or put {self.filename} "
-            f"({self.megabytes} MB) into {cached.parent} from {self.url}"
+            f"({self.megabytes} MB) into {cached.parent} from {self.url}{fetched}"
         )
 
 

@@ -37,9 +37,14 @@ class Source:
 
 def extensions() -> set[str]:
     """Return the extensions, with their dot and in lower case, of the files that PIL can open by itself."""
+    known = formats()
+    return {extension for extension, name in Image.registered_extensions().items() if name in known}
+
+
+def formats() -> list[str]:
+    """Return the formats that PIL reads by itself. It goes by the content: a file named .png may be PostScript."""
     Image.init()
-    formats = Image.OPEN.keys() - _NOT_PICTURES
-    return {extension for extension, name in Image.registered_extensions().items() if name in formats}
+    return [name for name in Image.ID if name not in _NOT_PICTURES]
 
 
 def is_resolution(size: int) -> bool:
@@ -87,7 +92,7 @@ def _survey(source: Source) -> str:
     kinds: Counter[str] = Counter()
     for name in source.names:
         try:
-            with Image.open(io.BytesIO(source.read(name))) as image:
+            with Image.open(io.BytesIO(source.read(name)), formats=formats()) as image:
                 kinds[f"{_COLOURS.get(image.mode, image.mode)} {image.width}x{image.height}"] += 1
         except _UNREADABLE:
             kinds["unreadable"] += 1
@@ -105,7 +110,7 @@ def _decode(
     """
     where = source.path / name
     try:
-        with Image.open(io.BytesIO(source.read(name))) as image:
+        with Image.open(io.BytesIO(source.read(name)), formats=formats()) as image:
             mode = image.mode
             if convert is not None or mode in CHANNELS:
                 upright = ImageOps.exif_transpose(image)
