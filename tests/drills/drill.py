@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.drills import damage, disk, folders, kills, signals
+from tests.drills import damage, disk, folders, kills, ranks, signals
 from tests.drills.runs import Case, Ground
 
 
@@ -37,4 +37,5 @@ DRILLS = [
     Drill("clock set back", folders.clock, 2, 10),
     Drill("SIGTERM, SIGINT, SIGHUP to a new process", signals.real, 6, 3 * signals.MOMENTS),
     Drill("SIGTERM, SIGINT, SIGHUP at a write or any time", signals.forked, 9, 60),
+    *(Drill(*each) for each in ranks.RANK_DRILLS),
 ]

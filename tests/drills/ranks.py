@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ect.ranks.ending import GRACE
 from ect.ranks.heartbeat import STATUS
+from tests.drills.runs import Skipped
 from tests.rank_pool import Ranks
 
 HEARTBEAT = 3.0
@@ -42,6 +44,8 @@ OTHER = [
 
 
 def folder() -> tempfile.TemporaryDirectory[str]:
+    if not torch.distributed.is_gloo_available():
+        raise Skipped("needs torch.distributed with gloo")
     return tempfile.TemporaryDirectory(prefix="ranks")
 
 
