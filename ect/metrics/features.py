@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ect.config import DataConfig
+from ect.config import SEED, DataConfig, refuse_beyond
 from ect.files.atomic import atomic
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.frechet import Array, Statistics, frechet_distance
+from ect.ranks.distributed import World
+from ect.ranks.launch import launch
 
 WEIGHTS = Path(__file__).with_name("digits_features.npz")
 LEVELS = 16  # the scans hold the integers 0..16
@@ -167,12 +169,14 @@ class TrainOptions:
     out: Path = WEIGHTS
     """File to write (.npz)."""
     seed: int = 0
+    """Seed of weights, split and batches."""
 
 
-def main(options: TrainOptions) -> None:
-    """Train, write the weights as fp16 and print the held-out accuracy."""
+def make(options: TrainOptions) -> None:
+    """Train, write the weights as fp16 and print the held-out accuracy. Raises UserError on a seed that is none."""
     from ect.data import load
 
+    refuse_beyond({"seed": (options.seed, SEED)})
     data = load(DataConfig("digits", labels=True))
     assert data.labels is not None
     net, accuracy = train(data.images, data.labels.argmax(1).numpy(), options.seed)
@@ -182,7 +186,17 @@ def main(options: TrainOptions) -> None:
     print(f"{options.out}: {accuracy:.2%} of {HELD_OUT} held-out digits recognised")
 
 
-if __name__ == "__main__":
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with status 2 and one message where the user can mend it."""
     import tyro
 
-    main(tyro.cli(TrainOptions))
+    def work(options: TrainOptions, world: World) -> int:
+        make(options)
+        return 0
+
+    if status := launch(lambda: tyro.cli(TrainOptions, args=args, prog="python -m ect.metrics.features"), work):
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ect.errors import UserError
 from ect.ranks import interrupts
+from ect.ranks.paths import refuse_impossible
+from ect.ranks.sentences import parsed, sentence
 
 if TYPE_CHECKING:
     from ect.ranks.distributed import World
@@ -35,15 +37,16 @@ def _launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inte
     try:
         # All ranks read the same command line, and would answer the same.
         with contextlib.nullcontext() if first else contextlib.redirect_stderr(sys.stdout):
-            options = parse()
+            options = parsed(parse)
             if options is None:
                 return 0
+            refuse_impossible(options)
             from ect.ranks.distributed import start  # not earlier: torch takes seconds to import, --help needs none
 
             world = start(rank, size)
     except UserError as error:
         if first:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     try:
         with interrupts.answered_by(interrupts.interrupt):
@@ -72,7 +75,7 @@ def _report(error: BaseException, world: World, interrupted: str) -> int:
         raise error
     before = world.failed("told" if expected else "crashed")
     if before is None and expected:
-        print(f"error: {error}" if mendable else interrupted, file=sys.stderr)
+        print(f"error: {sentence(error)}" if mendable else interrupted, file=sys.stderr)
     elif before is None:
         text = "".join(traceback.format_exception(error))
         print(f"rank {world.rank} of {world.size} failed:\n{text}", file=sys.stderr, end="")
