@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo quick core test drills drills-short mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
+.PHONY: demo quick fuzz core test drills drills-short mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -38,6 +38,9 @@ gpu-paths: .venv/.test-installed  # the code of a GPU without one: every combina
 
 sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py
+
+fuzz: .venv/.test-installed  # hypothesis on every reader of files, ten minutes each (SECONDS=60: less), by a seed that it prints
+	$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS))
 
 mutants: .venv/.test-installed  # forty seeded mistakes in the code that decides what is learnt: the tests find all but two
 	$(BIN)/python tests/mutants.py

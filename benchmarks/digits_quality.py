@@ -17,15 +17,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import tyro
 from lib.measure import reason
-from lib.options import command
+from lib.options import command, tyro_options
 from rich.console import Console
 
-from ect.config import Config, EvalConfig, LogConfig
+from ect.config import SEED, Config, EvalConfig, Limit, LogConfig
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.job import Job, pretrain_config
@@ -40,9 +39,12 @@ MAX_NFE = 9  # the claim: 2 evaluations of ECT beat every diffusion sampler of a
 Result = dict[str, dict[str, float]]
 
 
+SEEDS = Limit("seeds from 0 to 2^31 - 1", lambda seeds: all(map(SEED.holds, seeds)))
+
+
 @dataclass(frozen=True)
 class Options:
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], SEEDS] = (0, 1, 2)
     check: bool = False
     """Exit 1 unless the claims hold for every seed."""
     report: bool = False
@@ -147,7 +149,7 @@ def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, description=__doc__, args=argv)
+    options = tyro_options(Options, __doc__, argv)
     if not options.seeds:
         raise UserError("--seeds: name at least one")
     if options.report:

@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lib import first_hour_report
-from lib.options import Parser, at_least, folder
+from lib.options import Parser, at_least, folder, possible_path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 8.0  # seconds below which a stage is not begun
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu: everything at small sizes")
     wheels = ROOT / "wheels"
     parser.add_argument(
-        "--wheels", type=Path, default=wheels if wheels.is_dir() else None, help="default: wheels, if there"
+        "--wheels", type=possible_path, default=wheels if wheels.is_dir() else None, help="default: wheels, if there"
     )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages")
     options = parser.parse_args(argv)

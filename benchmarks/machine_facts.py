@@ -5,7 +5,6 @@ Prints a line a fact; with a file, writes them as JSON.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from lib.options import Parser, possible_path
 
 PACKAGES = (
     "torch", "triton", "numpy", "pillow", "safetensors", "tyro", "rich", "tensorboard", "torch-fidelity", "torchvision",
@@ -86,8 +87,8 @@ def facts() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, nargs="?", help="JSON file for the facts")
+    parser = Parser(description=__doc__)
+    parser.add_argument("file", type=possible_path, nargs="?", help="JSON file for the facts")
     path: Path | None = parser.parse_args(argv).file
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         print(f"{path}: cannot be written; name a file in a folder that exists", file=sys.stderr)

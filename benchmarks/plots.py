@@ -15,7 +15,7 @@ import matplotlib
 import roofline
 import step_time
 from lib import categories, history
-from lib.options import Parser
+from lib.options import Parser, possible_path
 
 matplotlib.use("Agg")  # no display
 from matplotlib import pyplot as plt
@@ -124,7 +124,7 @@ def render(folder: Path, parts: Iterable[str] = ()) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=history.RESULTS, help="folder of the recorded lines")
+    parser.add_argument("--results", type=possible_path, default=history.RESULTS, help="folder of the recorded lines")
     options = parser.parse_args(argv)
     if not options.results.is_dir():
         parser.error(f"--results {options.results}: no such folder; python benchmarks/step_time.py writes it")

@@ -16,15 +16,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 from lib.measure import header, reason
-from lib.options import command
+from lib.options import command, tyro_options
 from rich.console import Console
 
 from ect import models
-from ect.config import DataConfig
+from ect.config import FROM_1, IMAGES, DataConfig
 from ect.cost import signal_noise
 from ect.cost.signal_noise import LEVELS, differences, in_fp64, in_precision, relative_errors
 from ect.data import Dataset, load
@@ -48,7 +49,7 @@ class Options:
     checkpoint: tyro.conf.Positional[Path] = DIGITS
     """A trained network: what python -m ect.sample takes."""
     data: DataConfig = field(default_factory=DataConfig)
-    samples: int = 2000
+    samples: Annotated[int, FROM_1, IMAGES] = 2000
     """The most images taken, all at every level. Over 500 images the ratios still move by 2 %, over all digits by 1 %."""
     device: str = "auto"
     check: bool = False
@@ -113,8 +114,6 @@ def load_all(options: Options) -> tuple[EDMPrecond, Dataset]:
     where = device.resolve(options.device)
     if where.type == "cpu":
         device.set_threads(1 if options.checkpoint == DIGITS else None)  # more threads slow so small a network down
-    if options.samples < 1:
-        raise UserError(f"--samples {options.samples}: expected at least 1")
     net, _ = load_model(options.checkpoint, device=where)
     dataset = load(options.data)
     classes = dataset.label_dim if net.label_dim else 0
@@ -129,7 +128,7 @@ def load_all(options: Options) -> tuple[EDMPrecond, Dataset]:
 
 @command
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, description=__doc__, args=args)
+    options = tyro_options(Options, __doc__, args)
     net, dataset = load_all(options)
     where = next(net.parameters()).device
     images, labels = dataset.images[: options.samples].to(where), None

@@ -21,16 +21,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from digits_quality import rate, short, train
 from lib.measure import reason
-from lib.options import command
+from lib.options import command, tyro_options
 from rich.console import Console
 
-from ect.config import Config
+from ect.config import KIMG, SEED, Config, Limit
 from ect.errors import UserError
 from ect.files.checkpoint import Checkpoints
 from ect.job import Job, pretrain_config
@@ -44,9 +43,12 @@ Name = Literal["fp32", "fp16", "bf16"]
 Line = dict[str, Any]
 
 
+SEEDS = Limit("seeds from 0 to 2^31 - 1", lambda seeds: all(map(SEED.holds, seeds)))
+
+
 @dataclass(frozen=True)
 class Options:
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], SEEDS] = (0, 1, 2)
     precisions: tuple[Name, ...] = ("fp32", "fp16", "bf16")
     check: bool = False
     """Exit 1 unless fp16 and fp32 are equal within the spread."""
@@ -57,7 +59,7 @@ class Options:
     results: Path = RESULTS
     folder: Path = Path("runs/precision-quality")
     """The folder in which the pretrained networks are kept."""
-    kimg: float = PRESETS["digits"].total_kimg
+    kimg: Annotated[float, KIMG] = PRESETS["digits"].total_kimg
     """Length of each phase, to try the script; the digits recipe otherwise."""
 
 
@@ -162,10 +164,10 @@ def show(lines: dict[tuple[int, str], Line], options: Options) -> bool:
 
 @command
 def main(args: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, description=__doc__, args=args)
+    options = tyro_options(Options, __doc__, args)
     if not options.seeds or not options.precisions or options.kimg <= 0:
         raise UserError(
-            "--seeds, --precisions, --kimg: expected one or more seeds and precisions, and a length above 0"
+            f"--seeds, --precisions, --kimg {options.kimg:g}: expected one or more seeds and precisions, and a length above 0"
         )
     if options.report and not options.results.is_file():
         raise UserError(f"--results {options.results}: no such file; leave --report out to make one")

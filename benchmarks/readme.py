@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.options import Parser, command
+from lib.options import Parser, command, possible_path
 
 from ect.errors import UserError
 from ect.files.checkpoint import read_model
@@ -35,7 +35,7 @@ def insert(text: str, name: str, block: str) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder of a finished run of python -m ect.train")
+    parser.add_argument("run_dir", type=possible_path, help="folder of a finished run of python -m ect.train")
     run_dir = parser.parse_args(argv).run_dir
     for name in ("samples.png", "results.md"):
         if not (run_dir / name).is_file():

@@ -13,12 +13,11 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from lib import history, instructions, work
-from lib.options import Parser
+from lib.options import Parser, possible_path
 from rich.console import Console
 
 from ect.show.table import Table
@@ -212,7 +211,7 @@ def compared(lines: Iterable[dict[str, Any]]) -> Table:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
-    parser.add_argument("--results", type=Path, help="a file of benchmarks/results/: prints measured / floor")
+    parser.add_argument("--results", type=possible_path, help="a file of benchmarks/results/: prints measured / floor")
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if options.results is not None:

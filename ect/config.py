@@ -31,7 +31,6 @@ MAX_BLOCKS, MAX_LEVELS = 24, 8
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
 
-
 Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
 Kind = Literal["consistency", "diffusion"]
 
@@ -85,12 +84,15 @@ THREADS = at_most(1024)
 IMAGES = at_most(10**7)
 SIGMA_DATA = Limit("a number from 0.0001 to 10,000", lambda sigma: 1e-4 <= sigma <= 1e4)
 ABOVE_0 = Limit("greater than 0", lambda value: value > 0)
+SEED = Limit("from 0 to 2^31 - 1", lambda seed: 0 <= seed < 2**31)
 FROM_0 = Limit("0 or greater", lambda value: value >= 0)
 FROM_1 = Limit("at least 1", lambda value: value >= 1)
 BELOW_1 = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
-CHANNELS = at_most(4096)
+FOURS = Limit("a multiple of 4", lambda value: value >= 4 and value % 4 == 0)
+NUMBER = at_most(10**6)
+SIZES = Limit("up to 15 sizes from 1 to 4,096", lambda sizes: len(sizes) <= 15 and all(1 <= n <= 4096 for n in sizes))
 FEW_LEVELS = Limit(
-    f"at most {MAX_LEVELS} factors, each up to 64", lambda mult: len(mult) <= MAX_LEVELS and max(mult, default=0) <= 64
+    f"at most {MAX_LEVELS} factors, each up to 64", lambda m: len(m) <= MAX_LEVELS and max([0, *m]) <= 64
 )
 FACTORS = Limit("one factor of at least 1 for each resolution", lambda mult: min(mult, default=0) >= 1)
 FALLING = Limit(
@@ -109,7 +111,7 @@ EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are
 class DataConfig:
     source: str = "digits"
     """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, EDM zip, folder of images."""
-    resolution: Annotated[int | None, at_most(4096)] = None
+    resolution: Annotated[int | None, FOURS, at_most(4096)] = None
     """Resize and centre-crop a folder of images to this size (pixels). None: all images must already agree."""
     convert: Literal["rgb", "grey"] | None = None
     """Make a folder or zip of images RGB or grey: transparency on white, palettes, CMYK and 16 bits included. None: all must
@@ -126,14 +128,12 @@ class DataConfig:
 class NetConfig:
     arch: Architecture = "ddpmpp"
     """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
-    model_channels: Annotated[
-        int, Limit("a multiple of 4", lambda channels: channels >= 4 and channels % 4 == 0), CHANNELS
-    ] = 128
+    model_channels: Annotated[int, FOURS, at_most(4096)] = 128
     """Channels at the first resolution, times channel_mult at the others."""
     channel_mult: Annotated[tuple[int, ...], FACTORS, FEW_LEVELS] = (2, 2, 2)
     num_blocks: Annotated[int, FROM_1, at_most(MAX_BLOCKS)] = 4
     """Residual blocks a resolution."""
-    attn_resolutions: tuple[int, ...] = (16,)
+    attn_resolutions: Annotated[tuple[int, ...], SIZES] = (16,)
     dropout: Annotated[float, BELOW_1] = 0.2
     label_dropout: Annotated[float, BELOW_1] = 0.0
     """Probability of dropping a class label (for classifier-free guidance)."""
@@ -145,22 +145,22 @@ class NetConfig:
 class ObjectiveConfig:
     kind: Kind = "consistency"
     """'consistency' tunes with ECT; 'diffusion' trains a denoiser with EDM's loss."""
-    P_mean: float = -1.1
+    P_mean: Annotated[float, Limit("from -20 to 20", lambda mean: -20 <= mean <= 20)] = -1.1
     """Mean of ln(t)."""
-    P_std: Annotated[float, ABOVE_0] = 2.0
+    P_std: Annotated[float, ABOVE_0, at_most(20)] = 2.0
     """Standard deviation of ln(t)."""
     mapping: Literal["sigmoid", "const"] = "sigmoid"
     """The formula by which r follows from t and the stage (consistency only)."""
-    q: Annotated[float, Limit("greater than 1", lambda q: q > 1)] = 2.0
+    q: Annotated[float, Limit("greater than 1", lambda q: q > 1), at_most(2**16)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
-    k: Annotated[float, FROM_0] = 8.0
+    k: Annotated[float, FROM_0, NUMBER] = 8.0
     """Extra gap at small t: n(t) = 1 + k sigmoid(-b t)."""
-    b: Annotated[float, FROM_0] = 1.0
-    c: Annotated[float, FROM_0] = 0.0
+    b: Annotated[float, FROM_0, NUMBER] = 1.0
+    c: Annotated[float, FROM_0, NUMBER] = 0.0
     """Pseudo-Huber constant, >= 0; 0 is the plain L2 norm."""
     weighting: Literal["inverse_gap", "inverse_c_out_sq", "inverse_t", "inverse_t_sq", "uniform"] = "inverse_gap"
     """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1."""
-    n_stages: Annotated[int, FROM_1] = 8
+    n_stages: Annotated[int, FROM_1, at_most(10**4)] = 8
     """Number of stages of the mapping."""
     stage_kimg: Annotated[float, ABOVE_0, KIMG] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
@@ -172,10 +172,10 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["radam", "adam"] = "radam"
-    lr: Annotated[float, ABOVE_0] = 1e-4
+    lr: Annotated[float, ABOVE_0, NUMBER] = 1e-4
     betas: Annotated[tuple[float, float], EACH_BELOW_1] = (0.9, 0.999)
-    eps: Annotated[float, FROM_0] = 1e-8
-    clip: Annotated[float | None, ABOVE_0] = None
+    eps: Annotated[float, FROM_0, NUMBER] = 1e-8
+    clip: Annotated[float | None, ABOVE_0, at_most(10**9)] = None
     """Clip the gradient's global L2 norm to this value. None: no clipping."""
     warmup_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     """Linear warm-up of the learning rate from 0."""
@@ -185,7 +185,7 @@ class OptimConfig:
     emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
     """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
     makes; ect.sample and ect.evaluate take the second with --ema 1."""
-    ema_rampup: Annotated[float | None, ABOVE_0] = None
+    ema_rampup: Annotated[float | None, ABOVE_0, NUMBER] = None
     """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
 
 
@@ -199,7 +199,7 @@ class LogConfig:
     """Interval of evaluation (0: only at the end)."""
     checkpoint_kimg: Annotated[float, FROM_0, KIMG] = 256.0
     """Interval of checkpoints (0: only at the end)."""
-    keep: Annotated[int, FROM_1] = 3
+    keep: Annotated[int, FROM_1, NUMBER] = 3
     """Keep this many latest checkpoints."""
 
 
@@ -225,7 +225,7 @@ class Config:
     batch_per_device: int | Literal["auto"] | None = None
     """Images a forward pass: a divisor of each device's share of batch; gradients accumulate. None: the whole share at
     once; 'auto': as many as the predicted memory allows."""
-    seed: Annotated[int, Limit("from 0 to 2^31 - 1", lambda seed: 0 <= seed < 2**31)] = 0
+    seed: Annotated[int, SEED] = 0
     init_from: Path | None = None
     """Pretrained network: a public EDM/ECT .pkl or one of our .safetensors."""
     pretrain: str | None = None

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from ect.config import BATCH, FROM_1, IMAGES, MAX_STEPS, THREADS, EvalConfig, at_most, refuse_beyond
+from ect.config import BATCH, FOURS, FROM_1, IMAGES, MAX_STEPS, THREADS, EvalConfig, at_most, refuse_beyond
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.resume import weights_fingerprint
@@ -157,7 +157,8 @@ def _check_numbers(options: Options) -> None:
     refuse_beyond(
         {
             "repeats": (options.repeats, FROM_1, at_most(1000)), "batch": (options.batch, FROM_1, BATCH),
-            "samples": (options.samples, IMAGES), "threads": (options.threads, FROM_1, THREADS),
+            "samples": (options.samples, FROM_1, IMAGES), "threads": (options.threads, FROM_1, THREADS),
+            "resolution": (options.resolution, FOURS, at_most(4096)),
         }
     )  # fmt: skip
     if options.seed + options.repeats * (options.samples or _SAMPLES) > 2**63:

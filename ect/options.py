@@ -93,18 +93,22 @@ def option(name: str, value: Any) -> str:
 
 def check(cfg: Config) -> None:
     """Raise UserError naming the first option whose value is impossible: by itself, then beside other options."""
-    values = {}
-    for name, value, limits in fields(cfg):
-        values[name] = value
+    check_each(cfg)
+    values = {name: value for name, value, _ in fields(cfg)}
+    for name, fits, expected in _beside_others(cfg):
+        if not fits:
+            raise UserError(f"{option(name, values[name])}: expected {expected}")
+
+
+def check_each(cfg: Any, prefix: str = "") -> None:
+    """Raise UserError naming the first option, beginning with `prefix`, whose value is impossible by itself."""
+    for name, value, limits in fields(cfg, prefix):
         numbers = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, float)]
         if not all(map(math.isfinite, numbers)):
             raise UserError(f"{option(name, value)}: expected a finite number")
         for limit in limits:
             if value is not None and not limit.holds(value):
                 raise UserError(f"{option(name, value)}: expected {limit.expected}")
-    for name, fits, expected in _beside_others(cfg):
-        if not fits:
-            raise UserError(f"{option(name, values[name])}: expected {expected}")
 
 
 def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:

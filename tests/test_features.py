@@ -67,7 +67,7 @@ def test_command_writes_the_weights(
 ) -> None:
     net = features.build_network()
     monkeypatch.setattr(features, "train", lambda images, labels, seed: (net, 0.5 + seed))
-    features.main(features.TrainOptions(tmp_path / "weights.npz", seed=0))
+    features.make(features.TrainOptions(tmp_path / "weights.npz", seed=0))
     with np.load(tmp_path / "weights.npz") as file, np.load(features.WEIGHTS) as shipped:
         assert {name: file[name].shape for name in file} == {name: shipped[name].shape for name in shipped}
         np.testing.assert_array_equal(file["0.weight"], net[0].weight.detach().numpy().astype(np.float16))

@@ -13,7 +13,7 @@ from ect.config import DataConfig
 from ect.data.readers import cifar10, idx, image_files
 from ect.data.readers.image_files import Read
 from ect.data.readers.labels import one_hot
-from ect.data.readers.pictures import fit_all, is_resolution
+from ect.data.readers.pictures import MAX_SIDE, fit_all, is_resolution
 from ect.errors import UserError
 
 
@@ -80,11 +80,19 @@ def load(cfg: DataConfig) -> Dataset:
     size or colour mode, or not labelled as asked.
     """
     if cfg.resolution is not None and not is_resolution(cfg.resolution):
-        raise UserError(f"--data.resolution {cfg.resolution}: expected a multiple of 4, such as 32")
+        raise UserError(f"--data.resolution {cfg.resolution}: expected a multiple of 4, such as 32, up to {MAX_SIDE:,}")
     if cfg.source == "digits":
         name, (images, labels, notes) = "digits", Read(*_digits(), [])
     else:
-        name, (images, labels, notes) = _read_path(Path(cfg.source).expanduser(), cfg)
+        try:
+            path = Path(cfg.source).expanduser()
+            path.lstat()  # which fails otherwise than by a FileNotFoundError where no file can have this name
+        except FileNotFoundError:
+            pass  # what is expected there, the readers say
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user that there is not
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--data.source {cfg.source}: cannot be read ({reason}). Give another path") from error
+        name, (images, labels, notes) = _read_path(path, cfg)
     padded = 32 if images.shape[1:] == (28, 28, 1) else None  # as the field has it for MNIST and its kin
     if (resolution := cfg.resolution or padded) is not None:
         images = fit_all(images, resolution)

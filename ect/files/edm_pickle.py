@@ -90,11 +90,11 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected an EDM or ECT snapshot (.pkl)")
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+        large = path.stat().st_size > max_bytes  # not by a read of so many bytes, whose memory Python takes at once
+        data = b"" if large else path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(data) > max_bytes:
+    if large:
         raise UnsafePickle(f"{path}: larger than the limit max_bytes = {max_bytes}; is it an EDM or ECT snapshot?")
     return data
 
@@ -119,7 +119,8 @@ def _network(data: bytes, key: str) -> _Persistent:
         )
     if key not in root:
         names = ", ".join(show(str(name)) for name in list(root)[:8])
-        raise UnsafePickle(f"has no {key!r}; it holds {names or 'nothing'}")
+        asked = "" if key == "ema" else ", which --key asks for"
+        raise UnsafePickle(f"has no {key!r}{asked}; it holds {names or 'nothing'}")
     if type(root[key]) is not _Persistent:
         raise UnsafePickle(f"{key!r} is {describe(root[key])}; expected a network")
     return root[key]

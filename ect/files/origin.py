@@ -60,7 +60,10 @@ def _network(
     if cfg.init_from is None:
         spec = network_spec(cfg.net, objective.precond, dataset, augment_dim)
         return spec, build(spec), []
-    snapshot = read_model(cfg.init_from.expanduser())
+    try:
+        snapshot = read_model(cfg.init_from.expanduser())
+    except UserError as error:
+        raise UserError(f"--init-from {error}") from error
     check_fits(snapshot, str(cfg.init_from))
     kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": dataset.label_dim}
     kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}

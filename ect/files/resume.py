@@ -22,6 +22,12 @@ _SHOWN = {"grad_norm", "tally_loss"}
 """Tensors of the state that are shown and teach nothing; version 0.1 wrote them as they were."""
 
 
+class ChangedMaths(UserError):
+    """A resume with other options, one a line."""
+
+    several_lines = True
+
+
 def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise UserError listing every option by which a resumed run would compute something else.
 
@@ -38,7 +44,7 @@ def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
         if old.get(name) != now.get(name) and name not in free and not name.startswith(_FREE_GROUPS)
     ]
     if changed:
-        raise UserError(
+        raise ChangedMaths(
             "--resume: these options change what is computed:\n  " + "\n  ".join(changed) + "\n"
             "Resume with the checkpoint's values, or start a new run from its weights: --init-from CHECKPOINT"
         )

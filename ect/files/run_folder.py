@@ -134,9 +134,13 @@ def evaluation_dir(run_dir: Path | None, model: Path, ema: int | None, made: lis
 
 def run_folder(path: Path) -> Path:
     """Return the run folder of --resume's value, a run folder or a file in one. Raises UserError if it has no config.json."""
-    path = path.expanduser()
-    folder = path if path.is_dir() else path.parent
-    if not path.exists() or not (folder / CONFIG).is_file():
+    folder = path
+    with contextlib.suppress(
+        OSError, ValueError, RuntimeError
+    ):  # too long; a null character; ~ of a user that there is not
+        path = path.expanduser()
+        folder = path if path.is_dir() else path.parent
+    if not os.path.exists(path) or not (folder / CONFIG).is_file():
         raise UserError(f"--resume {path}: expected a run folder (with its config.json) or a checkpoint inside one")
     return folder
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ect.config import DataConfig
+from ect.config import SEED, DataConfig, refuse_beyond
 from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.metrics.evaluator import Column, Evaluator
 from ect.metrics.frechet import Array, Statistics, frechet_distance
+from ect.ranks.distributed import World
+from ect.ranks.launch import launch
 
 WEIGHTS = Path(__file__).with_name("digits_features.npz")
 LEVELS = 16  # the scans hold the integers 0..16
@@ -168,17 +170,16 @@ class TrainOptions:
     out: Path = WEIGHTS
     """File to write (.npz)."""
     seed: int = 0
+    """Seed of weights, split and batches."""
 
 
-def main(options: TrainOptions) -> int:
-    """Train, write the weights as fp16 and print the held-out accuracy. Raises UserError before that on what cannot be."""
+def make(options: TrainOptions) -> None:
+    """Train, write the weights as fp16 and print the held-out accuracy. Raises UserError on a seed that is none."""
     from ect.data import load
 
     if options.out.suffix != ".npz" or options.out.is_dir() or not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: name a file NAME.npz in a folder that is there")
-    if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed {options.seed}: expected a number from 0 on, below 2^63")
-
+    refuse_beyond({"seed": (options.seed, SEED)})
     data = load(DataConfig("digits", labels=True))
     assert data.labels is not None
     net, accuracy = train(data.images, data.labels.argmax(1).numpy(), options.seed)
@@ -186,14 +187,19 @@ def main(options: TrainOptions) -> int:
     with atomic(options.out) as temp, temp.open("wb") as file:
         np.savez_compressed(file, **arrays)
     print(f"{options.out}: {accuracy:.2%} of {HELD_OUT} held-out digits recognised")
-    return 0
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with status 2 and one message where the user can mend it."""
+    import tyro
+
+    def work(options: TrainOptions, world: World) -> int:
+        make(options)
+        return 0
+
+    if status := launch(lambda: tyro.cli(TrainOptions, args=args, prog="python -m ect.metrics.features"), work):
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":
-    import sys
-
-    import tyro
-
-    from ect.ranks.launch import launch
-
-    sys.exit(launch(lambda: tyro.cli(TrainOptions), lambda options, world: main(options)))
+    main()

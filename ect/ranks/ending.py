@@ -13,6 +13,7 @@ from ect.errors import UserError
 from ect.ranks import interrupts
 from ect.ranks.heartbeat import ANSWER, End, Heartbeat
 from ect.ranks.place import Place
+from ect.ranks.sentences import sentence
 
 GRACE = 5.0
 """Seconds in which a process ends by itself, as a wait for the lost rank fails; after them it is ended."""
@@ -62,7 +63,7 @@ class Ending:
             what = f"error: rank {rank} of {size}: an exchange failed, though all ranks beat ({error})"
             print(f"{what}; {self.heartbeat.way_back()}", file=sys.stderr)
         elif end.how == "told":
-            said = self.interrupted if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+            said = self.interrupted if isinstance(error, KeyboardInterrupt) else f"error: {sentence(error)}"
             print(said, file=sys.stderr, end="\n" if said else "")
         else:
             text = "".join(traceback.format_exception(error))

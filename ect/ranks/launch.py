@@ -15,8 +15,10 @@ from ect.errors import UserError
 from ect.ranks import interrupts
 from ect.ranks.ending import Ending
 from ect.ranks.heartbeat import Heartbeat
+from ect.ranks.paths import refuse_impossible
 from ect.ranks.place import Place
 from ect.ranks.roster import hello, refusal
+from ect.ranks.sentences import parsed, sentence
 
 if TYPE_CHECKING:
     from ect.ranks.distributed import World
@@ -37,12 +39,12 @@ def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inter
             place = Place.read()
             return _alone(parse, work, interrupted) if place.size == 1 else _together(place, parse, work, interrupted)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {sentence(error)}", file=sys.stderr)
             return error.status
 
 
 def _alone(parse: Callable[[], T | None], work: Callable[[T, World], int], interrupted: str) -> int:
-    options = parse()
+    options = _options(parse)
     if options is None:
         return 0
     from ect.ranks.distributed import World  # not earlier: torch takes seconds to import, --help needs none
@@ -98,14 +100,21 @@ def _read(parse: Callable[[], T | None], first: bool) -> tuple[T | None, dict[st
     options, status, said = None, None, io.StringIO()
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(said):
         try:
-            options = parse()
+            options = _options(parse)
             status = 0 if options is None else None
         except UserError as error:
             status = error.status
-            print(f"error: {error}" if first else error, file=sys.stderr)
+            print(f"error: {sentence(error)}", file=sys.stderr)
         except SystemExit as error:  # of --help, and of tyro, which says what it refuses
             status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
         except Exception:
             status = 1
             traceback.print_exc()
-    return options, hello(options, status, said.getvalue())
+    return options, hello(options, status, said.getvalue().removeprefix("error: "))
+
+
+def _options(parse: Callable[[], T | None]) -> T | None:
+    """Return the options that a command line means. Raises UserError on one that no system can take."""
+    options = parsed(parse)
+    refuse_impossible(options)
+    return options

@@ -64,6 +64,7 @@ def checked(console: Console, device: torch.device) -> bool:
 def main(argv: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m ect_kernels", description="What the fused ops run on here.")
     parser.add_argument("--check", action="store_true", help="compare the backends with the reference")
+    parser.error = lambda message: parser.exit(2, f"error: {message:.500}; see --help\n")  # type: ignore[method-assign]
     options = parser.parse_args(argv)
     for name in OPS:
         importlib.import_module(f"ect_kernels.{name}")

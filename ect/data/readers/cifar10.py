@@ -7,12 +7,16 @@ Format: https://www.cs.toronto.edu/~kriz/cifar.html
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,6 +34,11 @@ ROWS = 10_000
 MAX_BYTES = 2**26
 """Largest batch file read; the real ones have 31 MB."""
 
+MAX_UNPACKED = 2**28
+"""Most bytes that the archive is unpacked to, whatever is in it; the real one has 186 MB."""
+MAX_MEMBERS = 10_000
+
+_OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _DOWNLOAD = f"Download {URL} (170 MB, md5 {MD5})"
 
@@ -83,17 +92,45 @@ def _folder_members(folder: Path) -> Iterator[tuple[str, bytes]]:
 def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the batch files of the archive, in one pass and in memory."""
     try:
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
+        with _unpacked(path) as file, tarfile.open(fileobj=_Limited(file, path), mode="r|") as archive:  # type: ignore[call-overload]
+            for number, member in enumerate(archive):
+                if number >= MAX_MEMBERS:
+                    raise UserError(
+                        f"{path}: more than {MAX_MEMBERS:,} files, where CIFAR-10 has eight. {_DOWNLOAD} again"
+                    )
                 name = PurePosixPath(member.name).name
                 if name in BATCHES and member.isfile():
                     _check_size(member.size, path / name)
-                    file = archive.extractfile(member)
-                    assert file is not None  # a regular file
-                    yield name, file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+                    content = archive.extractfile(member)
+                    assert content is not None  # a regular file
+                    yield name, content.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
         reason = what_is_at(path) or error
         raise UserError(f"{path}: truncated, damaged or no tar archive ({reason}). {_DOWNLOAD} again") from error
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    """Return an archive, opened for reading without its compression."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    opened: IO[bytes] = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), open)(path, "rb")
+    return opened
+
+
+@dataclass
+class _Limited:
+    """A file of which at most MAX_UNPACKED bytes are read: a small archive may unpack to anything."""
+
+    file: IO[bytes]
+    path: Path
+    left: int = MAX_UNPACKED
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise UserError(f"{self.path}: unpacks to more than the {MAX_UNPACKED} bytes accepted. {_DOWNLOAD} again")
+        return data
 
 
 def _check_size(size: int, where: Path) -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ect.data.readers.labels import one_hot
+from ect.data.readers.labels import one_hot, refuse_too_many
 from ect.data.readers.pictures import check_size
 from ect.errors import UserError
 from ect.files.foreign import what_is_at
 
 MAX_BYTES = 2**33
 """Largest amount of image data read, whatever the header promises."""
+_ALWAYS, _RATIO = 2**26, 16
+"""Bytes read of any file, or so many times its size: MNIST is compressed by 4.7, and a small file must not fill the memory."""
 
 _NAME = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?", re.IGNORECASE)
 
@@ -72,7 +74,9 @@ def _read_labels(images_path: Path, count: int) -> np.ndarray:
         raise UserError(
             f"{path}: {len(indices)} labels for {count} images in {images_path.name}. Use files that belong together"
         )
-    return one_hot(indices, int(indices.max()) + 1)
+    classes = int(indices.max()) + 1
+    refuse_too_many(path, count, classes, count)
+    return one_hot(indices, classes)
 
 
 def _read_array(path: Path, ndim: int) -> np.ndarray:
@@ -84,7 +88,8 @@ def _read_array(path: Path, ndim: int) -> np.ndarray:
                 raise UserError(f"{path}: not an IDX file of {ndim}-dimensional uint8 data. Use the original file")
             shape = struct.unpack(f">{ndim}I", header[4:])
             size = math.prod(shape)
-            values = file.read(min(size, MAX_BYTES) + 1)  # one byte more than promised, to notice an excess
+            most = min(MAX_BYTES, max(_ALWAYS, _RATIO * path.stat().st_size))
+            values = file.read(min(size, most) + 1)  # one byte more than promised, to notice an excess
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({what_is_at(path) or error}). Copy or download it again") from error
     if len(values) != size:

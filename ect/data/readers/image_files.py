@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import splitext
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +22,16 @@ from ect.files.foreign import what_is_at
 
 MAX_BYTES = 2**28
 """Largest file read from a zip: more is a mistake or an attack, not a training image."""
+_ALWAYS, _RATIO = 2**28, 16
+"""The files of a zip have at most so many bytes unpacked, or so many times its size: pictures hardly compress further."""
+_TEXT = 2**24
+"""The labels of a zip have at most so many bytes, or twice the size of the zip, which has the pictures too."""
 
 LABELS = "dataset.json"
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError, IndexError,
+    NotImplementedError, RuntimeError,
+)  # fmt: skip
 
 
 class Read(NamedTuple):
@@ -39,7 +50,9 @@ def read_folder(root: Path, labels: bool, resolution: int | None, convert: Conve
     UserError naming the first file that does not fit.
     """
     names = [Path(folder, file).relative_to(root).as_posix() for folder, files in _walk(root) for file in files]
-    source = _pictures(Source(root, sorted(names), lambda name: (root / name).read_bytes()))
+    source = _pictures(
+        Source(root, sorted(names), lambda name: (root / name).read_bytes(), lambda name: (root / name).stat().st_size)
+    )
     if not labels:
         vectors = None
     elif LABELS in names:
@@ -70,7 +83,13 @@ def read_zip(path: Path, labels: bool, resolution: int | None, convert: Convert 
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive)
-            source = Source(path, sorted(members), lambda name: _read_member(archive, path, members[name]))
+            _check_sizes(path, members)
+            source = Source(
+                path,
+                sorted(members),
+                lambda name: _read_member(archive, path, members[name]),
+                lambda name: members[name].file_size,
+            )
             pictures, vectors = _pictures(source), None
             if labels:
                 if LABELS not in members:
@@ -81,7 +100,7 @@ def read_zip(path: Path, labels: bool, resolution: int | None, convert: Convert 
                 vectors = from_json(source.read(LABELS), pictures.names, path / LABELS)
             images, notes = decode_all(pictures, resolution, convert)
             return Read(images, vectors, notes)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGED as error:
         reason = what_is_at(path) or error
         raise UserError(
             f"{path}: damaged, truncated or not a zip that can be read ({reason}). Copy or make it anew"
@@ -99,6 +118,20 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return infos
 
 
+def _check_sizes(path: Path, members: dict[str, zipfile.ZipInfo]) -> None:
+    """Raise UserError where the files of a zip are far larger, unpacked, than those of a data set in it could be."""
+    packed, unpacked = path.stat().st_size, sum(info.file_size for info in members.values())
+    if unpacked > max(_ALWAYS, _RATIO * packed):
+        raise UserError(
+            f"{path}: {packed:,} bytes that unpack to {unpacked:,}: no data set of pictures. Unpack it, and look"
+        )
+    if LABELS in members and members[LABELS].file_size > max(_TEXT, 2 * packed):
+        size = members[LABELS].file_size
+        raise UserError(
+            f"{path / LABELS}: {size:,} bytes in a zip of {packed:,}: no labels of pictures. Make the zip anew"
+        )
+
+
 def _read_member(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo) -> bytes:
     if info.file_size > MAX_BYTES:
         raise UserError(
@@ -109,13 +142,13 @@ def _read_member(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo) ->
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _pictures(source: Source) -> Source:
     """Return the files with an extension that PIL can open, but none that is hidden."""
     known = extensions()
-    names = [name for name in source.names if PurePosixPath(name).suffix.lower() in known and not _hidden(name)]
+    names = [name for name in source.names if splitext(name)[1].lower() in known and not _hidden(name)]
     if not names:
         raise UserError(
             f"{source.path}: no images in it. Expected .png, .jpg or other files that PIL reads; check --data.source"

@@ -11,6 +11,9 @@ import numpy as np
 from ect.errors import UserError
 
 MAX_CLASSES = 32_768  # a larger class index is a mistake, and its one-hot rows would fill the memory
+_SMALL, _MAX_NUMBERS, _SHARE = 10**7, 180_000_000, 64
+"""A file of labels below so many bytes may make so many numbers, a larger one so many for each of its bytes: a large index in
+a small file must not fill the memory. ImageNet's has 30 for each byte."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -19,6 +22,15 @@ def one_hot(indices: np.ndarray, classes: int) -> np.ndarray:
     labels = np.zeros((len(indices), classes), np.float32)
     labels[np.arange(len(indices)), indices] = 1
     return labels
+
+
+def refuse_too_many(where: Path, images: int, classes: int, size: int) -> None:
+    """Raise UserError where one-hot labels would be far larger than a file of `size` bytes with class indices accounts for."""
+    if images * classes > (_MAX_NUMBERS if size < _SMALL else _SHARE * size):
+        raise UserError(
+            f"{where}: {classes:,} classes for {images:,} images, whose labels would fill the memory. Number the classes from "
+            "0 on, without gaps, or train without --data.labels"
+        )
 
 
 def from_json(text: bytes, names: list[str], where: Path) -> np.ndarray:
@@ -42,7 +54,7 @@ def from_json(text: bytes, names: list[str], where: Path) -> np.ndarray:
         )
     values = [by_name[name] for name in names]
     if type(values[0]) is int:
-        return _from_indices(values, names, where, remedy)
+        return _from_indices(values, names, where, remedy, len(text))
     return _from_vectors(values, names, where, remedy)
 
 
@@ -91,13 +103,14 @@ def _parse(text: bytes, where: Path, remedy: str) -> dict[str, Any]:
     return by_name
 
 
-def _from_indices(values: list[Any], names: list[str], where: Path, remedy: str) -> np.ndarray:
+def _from_indices(values: list[Any], names: list[str], where: Path, remedy: str, size: int) -> np.ndarray:
     for name, value in zip(names, values, strict=True):
         if type(value) is not int or not 0 <= value < MAX_CLASSES:
             raise UserError(
                 f"{where}: label {str(value)[:60]} of {name}: expected a class index in 0..{MAX_CLASSES - 1}, "
                 f"as {names[0]} has. {remedy}"
             )
+    refuse_too_many(where, len(values), max(values) + 1, size)
     return one_hot(np.array(values), max(values) + 1)
 
 

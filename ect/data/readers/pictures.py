@@ -19,6 +19,9 @@ from ect.errors import UserError
 
 Convert = Literal["rgb", "grey"]
 CHANNELS = {"L": 1, "RGB": 3}
+_ALWAYS, _RATIO = 150 << 20, 90
+MAX_SIDE = 4096
+"""Largest width of an image to train on, in pixels."""
 # PIL only identifies these, or starts another program to draw them.
 _NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -28,11 +31,33 @@ _COLOURS |= {"RGBA": "RGB with transparency", "I;16": "16-bit grey", "I;16B": "1
 
 @dataclass(frozen=True)
 class Source:
-    """Files under `path`: posix names relative to it, in sorted order, and how to read one."""
+    """Files under `path`: posix names relative to it, in sorted order, how to read one, and how many bytes it has."""
 
     path: Path
     names: list[str]
     read: Callable[[str], bytes]
+    size: Callable[[str], int]
+
+
+@dataclass
+class _Room:
+    """The pixels that the files read so far may have, so that small files do not fill the memory, or take hours."""
+
+    read: int = 0
+    decoded: int = 0
+
+    def take(self, where: Path, data: int, pixels: int) -> None:
+        """Count a file of `data` bytes that will have so many pixels. Raises UserError where that is too much."""
+        self.read, self.decoded = self.read + data, self.decoded + 3 * pixels
+        if self.decoded > most_bytes(self.read):
+            raise UserError(
+                f"{where}: {pixels:,} pixels in {data:,} bytes: so small files hold no pictures so large. Restore or remove it"
+            )
+
+
+def most_bytes(read: int) -> int:
+    """Return how many bytes of pixels the pictures in so many bytes of files can have: photos have 10 to 50 times as many."""
+    return max(_ALWAYS, _RATIO * read)
 
 
 def extensions() -> set[str]:
@@ -48,8 +73,8 @@ def formats() -> list[str]:
 
 
 def is_resolution(size: int) -> bool:
-    """Return whether a network can take images of this width: a multiple of 4, which it can halve twice."""
-    return size >= 4 and size % 4 == 0
+    """Return whether a network can take images of this width: a multiple of 4, which it can halve twice, up to MAX_SIDE."""
+    return 4 <= size <= MAX_SIDE and size % 4 == 0
 
 
 def decode_all(source: Source, resolution: int | None, convert: Convert | None) -> tuple[np.ndarray, list[str]]:
@@ -59,14 +84,14 @@ def decode_all(source: Source, resolution: int | None, convert: Convert | None) 
     a multiple of 4. With `convert` each becomes 'rgb' or 'grey'. Raises UserError that names the first image which does
     not fit, and counts the kinds that are there.
     """
-    first, *found = _decode(source, source.names[0], resolution, convert)
+    room = _Room()
+    first, *found = _decode(source, source.names[0], resolution, convert, room)
     smaller, dropped = map(int, found)
     if resolution is None:
         check_size(first, source.path / source.names[0])
-    images = np.empty((len(source.names), *first.shape), np.uint8)
-    images[0] = first
+    images = _array(source, first, resolution)
     for i, name in enumerate(source.names[1:], start=1):
-        y, small, lost = _decode(source, name, resolution, convert)
+        y, small, lost = _decode(source, name, resolution, convert, room)
         if y.shape != first.shape:
             raise UserError(f"{source.path / name}: {_difference(y, first, source.names[0])}{_survey(source)}")
         images[i], smaller, dropped = y, smaller + small, dropped + lost
@@ -76,6 +101,26 @@ def decode_all(source: Source, resolution: int | None, convert: Convert | None) 
     if dropped:
         notes.append(f"{dropped:,} of {len(images):,} images mark a colour as transparent, which was passed over")
     return images, notes
+
+
+def _array(source: Source, first: np.ndarray, resolution: int | None) -> np.ndarray:
+    """Return the array of all images, with the first in it. Raises UserError where there is no memory for so many of its size.
+
+    Without `resolution` that is also where the files are too small to hold them.
+    """
+    size = len(source.names) * first.nbytes
+    if resolution is None and size > most_bytes(sum(map(source.size, source.names))):
+        where = source.path / source.names[0]
+        raise UserError(
+            f"{where}: {first.nbytes:,} bytes of pixels, which the other files are too small to have. Remove it"
+        )
+    try:
+        images = np.empty((len(source.names), *first.shape), np.uint8)
+    except MemoryError as error:
+        what = f"{len(source.names):,} images of {first.shape[1]}x{first.shape[0]} need {size / 1e9:,.0f} GB of memory"
+        raise UserError(f"{source.path}: {what}. Choose a smaller --data.resolution") from error
+    images[0] = first
+    return images
 
 
 def _difference(y: np.ndarray, first: np.ndarray, name: str) -> str:
@@ -102,7 +147,7 @@ def _survey(source: Source) -> str:
 
 
 def _decode(
-    source: Source, name: str, resolution: int | None, convert: Convert | None
+    source: Source, name: str, resolution: int | None, convert: Convert | None, room: _Room
 ) -> tuple[np.ndarray, bool, bool]:
     """Return one image as uint8 [H, W, C], whether it was enlarged, and whether it lost transparency.
 
@@ -110,11 +155,13 @@ def _decode(
     """
     where = source.path / name
     try:
-        with Image.open(io.BytesIO(source.read(name)), formats=formats()) as image:
-            mode = image.mode
+        data = source.read(name)
+        with Image.open(io.BytesIO(data), formats=formats()) as upright:
+            mode = upright.mode
+            room.take(where, len(data), upright.width * upright.height)
             if convert is not None or mode in CHANNELS:
-                upright = ImageOps.exif_transpose(image)
-                lost = convert is None and "transparency" in image.info
+                ImageOps.exif_transpose(upright, in_place=True)  # by another image it would be twice in memory
+                lost = convert is None and "transparency" in upright.info
                 upright = upright if convert is None else converted(upright, convert)
                 small = resolution is not None and min(upright.size) < resolution
                 y = np.asarray(upright if resolution is None else fit(upright, resolution))
@@ -136,10 +183,10 @@ def converted(image: Image.Image, to: Convert) -> Image.Image:
     unknown.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit values, whose range is unknown")
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        image = Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))  # rounded: no half is met
     if image.mode == "F":
         raise ValueError("floating-point values, whose range is unknown")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -179,6 +226,8 @@ def fit_all(images: np.ndarray, resolution: int) -> np.ndarray:
     """Fit all images: uint8 [N, H, W, C] -> [N, resolution, resolution, C]."""
     if images.shape[1:3] == (resolution, resolution):
         return images
+    if images.shape[1:] == (28, 28, 1) and resolution == 32:
+        return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     grey = images.shape[3] == 1
     fitted = [np.asarray(fit(Image.fromarray(y[..., 0] if grey else y), resolution)) for y in images]
     return np.stack(fitted).reshape(len(images), resolution, resolution, -1)
