@@ -70,7 +70,7 @@ COMMANDS = {
     ),
     "ect.evaluate": Command("ect.evaluate", ("ect.evaluate.make_evaluator",), {"model": MODEL}, "--device cpu"),
     "ect.convert": Command(
-        "ect.convert", ("ect.convert.save_model",), {"source": MODEL, "destination": "x.safetensors"}
+        "ect.convert", ("ect.convert.save_model",), {"source": SNAPSHOT, "destination": "x.safetensors"}
     ),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),
     "ect_kernels": Command("ect_kernels.__main__", ("ect_kernels.__main__.built",)),
