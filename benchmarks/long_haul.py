@@ -22,16 +22,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import tyro
 from lib.history import append
 from lib.measure import machine
-from lib.options import command
+from lib.options import command, tyro_options
 from rich.console import Console
 
-from ect.config import Config, EvalConfig, LogConfig
+from ect.config import BATCH, FROM_1, SEED, Config, EvalConfig, Limit, LogConfig
 from ect.data import load
 from ect.errors import UserError
 from ect.metrics import make_evaluator
@@ -47,15 +46,19 @@ PARTS = 10
 LOOKS = 20  # at memory and files, in each part
 BARS = {"memory": 16.0, "files": 0.0, "objects": 1000.0, "CPU time": 0.25}
 """The most that each may grow by: MiB, number, number, part of itself."""
+STEPS = Limit(
+    f"a multiple of {PARTS * LOOKS}, at most a billion",
+    lambda steps: 0 < steps <= 10**9 and steps % (PARTS * LOOKS) == 0,
+)
 
 
 @dataclass(frozen=True)
 class Options:
     """Train the digits network for long, and see whether the process grows."""
 
-    steps: int = 20_000
-    batch: int = 8
-    seed: int = 0
+    steps: Annotated[int, STEPS] = 20_000
+    batch: Annotated[int, FROM_1, BATCH] = 8
+    seed: Annotated[int, SEED] = 0
     results: Path = RESULTS
     report: bool = False
     """Train nothing: report the last line of the results file."""
@@ -161,15 +164,11 @@ def show(line: dict[str, Any]) -> bool:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, description=__doc__, args=argv)
+    options = tyro_options(Options, __doc__, argv)
     if options.report:
         if not options.results.is_file():
             raise UserError(f"--results {options.results}: no such file; leave --report out to make one")
         return 0 if show(json.loads(options.results.read_text(encoding="utf-8").splitlines()[-1])) else 1
-    if options.steps < PARTS * LOOKS or options.steps % (PARTS * LOOKS):
-        raise UserError(f"--steps {options.steps}: expected a multiple of {PARTS * LOOKS}")
-    if options.batch < 1:
-        raise UserError(f"--batch {options.batch}: expected at least 1")
     if not (PROC / "statm").is_file():
         raise UserError(f"{PROC}: memory and open files are read there, which only Linux has; run it on Linux")
     began = time.monotonic()

@@ -174,7 +174,7 @@ def check_python(argv: list[str]) -> None:
         parse(args)
     elif module in OPTIONS:
         tyro.cli(OPTIONS[module], args=args)
-    elif not re.search(r"sys\.argv|tyro\.cli|Parser\(", source(argv).read_text(encoding="utf-8")):
+    elif not re.search(r"sys\.argv|tyro\.cli|tyro_options\(|Parser\(", source(argv).read_text(encoding="utf-8")):
         assert not args, f"{source(argv)} takes no arguments"
     elif "--help" not in args:
         with parses(args):

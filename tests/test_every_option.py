@@ -28,7 +28,7 @@ FAR = ["nan", "inf", "1e300", "-1e300", str(10**30), str(-(10**30))]
 PERHAPS = ["0", "-1", str(10**12)]
 """A number that some options take."""
 FOREIGN = ["", "x", "é☃", "a\0b", LONG]
-MODEL, SNAPSHOT = "ect/models/digits.safetensors", "snapshot.pkl"
+MODEL, SNAPSHOT, RUN = "ect/models/digits.safetensors", "snapshot.pkl", "tests/fixtures/v0.1/two-phases"
 TINY = (
     "--batch 8 --total-kimg 0.4 --net.model-channels 8 --net.channel-mult 1 --net.num-blocks 1 --pretrain None --device cpu "
     "--net.attn-resolutions 4 --objective.n-stages 4 --eval.samples 0 --log.sample-kimg 0 --threads 1"
@@ -72,6 +72,7 @@ COMMANDS = {
     "ect.convert": Command(
         "ect.convert", ("ect.convert.save_model",), {"source": SNAPSHOT, "destination": "x.safetensors"}
     ),
+    "ect.doctor": Command("ect.doctor.__main__", ("ect.doctor.__main__._line",), {"run": RUN}),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),
     "ect_kernels": Command("ect_kernels.__main__", ("ect_kernels.__main__.built",)),
     **{
@@ -80,6 +81,7 @@ COMMANDS = {
             ("digits_quality", ["one_seed", "show"], {}, ""),
             ("first_hour", ["work"], {}, "--device cpu"),
             ("footprint", ["build"], {}, ""),
+            ("long_haul", ["haul", "show"], {}, ""),
             ("kernel_report", ["compile_all", "compile_row_loops"], {}, ""),
             ("machine_facts", ["facts"], {"file": "x.json"}, ""),
             ("ops", ["_load_emulator"], {}, "--device cpu"),
@@ -179,7 +181,7 @@ def test_an_option_is_taken_or_refused_in_a_sentence(
         module, _, function = place.rpartition(".")
         monkeypatch.setattr(importlib.import_module(module), function, began)
     (tmp_path / SNAPSHOT).write_bytes(edm.dump({"ema": edm.small_net()}))
-    places = {MODEL: str(ROOT / MODEL), SNAPSHOT: str(tmp_path / SNAPSHOT)}
+    places = {MODEL: str(ROOT / MODEL), RUN: str(ROOT / RUN), SNAPSHOT: str(tmp_path / SNAPSHOT)}
     given = {key: places.get(value, value) for key, value in command.given.items()}
     for number, words in enumerate(values(action)):
         folder = tmp_path / str(number)

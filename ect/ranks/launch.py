@@ -104,7 +104,7 @@ def _read(parse: Callable[[], T | None], first: bool) -> tuple[T | None, dict[st
             status = 0 if options is None else None
         except UserError as error:
             status = error.status
-            print(f"error: {sentence(error)}", file=sys.stderr)
+            print(f"error: {sentence(error)}" if first else sentence(error), file=sys.stderr)
         except SystemExit as error:  # of --help, and of tyro, which says what it refuses
             status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
         except Exception:

@@ -46,9 +46,17 @@ def parsed(parse: Callable[[], T]) -> T:
             print(f"error: {_words(err.getvalue())}; see --help", file=sys.stderr)
             raise
         return parse()  # --help, which knows the terminal's width
+    except Exception:
+        _pass_on(out, err)
+        raise
+    _pass_on(out, err)
+    return found
+
+
+def _pass_on(out: io.StringIO, err: io.StringIO) -> None:
+    """Write what a parser wrote where it meant it to go."""
     sys.stdout.write(out.getvalue())
     sys.stderr.write(err.getvalue())
-    return found
 
 
 @contextlib.contextmanager
