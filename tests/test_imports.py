@@ -21,6 +21,7 @@ LIGHT = {
     "ect.train",
 }  # import no torch
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
+    "config": {"emas", "errors"},
     "cost": {"assembly", "config", "data", "errors", "models", "objective", "optim", "precision", "show", "step"},
     "data": {"config", "errors", "files"},
     "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets"},
