@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from ect.config import Config, Limit
+from ect.config import WEIGHT_FLOOR, Config, Limit
 from ect.errors import UserError
 from ect.files.run_folder import load, run_folder
 from ect.presets import PRESETS
@@ -117,6 +117,11 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     yield "objective.n-stages", resolved, why
     pairs = objective.target == "self" or objective.kind == "consistency"
     yield "objective.target", pairs, f"self with --objective.kind {objective.kind}, which has no pairs"
+    adaptive = objective.weighting == "adaptive"
+    without = f"another with --objective.kind {objective.kind}, which has no pairs to weigh"
+    yield "objective.weighting", not adaptive or objective.kind != "diffusion", without
+    floored = adaptive or objective.weight_floor == WEIGHT_FLOOR
+    yield "objective.weight-floor", floored, f"{WEIGHT_FLOOR}, its default, without --objective.weighting adaptive"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
     if cfg.pretrain is not None and cfg.resume is None:  # a resumed run has its phase's own configuration
         diffusion = preset(cfg.pretrain, "--pretrain").objective.kind == "diffusion"

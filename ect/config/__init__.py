@@ -75,6 +75,8 @@ def refuse_beyond(options: Mapping[str, tuple[Any, ...]]) -> None:
                 raise UserError(f"--{name} {value}: expected {limit.expected}")
 
 
+WEIGHT_FLOOR = 0.05
+"""The floor of the adaptive weight as it was tried on the digits, images of 64 values in [-1, 1]."""
 MAX_STEPS = 1000
 """The Heun sampler takes at most so many steps."""
 COUNT = at_most(10**6)
@@ -158,8 +160,13 @@ class ObjectiveConfig:
     b: Annotated[float, FROM_0] = 1.0
     c: Annotated[float, FROM_0] = 0.0
     """Pseudo-Huber constant, >= 0; 0 is the plain L2 norm."""
-    weighting: Literal["inverse_gap", "inverse_c_out_sq", "inverse_t", "inverse_t_sq", "uniform"] = "inverse_gap"
-    """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1."""
+    weighting: Literal["inverse_gap", "inverse_c_out_sq", "inverse_t", "inverse_t_sq", "uniform", "adaptive"] = (
+        "inverse_gap"
+    )
+    """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1; 'adaptive': 1/max(H, weight_floor), H the pseudo-Huber distance of
+    the target D_r from the clean image (ADCM, arXiv 2510.17266)."""
+    weight_floor: Annotated[float, ABOVE_0] = WEIGHT_FLOOR
+    """The least distance that 'adaptive' divides by. Where r = 0 the distance is 0, and the weight 1/weight_floor."""
     n_stages: Annotated[int, FROM_1] = 8
     """Number of stages of the mapping."""
     stage_kimg: Annotated[float, ABOVE_0, KIMG] = 3200.0

@@ -19,7 +19,7 @@ from tests.gpu_paths.pairwise import Case, product
 BATCH, RESOLUTION = 4, 16
 AXES: dict[str, list[Any]] = {
     "arch": ["ddpmpp", "ncsnpp", "adm"],
-    "objective": ["consistency", "diffusion", "distillation"],
+    "objective": ["consistency", "diffusion", "distillation", "adaptive"],
     "precision": ["fp16", "bf16", "tf32", "fp32"],
     "gpu": ["T4", "A100", "H100", "RTX 5090"],
     "kernels": ["built", "absent"],
@@ -63,9 +63,10 @@ def configuration(**case: Any) -> Config:
         attn_resolutions=(RESOLUTION // 2,), label_dropout=0.1 if case.get("labels") else 0.0,
     )  # fmt: skip
     target: Any = "teacher" if case.get("objective") == "distillation" else "self"
+    weighting: Any = "adaptive" if case.get("objective") == "adaptive" else "inverse_gap"
     return replace(
         base, net=net, precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
-        objective=replace(base.objective, target=target),
+        objective=replace(base.objective, target=target, weighting=weighting),
         batch_per_device=BATCH // 2 if case.get("accumulation") else None,
         data=replace(base.data, augment=0.12 if case.get("augment") else 0.0, xflip=bool(case.get("xflip"))),
         optim=replace(base.optim, clip=1.0 if case.get("clip") else None),
