@@ -16,6 +16,7 @@ from ect_kernels import philox
 from ect_kernels.consistency_loss import consistency_loss, pseudo_huber, target_of
 from ect_kernels.levels import levels, lower_level, noise_level
 from ect_kernels.perturb import perturb
+from ect_kernels.preconditioning import noise_label
 from torch import Tensor
 
 from ect.config import ObjectiveConfig, admit
@@ -30,15 +31,19 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 class Mapping:
     """The smaller noise level r of a training pair (ECT, section 3.2): r = t (1 - n(t) / q^(stage + 1)), at least 0.
 
-    kind 'sigmoid': n(t) = 1 + k sigmoid(-b t); kind 'const': n(t) = 1. The gap shrinks by q each stage.
+    kind 'sigmoid': n(t) = 1 + k sigmoid(-b t); kind 'const': n(t) = 1. The gap shrinks by q each stage, until 1 - r/t is
+    min_gap: then r = (1 - min_gap) t. Source of that: FastGen caps r/t at .999.
     """
 
     kind: Literal["sigmoid", "const"] = "sigmoid"
     q: float = 2.0
     k: float = 8.0
     b: float = 1.0
+    min_gap: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_gap < 1:
+            raise ValueError(f"min_gap is {self.min_gap}; it is the least 1 - r/t, from 0 to below 1")
         if self.kind not in ("sigmoid", "const"):
             raise ValueError(f"mapping kind is {self.kind!r}; known: 'sigmoid', 'const'")
         if not self.q > 1:
@@ -54,7 +59,11 @@ class Mapping:
 
         r = t only where the gap q^-(stage + 1) is below the dtype's rounding (fp32: 2^-24).
         """
-        return lower_level(t, stage, *self.curve)
+        return self.capped(t, lower_level(t, stage, *self.curve))
+
+    def capped(self, t: Tensor, r: Tensor) -> Tensor:
+        """Return r [N], lowered where it is closer to t [N] than min_gap allows; r itself where there is no such limit."""
+        return torch.minimum(r, (1 - self.min_gap) * t) if self.min_gap else r
 
 
 class Draw(NamedTuple):
@@ -158,7 +167,7 @@ class ConsistencyObjective(Objective):
 
     @classmethod
     def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> ConsistencyObjective:
-        mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b)
+        mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b, cfg.min_gap)
         return cls(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std, cfg.weight_floor)
 
     def weight(self, t: Tensor, r: Tensor, target: Tensor | None, y: Tensor | None) -> Tensor:
@@ -208,13 +217,15 @@ class ConsistencyObjective(Objective):
         """Return what `train_loss` does, in three launches beside the network; None for a subclass of this class or Mapping.
 
         Two lead from uint8 images to the U-Net's inputs, one from its outputs to loss and gradient. The formulas of a subclass
-        are its own, and the ops do not know them. The adaptive weight is made by some small launches more, between the two
-        passes' results and the loss.
+        are its own, and the ops do not know them. A least gap and the adaptive weight are made by some small launches more.
         """
         if type(self) is not ConsistencyObjective or type(self.mapping) is not Mapping:
             return None
         levels_of = (self.P_mean, self.P_std, *self.mapping.curve)
         t, r, label_t, label_r, flip = levels(key, stage, n0, len(images), *levels_of)
+        if self.mapping.min_gap:
+            r = self.mapping.capped(t, r)
+            label_r = noise_label(torch.where(r > 0, r, torch.ones_like(r)))
         in_t, in_r, x_t, x_r = perturb(images, t, r, sigma_data, key, n0, flip if xflip else None)
         with torch.no_grad():
             F_r = unet(in_r, label_r)

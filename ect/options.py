@@ -113,8 +113,13 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     divides = not isinstance(per_device, int) or (per_device >= 1 and cfg.batch % per_device == 0)
     yield "batch-per-device", divides, f"a divisor of --batch {cfg.batch}"
     resolved = objective.kind == "diffusion" or objective.n_stages * math.log2(objective.q) <= MAX_TIGHTNESS
+    resolved |= objective.min_gap >= 2**-MAX_TIGHTNESS  # where the gap stops closing
     why = f"q^n_stages of at most 2^{MAX_TIGHTNESS}: beyond, t - r drowns in fp32 rounding"
     yield "objective.n-stages", resolved, why
+    fits = objective.min_gap == 0 or objective.min_gap >= 2**-MAX_TIGHTNESS
+    yield "objective.min-gap", fits, f"0, or at least 2^-{MAX_TIGHTNESS}, which fp32 still resolves"
+    gapless = objective.min_gap == 0 or objective.kind != "diffusion"
+    yield "objective.min-gap", gapless, f"0 with --objective.kind {objective.kind}, which has no pairs"
     pairs = objective.target == "self" or objective.kind == "consistency"
     yield "objective.target", pairs, f"self with --objective.kind {objective.kind}, which has no pairs"
     adaptive = objective.weighting == "adaptive"

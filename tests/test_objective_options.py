@@ -23,6 +23,7 @@ from tests.test_step import DATA, make, put
 STAGE, BATCH = 3, 12
 OPTIONS: dict[str, dict[str, Any]] = {
     "adaptive": {"weighting": "adaptive", "c": 0.03, "weight_floor": 0.5},
+    "min_gap": {"q": 4.0, "min_gap": 0.6},  # at stage 3 the gap would be from .004 to .02
 }
 HARD: dict[str, Any] = {"xflip": True, "dataset": DATA, "net": {"label_dropout": 0.3, "dropout": 0.2}}
 
@@ -55,13 +56,25 @@ def test_parts_and_ranks_make_the_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_ops_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    called, want = spied(monkeypatch), of(name)
+    called, want, ops = spied(monkeypatch), of(name), of(name, on_ops=True)
+    seen = told(want), told(ops)
     plain = want.loss(0).detach()
     assert not called
-    torch.testing.assert_close(of(name, on_ops=True).loss(0).detach(), plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ops.loss(0).detach(), plain, rtol=1e-4, atol=1e-6)
     assert called == ["levels"]
+    assert len(seen[0]) == 4
+    for by_plain, by_ops in zip(*seen, strict=True):
+        torch.testing.assert_close(by_ops, by_plain)
     assert_near(gradients(of(name, on_ops=True)), gradients(want))
     assert not torch.allclose(plain, of_default().loss(0).detach(), rtol=0.01)
+
+
+def told(made: TrainStep) -> list[Tensor]:
+    """Grows by what the U-Net is given: images and labels of the noise level, of both passes."""
+    seen: list[Tensor] = []
+    forward = made.net.model.forward
+    made.net.model.forward = lambda x, level, *more: seen.extend([x, level]) or forward(x, level, *more)  # type: ignore[func-returns-value]
+    return seen
 
 
 def of_default() -> TrainStep:
@@ -125,6 +138,26 @@ def test_the_adaptive_weight_of_a_distilled_pair_is_by_the_clean_image() -> None
     torch.testing.assert_close(losses["adaptive"], want)
 
 
+def test_the_gap_stops_closing_at_the_least_one() -> None:
+    t = torch.tensor([1e-4, 0.1, 1.0, 10.0, 80.0])
+    least = Mapping(min_gap=0.004)
+    for stage in range(12):
+        gap, open_ended = 1 - least(t, stage) / t, 1 - Mapping()(t, stage) / t
+        torch.testing.assert_close(gap, open_ended.clamp(min=0.004), rtol=1e-4, atol=0)
+        assert (least(t, stage) >= 0).all()
+    assert torch.equal(Mapping(min_gap=0.6)(t, 0) / t, torch.minimum(Mapping()(t, 0) / t, torch.tensor(0.4)))
+    tight = Mapping("const", q=2.0**20, min_gap=0.001)(t, 400)  # q^-401 is 0 in every dtype
+    torch.testing.assert_close(1 - tight / t, torch.full_like(t, 0.001), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="min_gap is 1"):
+        Mapping(min_gap=1.0)
+
+
+def test_a_least_gap_lets_stages_go_on() -> None:
+    assert parse(["--objective.n-stages", "24", "--objective.min-gap", ".001"]).objective.n_stages == 24
+    with pytest.raises(UserError, match="n-stages 24"):
+        parse(["--objective.n-stages", "24"])
+
+
 def test_the_adaptive_weight_wants_images_and_a_floor() -> None:
     y, t, r, eps = pairs()
     x_t, x_r = (y + sigma.view(-1, 1, 1, 1) * eps for sigma in (t, r))
@@ -138,6 +171,9 @@ def test_the_adaptive_weight_wants_images_and_a_floor() -> None:
     ("words", "said"),
     [
         ("--objective.kind diffusion --objective.weighting adaptive", "weighting adaptive: expected another with"),
+        ("--objective.kind diffusion --objective.min-gap .1", "min-gap 0.1: expected 0 with"),
+        ("--objective.min-gap 1e-6", r"min-gap 1e-06: expected 0, or at least 2\^-16"),
+        ("--objective.min-gap 1", "min-gap 1.0: expected from 0 to below 1"),
         ("--objective.weight-floor 0.1", r"weight-floor 0\.1: expected 0\.05, its default, without"),
         ("--objective.weighting adaptive --objective.weight-floor 0", "weight-floor 0.0: expected greater than 0"),
     ],
@@ -148,6 +184,6 @@ def test_an_option_that_does_nothing_is_refused(words: str, said: str) -> None:
 
 
 def test_options_reach_the_objective() -> None:
-    cfg = parse(["--objective.weighting", "adaptive", "--objective.weight-floor", "2"])
+    cfg = parse(["--objective.weighting", "adaptive", "--objective.weight-floor", "2", "--objective.min-gap", ".01"])
     made: Any = build_objective(cfg.objective, 0.5)
-    assert (made.weighting, made.floor) == ("adaptive", 2.0)
+    assert (made.weighting, made.floor, made.mapping.min_gap) == ("adaptive", 2.0, 0.01)

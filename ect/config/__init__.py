@@ -155,6 +155,8 @@ class ObjectiveConfig:
     """The formula by which r follows from t and the stage (consistency only)."""
     q: Annotated[float, Limit("greater than 1", lambda q: q > 1)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
+    min_gap: Annotated[float, BELOW_1] = 0.0
+    """Where the gap stops closing: the least 1 - r/t, such as .001. 0: it goes on to the last stage's."""
     k: Annotated[float, FROM_0] = 8.0
     """Extra gap at small t: n(t) = 1 + k sigmoid(-b t)."""
     b: Annotated[float, FROM_0] = 1.0

@@ -64,9 +64,10 @@ def configuration(**case: Any) -> Config:
     )  # fmt: skip
     target: Any = "teacher" if case.get("objective") == "distillation" else "self"
     weighting: Any = "adaptive" if case.get("objective") == "adaptive" else "inverse_gap"
+    least = 0.01 if case.get("objective") == "adaptive" else 0.0  # another option of the pair, along with it
     return replace(
         base, net=net, precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
-        objective=replace(base.objective, target=target, weighting=weighting),
+        objective=replace(base.objective, target=target, weighting=weighting, min_gap=least),
         batch_per_device=BATCH // 2 if case.get("accumulation") else None,
         data=replace(base.data, augment=0.12 if case.get("augment") else 0.0, xflip=bool(case.get("xflip"))),
         optim=replace(base.optim, clip=1.0 if case.get("clip") else None),
