@@ -18,7 +18,7 @@ import tyro
 from ect.config import WEIGHT_FLOOR, Config, Limit
 from ect.errors import UserError
 from ect.files.run_folder import load, run_folder
-from ect.presets import PRESETS
+from ect.presets import NOTES, PRESETS
 
 MAX_TIGHTNESS = 16
 """log2 of the largest q^n_stages: 1 - r/t falls to 2^-16, which fp32 still resolves to 1 part in 256."""
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> Config:
     first.add_argument("--resume", type=Path)
     known, _ = first.parse_known_args(list(argv))
     default = base(known.preset or "digits", known.resume)
-    known_presets = ", ".join(PRESETS)
+    known_presets = ", ".join(f"{name} ({NOTES[name]})" if name in NOTES else name for name in PRESETS)
     about = (
         f"Train or tune: a preset, and any field of it. With no argument: the digits demo.\nPresets: {known_presets}"
     )

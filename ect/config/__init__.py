@@ -156,7 +156,7 @@ class ObjectiveConfig:
     q: Annotated[float, Limit("greater than 1", lambda q: q > 1)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
     min_gap: Annotated[float, BELOW_1] = 0.0
-    """Where the gap stops closing: the least 1 - r/t, such as .001. 0: it goes on to the last stage's."""
+    """The gap 1 - r/t stops closing at this value, such as .001. 0: it closes to that of the last stage."""
     k: Annotated[float, FROM_0] = 8.0
     """Extra gap at small t: n(t) = 1 + k sigmoid(-b t)."""
     b: Annotated[float, FROM_0] = 1.0
