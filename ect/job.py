@@ -18,6 +18,7 @@ from ect.assembly import objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.errors import UserError
+from ect.files.branch import cooled
 from ect.files.lock import locked
 from ect.files.resume import refuse_changed_maths, refuse_new_start
 from ect.files.run_folder import (
@@ -97,13 +98,17 @@ class Job:
         self.checked: list[str] = []
         self._made: list[Path] = []
         self._trained = False  # whether a phase has done steps of its own, here and now
-        if cfg.resume is None:
+        if cfg.resume is not None:
+            begun = load_config(run_folder(cfg.resume))
+            refuse_changed_maths(to_dict(begun), to_dict(cfg))
+            refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
+            if cfg.cooldown:
+                self.cfg = cfg = cooled(cfg, begun)
+        self._starts = cfg.resume is None or cfg.cooldown  # and has a folder of its own
+        if cfg.resume is None or cfg.cooldown:
             self.run_dir = Path(self.world.first(self._new_run_dir))
         else:
             self.run_dir = run_folder(cfg.resume)
-            begun = load_config(self.run_dir)
-            refuse_changed_maths(to_dict(begun), to_dict(cfg))
-            refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
             with leaving_nothing(self._made):
@@ -132,7 +137,7 @@ class Job:
     def run(self) -> bool:
         lock = locked(self.run_dir) if self.world.rank == 0 else contextlib.nullcontext()
         with leaving_nothing(self._made), self.stop.watch(), lock:
-            if self.cfg.resume is None and self.world.rank == 0:
+            if self._starts and self.world.rank == 0:
                 refuse_used(self.run_dir)  # by another process that found it empty too
             return self._run()
 
@@ -164,7 +169,7 @@ class Job:
         resume = None
         if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
-            if named.is_file() and named.parent == run_dir and named.name != CONFIG:
+            if self.cfg.cooldown or (named.is_file() and named.parent == run_dir and named.name != CONFIG):
                 resume = named
             elif has_begun(run_dir, early=self._trained):
                 resume = run_dir
@@ -173,7 +178,7 @@ class Job:
             else:
                 self.console.print(f"{name}: no checkpoint yet, starting anew")
         cfg = replace(cfg, resume=resume)
-        before = resolved(run_dir) if resume else {}
+        before = resolved(run_folder(resume) if cfg.cooldown else run_dir) if resume else {}
         self_check.keep(before, self.device)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world)
         staged = objective_type(cfg.objective).staged
@@ -186,6 +191,12 @@ class Job:
         if writes:
             with can_make(str(run_dir)):  # not before the trainer stands: a refused start leaves nothing behind
                 run_dir.mkdir(exist_ok=True)
+        if cfg.cooldown:  # before there is a config.json: a resume of it is never to start anew
+            trainer.path = trainer.save()
+            trainer.notes.append(
+                f"branching off {resume} at {trainer.nimg / 1000:g} kimg, and cooling down to {cfg.total_kimg:g} kimg"
+            )
+        if writes:
             write_config(cfg, run_dir, now)
             write_config(self.cfg, self.run_dir, now)  # also while pretraining: --resume finds the job by it
         total_img, start = trainer.total_img, trainer.nimg

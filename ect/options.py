@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from ect.config import WEIGHT_FLOOR, Config, Limit
+from ect.config import COOLDOWN_SHARE, WEIGHT_FLOOR, Config, Limit
 from ect.errors import UserError
 from ect.files.run_folder import load, run_folder
 from ect.presets import NOTES, PRESETS
@@ -128,6 +128,9 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     floored = adaptive or objective.weight_floor == WEIGHT_FLOOR
     yield "objective.weight-floor", floored, f"{WEIGHT_FLOOR}, its default, without --objective.weighting adaptive"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
+    yield "cooldown", not cfg.cooldown or cfg.resume is not None, "--resume with it: the run that it branches off"
+    cools = cfg.cooldown or optim.decay == "cooldown" or optim.cooldown_share == COOLDOWN_SHARE
+    yield "optim.cooldown-share", cools, f"{COOLDOWN_SHARE}, its default, without --optim.decay cooldown"
     if cfg.pretrain is not None and cfg.resume is None:  # a resumed run has its phase's own configuration
         diffusion = preset(cfg.pretrain, "--pretrain").objective.kind == "diffusion"
         yield "pretrain", diffusion, "a preset that trains by diffusion"

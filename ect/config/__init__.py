@@ -75,6 +75,8 @@ def refuse_beyond(options: Mapping[str, tuple[Any, ...]]) -> None:
                 raise UserError(f"--{name} {value}: expected {limit.expected}")
 
 
+COOLDOWN_SHARE = 0.2
+"""The part of a run that cools down: the longer of those that Hagele et al. recommend (arXiv 2405.18392)."""
 WEIGHT_FLOOR = 0.05
 """The floor of the adaptive weight as it was tried on the digits, images of 64 values in [-1, 1]."""
 MAX_STEPS = 1000
@@ -188,8 +190,11 @@ class OptimConfig:
     """Clip the gradient's global L2 norm to this value. None: no clipping."""
     warmup_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     """Linear warm-up of the learning rate from 0."""
-    decay: Literal["constant", "linear", "rsqrt"] = "constant"
-    """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
+    decay: Literal["constant", "linear", "rsqrt", "cooldown"] = "constant"
+    """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg). 'cooldown': keep lr, but
+    over the last cooldown_share of the run fall as 1 - sqrt(u), with u from 0 to 1."""
+    cooldown_share: Annotated[float, ABOVE_0, BELOW_1] = COOLDOWN_SHARE
+    """Part of the run that its cooldown takes, .1 to .2 as published."""
     decay_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
     """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
@@ -244,6 +249,9 @@ class Config:
     """Length of that phase. None: as in its preset."""
     resume: Path | None = None
     """A run folder or a checkpoint of it: continue there."""
+    cooldown: bool = False
+    """Branch off the run of --resume, which stays as it is: a new run goes on from its checkpoint, and its learning rate falls
+    as --optim.decay cooldown has it. --optim.cooldown-share or --total-kimg says where it ends."""
     run_dir: Path | None = None
     """Folder of the run. None: runs/<number>-<preset>."""
     device: str = "auto"

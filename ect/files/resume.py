@@ -13,22 +13,27 @@ from ect.emas import spelled
 from ect.errors import UserError
 
 _FREE = {"run_dir", "resume", "dry_run", "device", "threads", "batch_per_device", "init_from", "kernels"}
-_FREE |= {"graph", "compile", "channels_last", "self_check"}
+_FREE |= {"cooldown", "graph", "compile", "channels_last", "self_check"}
 # The data may have moved: their fingerprint says whether they are the same.
 _FREE |= {"data.source", "data.resolution"}
 _FREE_GROUPS = ("log.", "eval.")
+_COOLS = {"optim.decay", "optim.cooldown_share", "total_kimg", "pretrain", "pretrain_kimg"}
+"""The options that ect.files.branch sets."""
 
 
 def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise UserError listing every option by which a resumed run would compute something else.
 
     Args: saved, new: dataclasses.asdict of the two configurations. Logging, evaluation, device and the size of a
-    forward pass are free, and so is total_kimg unless the learning rate falls linearly towards it.
+    forward pass are free, and so is total_kimg unless the learning rate falls towards it. A run that branches off to cool
+    down differs by what ect.files.branch sets.
     """
     old, now = _flatten(saved), _flatten(new)
     free = set(_FREE)
     if old.get("optim.decay") in ("constant", "rsqrt"):
         free.add("total_kimg")
+    if now.get("cooldown"):
+        free |= _COOLS
     changed = [
         f"--{name.replace('_', '-')}: checkpoint has {_show(old, name)}, command line says {_show(now, name)}"
         for name in sorted(old.keys() | now.keys())

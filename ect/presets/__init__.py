@@ -9,4 +9,4 @@ PRESETS: dict[str, Config] = {
     name: replace(recipe, preset=name) for family in (digits, cifar10) for name, recipe in family.RECIPES.items()
 }
 NOTES: dict[str, str] = cifar10.NOTES
-"""What is to be said of a recipe wherever it is named."""
+"""Words that stand beside the name of a recipe, wherever it is listed."""
