@@ -81,13 +81,15 @@ class Objective:
 
     draws: the random numbers that `train_loss` takes, by the name of its argument; mirroring images is the step's. precond: the
     preconditioning of the network, a class of ect.models. staged: whether t and r close up in stages, from a pretrained network
-    on. wants_teacher: whether `train_loss` takes a second, frozen network as `teacher`.
+    on. wants_teacher: whether `train_loss` takes a second, frozen network as `teacher`. wants_data: whether it takes the
+    posterior mean over the training images there.
     """
 
     draws: ClassVar[dict[str, Draw]] = {"normal": Draw(philox.STREAM_T), "eps": Draw(philox.STREAM_EPS, None)}
     precond: ClassVar[Literal["ECMPrecond", "EDMPrecond"]] = "EDMPrecond"
     staged: ClassVar[bool] = False
     wants_teacher: ClassVar[bool] = False
+    wants_data: ClassVar[bool] = False
 
     @classmethod
     def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> Objective:
@@ -98,7 +100,7 @@ class Objective:
         """Return the loss [N] of clean images y, fp32 [N, C, H, W] in [-1, 1].
 
         Further arguments: each of `draws` by its name, `stage` (0-d int64 tensor), and `teacher`, another denoiser, where
-        `wants_teacher`.
+        `wants_teacher` or `wants_data`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no train_loss")
 

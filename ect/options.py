@@ -122,6 +122,8 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     yield "objective.min-gap", gapless, f"0 with --objective.kind {objective.kind}, which has no pairs"
     pairs = objective.target == "self" or objective.kind == "consistency"
     yield "objective.target", pairs, f"self with --objective.kind {objective.kind}, which has no pairs"
+    resident = objective.target != "posterior" or cfg.data.augment == 0
+    yield "objective.target", resident, "another with --data.augment, since augmented images are not the data's"
     adaptive = objective.weighting == "adaptive"
     without = f"another with --objective.kind {objective.kind}, which has no pairs to weigh"
     yield "objective.weighting", not adaptive or objective.kind != "diffusion", without

@@ -175,9 +175,9 @@ class ObjectiveConfig:
     """Number of stages of the mapping."""
     stage_kimg: Annotated[float, ABOVE_0, KIMG] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
-    target: Literal["self", "teacher"] = "self"
-    """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE
-    from x_t ('teacher', consistency distillation)."""
+    target: Literal["self", "teacher", "posterior"] = "self"
+    """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step from x_t along the ODE of the frozen
+    pretrained network ('teacher', consistency distillation) or of the training images themselves ('posterior')."""
 
 
 @dataclass(frozen=True)
