@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from ect.data import Dataset, ImageStream
 from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, describe
-from ect.objective import OBJECTIVES, Objective
+from ect.objective import OBJECTIVES, ConsistencyObjective, Objective
 from ect.objectives.distillation import ConsistencyDistillation
+from ect.objectives.gaps import Gaps
 from ect.objectives.posterior import PosteriorMean, PosteriorTarget
 from ect.optim import FlatState
 from ect.ranks.distributed import World
@@ -103,6 +105,8 @@ def train_step(
     if cfg.batch_per_device == "auto":
         raise ValueError("batch_per_device is 'auto'; ect.cost.memory.plan finds the number")
     objective = build_objective(cfg.objective, state.compute.sigma_data)
+    if cfg.log.levels and isinstance(objective, ConsistencyObjective):
+        objective = replace(objective, gaps=Gaps(device))
     posterior = posterior_mean(cfg, stream) if objective.wants_data else None
     return TrainStep(
         objective, state, stream, seed=cfg.seed, batch=cfg.batch,

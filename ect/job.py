@@ -47,7 +47,7 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
 from ect.ranks.stop import StopSignal
-from ect.show import report
+from ect.show import levels, report
 from ect.show.comparison import SEEDS, Rated, compare
 from ect.show.grid import save_png
 from ect.show.idle import idle_options
@@ -213,6 +213,8 @@ class Job:
             finally:
                 if trainer.state.nonfinite > 0:
                     log.note(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
+        if cfg.log.levels and writes:
+            levels.plot(run_dir)
         self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
         return path if trainer.nimg >= total_img else None
 

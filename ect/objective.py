@@ -8,12 +8,12 @@ made easy" (ECT, arXiv 2406.14548), sections 3 and 4; Karras et al., 2022 (EDM) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from ect_kernels import philox
-from ect_kernels.consistency_loss import consistency_loss, pseudo_huber, target_of
+from ect_kernels.consistency_loss import consistency_loss, denoised, pseudo_huber, target_of
 from ect_kernels.levels import levels, lower_level, noise_level
 from ect_kernels.perturb import perturb
 from ect_kernels.preconditioning import noise_label
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ect.config import ObjectiveConfig, admit
 from ect.data.stream import to_float
+from ect.objectives.gaps import Gaps
 from ect.objectives.weights import ADAPTIVE, WEIGHTINGS, adaptive_weight
 from ect.sampler import Heun, Sampler, consistency_samplers
 
@@ -96,6 +97,10 @@ class Objective:
         """Return the objective that a configuration means, for data of standard deviation sigma_data."""
         return cls()
 
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor that a loss writes, and that outlives it."""
+        return []
+
     def train_loss(self, denoiser: Denoiser, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss [N] of clean images y, fp32 [N, C, H, W] in [-1, 1].
 
@@ -145,7 +150,7 @@ class ConsistencyObjective(Objective):
     """ECT: D(x_t, t) shall equal the stop-gradient D(x_r, r) of the same weights, noise and dropout mask.
 
     loss = w (sqrt(||D_t - D_r||^2 + c^2) - c). Noise levels follow ln t ~ N(P_mean, P_std^2). w is one of WEIGHTINGS, or
-    'adaptive': ect.objectives.weights.adaptive_weight, with this c and `floor`.
+    'adaptive': ect.objectives.weights.adaptive_weight, with this c and `floor`. gaps: what the pairs are counted in, if at all.
     """
 
     mapping: Mapping = Mapping()
@@ -155,6 +160,7 @@ class ConsistencyObjective(Objective):
     P_mean: float = -1.1
     P_std: float = 2.0
     floor: float = 0.05
+    gaps: Gaps | None = field(default=None, compare=False)
 
     precond = "ECMPrecond"
     staged = True
@@ -171,6 +177,9 @@ class ConsistencyObjective(Objective):
     def configured(cls, cfg: ObjectiveConfig, sigma_data: float) -> ConsistencyObjective:
         mapping = Mapping(cfg.mapping, cfg.q, cfg.k, cfg.b, cfg.min_gap)
         return cls(mapping, cfg.c, cfg.weighting, sigma_data, cfg.P_mean, cfg.P_std, cfg.weight_floor)
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.gaps is None else [self.gaps.sums]
 
     def weight(self, t: Tensor, r: Tensor, target: Tensor | None, y: Tensor | None) -> Tensor:
         """Return the weight [N] of pairs at levels t > r >= 0 [N]; 'adaptive' wants their targets and clean images, too."""
@@ -194,8 +203,10 @@ class ConsistencyObjective(Objective):
         with torch.no_grad(), generators:
             D_r = denoiser(x_r, torch.where(r > 0, r, torch.ones_like(r)))
             target = torch.where((r > 0).view(-1, 1, 1, 1), D_r, x_r.to(D_r.dtype))
-        weight = self.weight(t, r, target, y)
-        return weight * pseudo_huber(denoiser(x_t, t) - target, self.c)
+        weight, D_t = self.weight(t, r, target, y), denoiser(x_t, t)
+        if self.gaps is not None and y is not None:
+            self.gaps.add(t, r, D_t.detach(), target, y)
+        return weight * pseudo_huber(D_t - target, self.c)
 
     def loss(
         self, denoiser: Denoiser, y: Tensor, t: Tensor, r: Tensor, eps: Tensor, *, share_rng: bool = True
@@ -219,7 +230,7 @@ class ConsistencyObjective(Objective):
         """Return what `train_loss` does, in three launches beside the network; None for a subclass of this class or Mapping.
 
         Two lead from uint8 images to the U-Net's inputs, one from its outputs to loss and gradient. The formulas of a subclass
-        are its own, and the ops do not know them. A least gap and the adaptive weight are made by some small launches more.
+        are its own, and the ops do not know them. A least gap, the adaptive weight and `gaps` take some small launches more.
         """
         if type(self) is not ConsistencyObjective or type(self.mapping) is not Mapping:
             return None
@@ -233,8 +244,10 @@ class ConsistencyObjective(Objective):
             F_r = unet(in_r, label_r)
         F_t = unet(in_t, label_t)
         target = y = None
-        if self.weighting == ADAPTIVE:
+        if self.weighting == ADAPTIVE or self.gaps is not None:
             target, y = target_of(F_r, x_r, r, sigma_data), to_float(images, flip if xflip else None)
+            if self.gaps is not None:
+                self.gaps.add(t, r, denoised(F_t.detach(), x_t, t, sigma_data), target, y)
         weight = self.weight(t, r, target, y)
         return consistency_loss(F_t, F_r, x_t, x_r, t, r, weight, self.c, sigma_data)
 

@@ -129,6 +129,8 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     yield "objective.weighting", not adaptive or objective.kind != "diffusion", without
     floored = adaptive or objective.weight_floor == WEIGHT_FLOOR
     yield "objective.weight-floor", floored, f"{WEIGHT_FLOOR}, its default, without --objective.weighting adaptive"
+    pairs = not cfg.log.levels or objective.kind != "diffusion"
+    yield "log.levels", pairs, f"--log.no-levels with --objective.kind {objective.kind}, which has no pairs"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
     yield "cooldown", not cfg.cooldown or cfg.resume is not None, "--resume with it: the run that it branches off"
     cools = cfg.cooldown or optim.decay == "cooldown" or optim.cooldown_share == COOLDOWN_SHARE

@@ -162,7 +162,7 @@ class TrainStep:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that update() writes and that outlives it."""
-        return [*self.state.tensors(), self.mean_loss]
+        return [*self.state.tensors(), self.mean_loss, *self.objective.tensors()]
 
     def parts(self) -> list[Callable[[], None]]:
         """Return the update in pieces, each of which becomes a CUDA graph.

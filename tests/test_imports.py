@@ -31,7 +31,19 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "precision", "step"},
-    "show": {"config", "data", "errors", "files", "metrics", "models", "options", "precision", "ranks", "sampler"},
+    "show": {
+        "config",
+        "data",
+        "errors",
+        "files",
+        "metrics",
+        "models",
+        "objectives",
+        "options",
+        "precision",
+        "ranks",
+        "sampler",
+    },
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400

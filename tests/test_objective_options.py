@@ -171,6 +171,7 @@ def test_the_adaptive_weight_wants_images_and_a_floor() -> None:
     ("words", "said"),
     [
         ("--objective.kind diffusion --objective.weighting adaptive", "weighting adaptive: expected another with"),
+        ("--objective.kind diffusion --log.levels", r"log\.levels: expected --log\.no-levels with"),
         ("--objective.kind diffusion --objective.min-gap .1", "min-gap 0.1: expected 0 with"),
         ("--objective.min-gap 1e-6", r"min-gap 1e-06: expected 0, or at least 2\^-16"),
         ("--objective.min-gap 1", "min-gap 1.0: expected from 0 to below 1"),

@@ -215,6 +215,9 @@ class LogConfig:
     """Interval of checkpoints (0: only at the end)."""
     keep: Annotated[int, FROM_1] = 3
     """Keep this many latest checkpoints."""
+    levels: bool = False
+    """Say in each row, by noise level, how large the gap t - r is and how large the pairs themselves suggest that it be, and
+    draw it into levels.png at the end. It costs some launches a step."""
 
 
 @dataclass(frozen=True)
