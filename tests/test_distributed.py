@@ -24,6 +24,7 @@ from ect.config import EvalConfig, OptimConfig
 from ect.data import load
 from ect.errors import UserError
 from ect.job import Job
+from ect.options import parse
 from ect.ranks import device, launch
 from ect.ranks.distributed import World, check_share, start
 from ect.ranks.stop import ECHO_SECONDS, StopSignal
@@ -38,8 +39,10 @@ CLOCKS = ("sec_per_kimg", "memory_bytes")
 HALVES = config(
     batch_per_device=BATCH // 2,  # sums as two ranks do, so two ranks must give the same bits
     eval=EvalConfig(samples=64, batch=16),
-    log=replace(config().log, eval_kimg=0.048),
+    log=replace(config().log, eval_kimg=0.048, levels=True),
+    optim=replace(config().optim, decay="constant"),  # a trunk
 )
+COOLED = ["--cooldown", "--total-kimg", "0.096", "--eval.samples", "0"]
 
 
 def needs_gloo(test: Any) -> Any:
@@ -149,9 +152,20 @@ def test_resume_from_one_to_two_processes_ends_as_the_uninterrupted_run(
 
 
 @needs_gloo
+def test_two_processes_branch_off_as_one_does(folder: Path, seen: list[dict[str, Any]], tmp_path: Path) -> None:
+    words = ["--resume", str(folder / "halves"), *COOLED, "--run-dir", str(tmp_path / "one")]
+    assert Job(parse(words), Console(quiet=True)).run() and all(found["cooled"] for found in seen)
+    got, want = (
+        load_file(at / "checkpoint-000000.096.state.safetensors") for at in (folder / "cooled", tmp_path / "one")
+    )
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], value) for name, value in want.items() if name != "tally_loss")
+
+
+@needs_gloo
 def test_statistics_and_quality_are_those_of_one_process(folder: Path, seen: list[dict[str, Any]]) -> None:
     got, want = rows(folder / "resumed"), rows(folder / "halves")
-    assert any("nfe2/FDc" in row for row in got)
+    assert any("nfe2/FDc" in row for row in got) and any("levels/-1.5/A" in row for row in got)
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
     results = [json.loads((folder / name / "results.json").read_text())["rows"] for name in ("resumed", "halves")]
