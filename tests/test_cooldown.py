@@ -1,4 +1,4 @@
-"""Cooldown: the schedule, and runs that branch off a trunk, which stays as it is."""
+"""Runs that branch off a trunk to cool down; the trunk stays as it is. The schedule itself is test_schedule's."""
 
 from __future__ import annotations
 
@@ -16,25 +16,13 @@ from ect.errors import UserError
 from ect.files.run_folder import load as load_config
 from ect.job import Job
 from ect.options import parse
-from ect.schedule import cooldown, lr_at
+from ect.schedule import lr_at
 from ect.trainer import Trainer
 from tests.test_job import final_state, interrupt_after, rows
 from tests.tiny import config, run
 
 COOLED = OptimConfig(lr=1e-3, decay="cooldown", cooldown_share=0.5)
 TRUNK = replace(COOLED, decay="constant", cooldown_share=0.2)
-
-
-def test_the_factor_falls_as_one_minus_the_root() -> None:
-    assert [cooldown(done, 0.2) for done in (0.0, 0.5, 0.8)] == pytest.approx([1, 1, 1], abs=1e-7)
-    assert [cooldown(done, 0.2) for done in (0.85, 0.95, 1.0, 1.1)] == pytest.approx([0.5, 1 - 0.75**0.5, 0, 0])
-    assert cooldown(0.25, 1.0) == 0.5
-
-
-def test_the_learning_rate_cools_down_over_the_last_share() -> None:
-    cfg = OptimConfig(lr=2.0, decay="cooldown", cooldown_share=0.25, warmup_kimg=1.0)
-    rates = [lr_at(n, 100, 10_000, cfg) for n in (0, 400, 7_400, 8_125, 9_900)]
-    assert rates == pytest.approx([0.2, 1.0, 2.0, 1.0, 2 * (1 - 0.96**0.5)])
 
 
 @pytest.fixture(scope="module")
