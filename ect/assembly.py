@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from ect.data import Dataset, ImageStream
 from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, describe
-from ect.objective import OBJECTIVES, Objective
+from ect.objective import OBJECTIVES, ConsistencyObjective, Objective
 from ect.objectives.distillation import ConsistencyDistillation
+from ect.objectives.gaps import Gaps
+from ect.objectives.posterior import PosteriorMean, PosteriorTarget
 from ect.optim import FlatState
 from ect.ranks.distributed import World
 from ect.step import TrainStep
@@ -56,8 +59,8 @@ def objective_type(cfg: ObjectiveConfig) -> type[Objective]:
     """
     if cfg.kind not in OBJECTIVES:
         raise UserError(f"--objective.kind {cfg.kind}: there is no such objective; known: {', '.join(OBJECTIVES)}")
-    distils = cfg.kind == "consistency" and cfg.target == "teacher"
-    return ConsistencyDistillation if distils else OBJECTIVES[cfg.kind]
+    targets = {"teacher": ConsistencyDistillation, "posterior": PosteriorTarget} if cfg.kind == "consistency" else {}
+    return targets.get(cfg.target, OBJECTIVES[cfg.kind])
 
 
 def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
@@ -95,16 +98,32 @@ def train_step(
 ) -> TrainStep:  # fmt: skip
     """Make the configured update of `state`, on images of `stream`.
 
-    teacher: made by `frozen`, for an objective that wants one. Raises ValueError where `batch_per_device` is still 'auto'.
+    teacher: made by `frozen`, for an objective that wants one. Raises ValueError where `batch_per_device` is still 'auto', and
+    UserError where the objective wants all images on a device that has not the room.
     """
     device = state.params.device
     if cfg.batch_per_device == "auto":
         raise ValueError("batch_per_device is 'auto'; ect.cost.memory.plan finds the number")
+    objective = build_objective(cfg.objective, state.compute.sigma_data)
+    if cfg.log.levels and isinstance(objective, ConsistencyObjective):
+        objective = replace(objective, gaps=Gaps(device))
+    posterior = posterior_mean(cfg, stream) if objective.wants_data else None
     return TrainStep(
-        build_objective(cfg.objective, state.compute.sigma_data), state, stream, seed=cfg.seed, batch=cfg.batch,
+        objective, state, stream, seed=cfg.seed, batch=cfg.batch,
         micro_batch=cfg.batch_per_device, xflip=cfg.data.xflip, augment=cfg.data.augment,
-        compiled=compiles(cfg, device), graph=captures(cfg, device), world=world, teacher=teacher,
+        compiled=compiles(cfg, device), graph=captures(cfg, device), world=world,
+        teacher=posterior or teacher,
     )  # fmt: skip
+
+
+def posterior_mean(cfg: Config, stream: ImageStream) -> PosteriorMean:
+    """Return the posterior mean over the images of a stream. Raises UserError where they are not all on the device."""
+    if not stream.resident:
+        raise UserError(
+            f"--objective.target posterior: each step reads all images, and they are not all on the device ({stream.note}); "
+            "take a device with more memory, or --objective.target self"
+        )
+    return PosteriorMean(stream.images, stream.labels, cfg.data.xflip)
 
 
 def compiles(cfg: Config, device: torch.device) -> bool:

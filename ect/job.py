@@ -18,6 +18,7 @@ from ect.assembly import objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.errors import UserError
+from ect.files.branch import cooled
 from ect.files.lock import locked
 from ect.files.resume import data_fingerprint, refuse_changed_maths, refuse_new_start
 from ect.files.run_folder import (
@@ -46,7 +47,7 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
 from ect.ranks.stop import StopSignal
-from ect.show import report
+from ect.show import levels, report
 from ect.show.comparison import SEEDS, Rated, compare
 from ect.show.grid import save_png
 from ect.show.idle import idle_options
@@ -99,13 +100,17 @@ class Job:
         self.checked: list[str] = []
         self._made: list[Path] = []
         self._trained = False  # whether a phase has done steps of its own, here and now
-        if cfg.resume is None:
+        if cfg.resume is not None:
+            begun = load_config(run_folder(cfg.resume))
+            refuse_changed_maths(to_dict(begun), to_dict(cfg))
+            refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
+            if cfg.cooldown:
+                self.cfg = cfg = cooled(cfg, begun)
+        self._starts = cfg.resume is None or cfg.cooldown  # and has a folder of its own
+        if cfg.resume is None or cfg.cooldown:
             self.run_dir = Path(self.world.first(self._new_run_dir))
         else:
             self.run_dir = run_folder(cfg.resume)
-            begun = load_config(self.run_dir)
-            refuse_changed_maths(to_dict(begun), to_dict(cfg))
-            refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
             with leaving_nothing(self._made):
@@ -134,7 +139,7 @@ class Job:
     def run(self) -> bool:
         lock = locked(self.run_dir) if self.world.rank == 0 else contextlib.nullcontext()
         with leaving_nothing(self._made), self.stop.watch(), lock:
-            if self.cfg.resume is None and self.world.rank == 0:
+            if self._starts and self.world.rank == 0:
                 refuse_used(self.run_dir)  # by another process that found it empty too
             return self._run()
 
@@ -166,7 +171,7 @@ class Job:
         resume = None
         if self.cfg.resume is not None:
             named = self.cfg.resume.expanduser()
-            if named.is_file() and named.parent == run_dir and named.name != CONFIG:
+            if self.cfg.cooldown or (named.is_file() and named.parent == run_dir and named.name != CONFIG):
                 resume = named
             elif has_begun(run_dir, early=self._trained):
                 resume = run_dir
@@ -175,7 +180,7 @@ class Job:
             else:
                 self.console.print(f"{name}: no checkpoint yet, starting anew")
         cfg = replace(cfg, resume=resume)
-        before = resolved(run_dir) if resume else {}
+        before = resolved(run_folder(resume) if cfg.cooldown else run_dir) if resume else {}
         self_check.keep(before, self.device)
         trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world)
         staged = objective_type(cfg.objective).staged
@@ -185,6 +190,11 @@ class Job:
         self.checked += [*trainer.checked, *self_check.changes(before, now)]
         trainer.notes += self_check.changes(before, now)
         writes = self.world.rank == 0
+        if cfg.cooldown:  # before there is a config.json: a resume of it is never to start anew
+            trainer.path = trainer.save()
+            trainer.notes.append(
+                f"branching off {resume} at {trainer.nimg / 1000:g} kimg, and cooling down to {cfg.total_kimg:g} kimg"
+            )
         if writes:
             write_config(self.cfg, self.run_dir, now)  # first, also while pretraining: --resume finds the job by it
             if run_dir != self.run_dir:  # not before the trainer stands: a refused start leaves nothing behind
@@ -206,6 +216,8 @@ class Job:
             finally:
                 if trainer.state.nonfinite > 0:
                     log.note(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
+        if cfg.log.levels and writes:
+            levels.plot(run_dir)
         self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
         return path if trainer.nimg >= total_img else None
 

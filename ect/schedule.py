@@ -30,7 +30,19 @@ def lr_at(nimg: int, batch: int, total_img: int, cfg: OptimConfig) -> float:
         lr *= max((total_img - nimg) / (total_img - decay_img), 0.0)
     if cfg.decay == "rsqrt" and nimg > decay_img:
         lr *= math.sqrt(decay_img / nimg)
+    if cfg.decay == "cooldown":
+        lr *= cooldown(nimg / total_img, cfg.cooldown_share)
     return lr
+
+
+def cooldown(done: float, share: float) -> float:
+    """Return 1 - sqrt(u), a factor on the learning rate, where u goes from 0 to 1 over the last `share` of a run.
+
+    done: the part of the run that is behind, from 0 to 1. Source: Hagele et al., 2024, "Scaling laws and compute-optimal
+    training beyond fixed training durations" (arXiv 2405.18392).
+    """
+    u = (done - (1 - share)) / share
+    return 1 - math.sqrt(min(max(u, 0.0), 1.0))
 
 
 def ema_betas_at(nimg: int, batch: int, cfg: OptimConfig) -> tuple[float, ...]:

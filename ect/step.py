@@ -34,17 +34,20 @@ class TrainStep:
     Args: state: its `compute` is the preconditioned network in train mode. objective: what to minimise. stream: uint8 images.
     seed: the run's. batch, micro_batch: images an update (all ranks together), and a forward pass. xflip: mirror half the
     images. augment: probability of EDM's augmentations. compiled: run the network through torch.compile. graph: capture the
-    update into a CUDA graph at the first call. teacher: a frozen network in eval mode, for an objective that wants one; it is
-    never compiled. Raises ValueError where the objective wants one and gets none, or gets one that it does not want.
+    update into a CUDA graph at the first call. teacher: a frozen network in eval mode, or the posterior mean over the images,
+    for an objective that wants one; it is never compiled. Raises ValueError where the objective wants one and gets none, or
+    gets one that it does not want.
     """
 
     def __init__(
         self, objective: Objective, state: FlatState[EDMPrecond], stream: ImageStream, *,
         seed: int, batch: int, micro_batch: int | None = None, xflip: bool = False, augment: float = 0.0,
-        compiled: bool = False, graph: bool = False, world: World = World(), teacher: EDMPrecond | None = None,
+        compiled: bool = False, graph: bool = False, world: World = World(),
+        teacher: Callable[..., Tensor] | None = None,
     ) -> None:  # fmt: skip
-        if objective.wants_teacher != (teacher is not None):
-            raise ValueError(f"{type(objective).__name__} takes {'a' if objective.wants_teacher else 'no'} teacher")
+        wanted = objective.wants_teacher or objective.wants_data
+        if wanted != (teacher is not None):
+            raise ValueError(f"{type(objective).__name__} takes {'a' if wanted else 'no'} teacher")
         self.objective, self.state, self.stream, self.world = objective, state, stream, world
         self.seed, self.batch = seed, batch
         share = batch // world.size
@@ -159,7 +162,7 @@ class TrainStep:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that update() writes and that outlives it."""
-        return [*self.state.tensors(), self.mean_loss]
+        return [*self.state.tensors(), self.mean_loss, *self.objective.tensors()]
 
     def parts(self) -> list[Callable[[], None]]:
         """Return the update in pieces, each of which becomes a CUDA graph.

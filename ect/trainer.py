@@ -40,6 +40,9 @@ from ect.sampler import Sampler, generate
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
 
+GAPS = "levels"
+"""The tensor of a checkpoint with the sums of --log.levels since the last row, over all ranks."""
+
 
 @dataclass
 class Trainer:
@@ -83,6 +86,7 @@ class Trainer:
         cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
         self.step = train_step(cfg_of_step, self.state, stream, self.world, start.teacher)
         self.notes = [*start.notes, str(plan), self.state.note(), stream.note]
+        self.gaps = getattr(self.step.objective, "gaps", None)
         self.health = Health(self.step, self.world)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, cfg.log.keep)
         self.fingerprint = data_fingerprint(self.dataset.images, self.dataset.labels)
@@ -160,6 +164,8 @@ class Trainer:
             "nonfinite": int(self.state.nonfinite),
             "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
         }  # fmt: skip
+        if self.gaps is not None:
+            row |= self.gaps.row(self.world.gather)
         if self.state.loss_scale is not None:
             row |= {"loss_scale": float(self.state.loss_scale), "skipped": int(self.state.skipped)}
         self.log.row(self.nimg, row)
@@ -207,6 +213,8 @@ class Trainer:
         """Write a checkpoint; return the path of its model file. Raises Diverged rather than write what is not finite."""
         self.health.refuse_to_save(self.nimg, self.checkpoints.back)
         healthy, tensors, meta = self.health.saved()
+        if self.gaps is not None:
+            tensors[GAPS] = self.gaps.total(self.world.gather)
         return Path(self.world.first(lambda: str(self._write(healthy, tensors, meta))))
 
     def _write(self, healthy: bool, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
@@ -242,6 +250,8 @@ class Trainer:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm.copy_(tensors["grad_norm"])
             self.health.restore(tensors, meta)
+            if self.gaps is not None and GAPS in tensors and self.world.rank == 0:
+                self.gaps.sums.copy_(tensors[GAPS])
         except KeyError as error:
             raise UserError(
                 f"--resume {self.cfg.resume}: its training state is damaged, missing {error.args[0]}; resume from another "

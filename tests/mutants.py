@@ -32,7 +32,14 @@ COUNT, ALLOWED = 40, 2  # mutants, and how many of them may survive
 PATIENCE = 4  # times what the tests take on the code as it is
 # Where mistakes are made, and the tests that are to find them, the fastest first. Patterns of files.
 AREAS: dict[str, list[str]] = {
-    "ect/objective*": ["test_objective*", "test_fast_form", "test_distillation", "test_step"],
+    "ect/objective*": [
+        "test_objective*",
+        "test_gaps",
+        "test_posterior",
+        "test_fast_form",
+        "test_distillation",
+        "test_step",
+    ],
     "ect/step": ["test_step", "test_capture"],
     "ect/optim*": ["test_rules", "test_optim", "test_emas", "test_resume"],
     "ect/precision": ["test_precision_of_a_gpu", "test_evaluate"],

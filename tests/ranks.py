@@ -73,6 +73,8 @@ def work(folder: Path, world: World) -> int:
 
     run(config(run_dir=folder / "accumulated", batch_per_device=2))
     run(parse(["--resume", str(folder / "resumed")]))
+    branch = ["--cooldown", "--total-kimg", "0.096", "--eval.samples", "0", "--run-dir", str(folder / "cooled")]
+    run(parse(["--resume", str(folder / "resumed"), *branch]))
     sample(Options(folder / "resumed", seeds="3,7,1-9", batch=4, out=folder / "samples.npz"), world)
     with pytest.MonkeyPatch.context() as patch:  # a backend that works on one of two machines
         plant(patch, "radam_ema", raises if world.rank == 1 else sound)

@@ -192,7 +192,7 @@ def test_a_long_run_compiles_on_a_gpu_and_a_short_one_does_not() -> None:
     assert not compiles(replace(hour, total_kimg=(steps - 1) * 0.256, batch=256), GPU)
     for device, cfg in itertools.product((CPU, GPU), (hour, staged)):
         assert compiles(replace(cfg, compile=True), device) and not compiles(replace(cfg, compile=False), device)
-    assert re.search(f"{steps:,} steps", Path(parse.__globals__["__file__"]).with_name("config.py").read_text())
+    assert re.search(f"{steps:,} steps", Path(Config.__init__.__globals__["__file__"]).read_text())
 
 
 def test_graph_and_memory_order_follow_the_device() -> None:

@@ -14,7 +14,7 @@ import pytest
 from ect.errors import UserError
 from ect.files.run_folder import from_dict, load, run_folder, to_dict
 from ect.options import check, parse, preset
-from ect.presets import PRESETS
+from ect.presets import NOTES, PRESETS
 from ect.show.dry_run import describe
 from ect.train import main
 
@@ -47,6 +47,33 @@ def test_the_staged_recipes(name: str, kimg: int) -> None:
     cfg = PRESETS[name]
     assert cfg.total_kimg == kimg == cfg.objective.stage_kimg * cfg.objective.n_stages
     assert (cfg.objective.q, cfg.objective.n_stages, cfg.optim.emas) == (2, 8, (".9999",))
+
+
+@pytest.mark.parametrize(
+    ("name", "staged", "q"),
+    [
+        ("digits-one-stage", "digits", 64),
+        ("cifar10-100k-one-stage", "cifar10-100k", 256),
+        ("cifar10-400k-one-stage", "cifar10-400k", 256),
+    ],
+)
+def test_the_recipes_of_one_stage_begin_where_the_staged_ones_end(name: str, staged: str, q: int) -> None:
+    cfg, other = PRESETS[name], PRESETS[staged]
+    last = other.objective
+    assert cfg.objective == replace(last, q=q, n_stages=1, stage_kimg=cfg.total_kimg)
+    assert q == last.q**last.n_stages  # one gap at the end
+    assert replace(cfg, preset=staged, objective=last) == other
+
+
+def test_help_says_which_recipes_are_not_measured(capsys) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split()).replace(" │ │ ", " ")
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    for name, note in NOTES.items():
+        assert f"{name} ({note})" in said
+        assert any(f"`{name}`" in line and note in line for line in page.splitlines())
+    assert set(NOTES) == {name for name in PRESETS if name.startswith("cifar10") and "one-stage" in name}
 
 
 @pytest.mark.parametrize("name", PRESETS)

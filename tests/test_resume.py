@@ -70,7 +70,9 @@ def test_every_other_field_is_refused_when_it_changes() -> None:
                 refuse_changed_maths(config, changed)
 
 
-@pytest.mark.parametrize(("decay", "free"), [("constant", True), ("rsqrt", True), ("linear", False)])
+@pytest.mark.parametrize(
+    ("decay", "free"), [("constant", True), ("rsqrt", True), ("linear", False), ("cooldown", False)]
+)
 def test_the_length_of_the_run_is_free_unless_the_learning_rate_depends_on_it(decay: Any, free: bool) -> None:
     old = Config(optim=OptimConfig(decay=decay))
     new = dataclasses.replace(old, total_kimg=2048.0)

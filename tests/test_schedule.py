@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ect.config import ObjectiveConfig, OptimConfig
-from ect.schedule import ema_betas_at, lr_at, stage_at
+from ect.schedule import cooldown, ema_betas_at, lr_at, stage_at
 
 
 def test_stage_boundaries() -> None:
@@ -26,6 +26,18 @@ def test_rsqrt_decay() -> None:
     rates = [lr_at(n, 128, 10**7, cfg) for n in (0, 256_000, 1_024_000)]
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4])
     assert lr_at(10**9, 128, 10**9, OptimConfig(lr=1e-4)) == 1e-4
+
+
+def test_the_factor_falls_as_one_minus_the_root() -> None:
+    assert [cooldown(done, 0.2) for done in (0.0, 0.5, 0.8)] == pytest.approx([1, 1, 1], abs=1e-7)
+    assert [cooldown(done, 0.2) for done in (0.85, 0.95, 1.0, 1.1)] == pytest.approx([0.5, 1 - 0.75**0.5, 0, 0])
+    assert cooldown(0.25, 1.0) == 0.5
+
+
+def test_the_learning_rate_cools_down_over_the_last_share() -> None:
+    cfg = OptimConfig(lr=2.0, decay="cooldown", cooldown_share=0.25, warmup_kimg=1.0)
+    rates = [lr_at(n, 100, 10_000, cfg) for n in (0, 400, 7_400, 8_125, 9_900)]
+    assert rates == pytest.approx([0.2, 1.0, 2.0, 1.0, 2 * (1 - 0.96**0.5)])
 
 
 def test_ema_ramp() -> None:

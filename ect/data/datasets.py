@@ -47,6 +47,12 @@ class Dataset:
         """Length of a label vector; 0 without labels."""
         return 0 if self.labels is None else self.labels.shape[1]
 
+    @property
+    def has_classes(self) -> bool:
+        """True where each label is one class, a row of zeros with a single one."""
+        labels = self.labels
+        return labels is not None and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
+
     def describe(self) -> str:
         """Say what it is, in a line: name, images, size, colour, and the classes with their counts."""
         size = f"{self.resolution}x{self.resolution} {'grey' if self.channels == 1 else 'RGB'}"
@@ -55,7 +61,7 @@ class Dataset:
     def _classes(self) -> str:
         if self.labels is None:
             return "no labels"
-        if not bool(((self.labels == 0) | (self.labels == 1)).all() and (self.labels.sum(1) == 1).all()):
+        if not self.has_classes:
             return f"label vectors of {self.label_dim} numbers"
         counts = self.labels.sum(0).int().tolist()
         empty = [str(i) for i, count in enumerate(counts) if count == 0]

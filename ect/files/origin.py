@@ -38,8 +38,14 @@ def find(
 ) -> Origin:
     """Return the networks of a phase. saved: the checkpoint that it resumes from.
 
-    Raises UserError where the network of --init-from does not fit the data, or the teacher is none.
+    Raises UserError where the network of --init-from does not fit the data, the teacher is none, or the data have no classes
+    for an objective that wants them.
     """
+    if objective.wants_data and dataset.labels is not None and not dataset.has_classes:
+        raise UserError(
+            f"--objective.target posterior: {dataset.name} has label vectors, and the posterior is within a class; leave out "
+            "--data.labels, or take --objective.target self"
+        )
     spec, net, notes = _network(cfg, objective, dataset, saved)
     net = net.to(device).train()
     if not objective.wants_teacher:

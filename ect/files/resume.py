@@ -14,10 +14,12 @@ from ect.errors import UserError
 from ect.files.fit import check_finite
 
 _FREE = {"run_dir", "resume", "dry_run", "device", "threads", "batch_per_device", "init_from", "kernels"}
-_FREE |= {"graph", "compile", "channels_last", "self_check", "heartbeat"}
+_FREE |= {"graph", "compile", "channels_last", "self_check", "heartbeat", "cooldown"}
 # The data may have moved: their fingerprint says whether they are the same.
 _FREE |= {"data.source", "data.resolution"}
 _FREE_GROUPS = ("log.", "eval.")
+_COOLS = {"optim.decay", "optim.cooldown_share", "total_kimg", "pretrain", "pretrain_kimg"}
+"""The options that ect.files.branch sets."""
 _SHOWN = {"grad_norm", "tally_loss"}
 """Tensors of the state that are shown and teach nothing; version 0.1 wrote them as they were."""
 
@@ -32,12 +34,15 @@ def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise UserError listing every option by which a resumed run would compute something else.
 
     Args: saved, new: dataclasses.asdict of the two configurations. Logging, evaluation, device and the size of a
-    forward pass are free, and so is total_kimg unless the learning rate falls linearly towards it.
+    forward pass are free, and so is total_kimg unless the learning rate falls towards it. A run that branches off to cool
+    down differs by what ect.files.branch sets.
     """
     old, now = _flatten(saved), _flatten(new)
     free = set(_FREE)
     if old.get("optim.decay") in ("constant", "rsqrt"):
         free.add("total_kimg")
+    if now.get("cooldown"):
+        free |= _COOLS
     changed = [
         f"--{name.replace('_', '-')}: checkpoint has {_show(old, name)}, command line says {_show(now, name)}"
         for name in sorted(old.keys() | now.keys())

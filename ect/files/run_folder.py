@@ -212,6 +212,6 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 def write_config(cfg: Config, folder: Path, now: dict[str, Any]) -> None:
     """Write config.json: the options of a run, and what it computes with (RESOLVED)."""
-    values = to_dict(dataclasses.replace(cfg, resume=None)) | {RESOLVED: now}
+    values = to_dict(dataclasses.replace(cfg, resume=None, cooldown=False)) | {RESOLVED: now}
     with atomic(folder / CONFIG) as temp:
         temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

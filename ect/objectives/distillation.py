@@ -51,4 +51,4 @@ class ConsistencyDistillation(ConsistencyObjective):
         x_t = y + t.view(-1, 1, 1, 1) * eps
         with torch.no_grad():
             x_r = euler_step(teacher, x_t, t, r)
-        return self.compare(denoiser, x_t, x_r, t, r)
+        return self.compare(denoiser, x_t, x_r, t, r, y)

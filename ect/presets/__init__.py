@@ -8,3 +8,5 @@ from ect.presets import cifar10, digits
 PRESETS: dict[str, Config] = {
     name: replace(recipe, preset=name) for family in (digits, cifar10) for name, recipe in family.RECIPES.items()
 }
+NOTES: dict[str, str] = cifar10.NOTES
+"""Words that stand beside the name of a recipe, wherever it is listed."""

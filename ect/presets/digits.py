@@ -21,6 +21,10 @@ _DIGITS = Config(
 
 RECIPES = {
     "digits": _DIGITS,
+    # The last gap, q = 64, from the first step on.
+    "digits-one-stage": replace(
+        _DIGITS, objective=replace(_DIGITS.objective, q=64.0, n_stages=1, stage_kimg=_DIGITS.total_kimg)
+    ),
     "digits-diffusion": replace(
         _DIGITS,
         objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),

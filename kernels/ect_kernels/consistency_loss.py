@@ -77,16 +77,24 @@ def pseudo_huber(difference: Tensor, c: float) -> Tensor:
     return distance(difference, c)[0]
 
 
+def by_image(v: Tensor) -> Tensor:
+    """Return a vector [N] as [N, 1, 1, 1], to meet images."""
+    return v.view(-1, 1, 1, 1)
+
+
+def denoised(F: Tensor, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """Return D = c_skip(sigma) x + c_out(sigma) F, wide, of raw outputs F and noisy images x [N, C, H, W], levels sigma [N]."""
+    c_skip, c_out, _ = coefficients(by_image(sigma), sigma_data)
+    return c_skip * x + c_out * F.to(wide(F))
+
+
+def target_of(F_r: Tensor, x_r: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+    """Return the target of a pair, wide [N, C, H, W]: D_r where r > 0, else x_r. Arguments as for `consistency_loss`."""
+    return torch.where(by_image(r > 0), denoised(F_r, x_r, r, sigma_data), x_r)
+
+
 def reference_fwd(i: Inputs) -> Output:
-    def by_image(v: Tensor) -> Tensor:
-        return v.view(-1, 1, 1, 1)
-
-    def denoised(F: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        c_skip, c_out, _ = coefficients(by_image(sigma), i.sigma_data)
-        return c_skip * x + c_out * F.to(i.wide)
-
-    target = torch.where(by_image(i.r > 0), denoised(i.F_r, i.x_r, i.r), i.x_r)
-    d = denoised(i.F_t, i.x_t, i.t) - target
+    d = denoised(i.F_t, i.x_t, i.t, i.sigma_data) - target_of(i.F_r, i.x_r, i.r, i.sigma_data)
     value, root = distance(d, i.c)
     _, c_out, _ = coefficients(i.t, i.sigma_data)
     slope = i.weight * c_out / root + (value - value)  # value - value: 0, or NaN where the sum overflowed

@@ -19,7 +19,7 @@ from tests.gpu_paths.pairwise import Case, product
 BATCH, RESOLUTION = 4, 16
 AXES: dict[str, list[Any]] = {
     "arch": ["ddpmpp", "ncsnpp", "adm"],
-    "objective": ["consistency", "diffusion", "distillation"],
+    "objective": ["consistency", "diffusion", "distillation", "adaptive", "posterior"],
     "precision": ["fp16", "bf16", "tf32", "fp32"],
     "gpu": ["T4", "A100", "H100", "RTX 5090"],
     "kernels": ["built", "absent"],
@@ -34,8 +34,9 @@ BUILT = [(80, 0), (86, 0), (89, 0), (90, 0), (100, 0), (120, 120)]
 
 
 def allowed(case: Case) -> bool:
-    """The precision is one that the device has."""
-    return case.get("gpu") != "T4" or case.get("precision") not in ("bf16", "tf32")
+    """The precision is one that the device has, and the posterior is over images that are there and as they are."""
+    posterior = case.get("objective") == "posterior" and (case.get("images") == "streamed" or case.get("augment"))
+    return not posterior and (case.get("gpu") != "T4" or case.get("precision") not in ("bf16", "tf32"))
 
 
 MAIN = ("arch", "objective", "precision", "kernels", "accumulation", "labels", "augment")
@@ -44,9 +45,9 @@ MAIN = ("arch", "objective", "precision", "kernels", "accumulation", "labels", "
 def full() -> list[Case]:
     """Every combination of the axes that decide which code runs; the others take turns."""
     turns = {axis: itertools.cycle(values) for axis, values in AXES.items() if axis not in MAIN}
-    found = product({axis: AXES[axis] for axis in MAIN})
+    found = product({axis: AXES[axis] for axis in MAIN}, allowed)
     cases = (case | {axis: next(turn) for axis, turn in turns.items()} for case in found)
-    return [case if allowed(case) else case | {"gpu": "A100"} for case in cases]
+    return [case if allowed(case) else case | {"gpu": "A100", "images": "resident"} for case in cases]
 
 
 def archs(case: Case) -> list[tuple[int, int]] | None:
@@ -62,10 +63,14 @@ def configuration(**case: Any) -> Config:
         channel_mult=(1,) if case.get("small") else (1, 2),
         attn_resolutions=(RESOLUTION // 2,), label_dropout=0.1 if case.get("labels") else 0.0,
     )  # fmt: skip
-    target: Any = "teacher" if case.get("objective") == "distillation" else "self"
+    target: Any = {"distillation": "teacher", "posterior": "posterior"}.get(case.get("objective", ""), "self")
+    weighting: Any = "adaptive" if case.get("objective") == "adaptive" else "inverse_gap"
+    least = 0.01 if case.get("objective") == "adaptive" else 0.0  # another option of the pair, along with it
+    levels = case.get("objective") in ("adaptive", "posterior")
     return replace(
         base, net=net, precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
-        objective=replace(base.objective, target=target),
+        log=replace(base.log, levels=levels),
+        objective=replace(base.objective, target=target, weighting=weighting, min_gap=least),
         batch_per_device=BATCH // 2 if case.get("accumulation") else None,
         data=replace(base.data, augment=0.12 if case.get("augment") else 0.0, xflip=bool(case.get("xflip"))),
         optim=replace(base.optim, clip=1.0 if case.get("clip") else None),

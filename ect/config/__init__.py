@@ -74,6 +74,10 @@ def refuse_beyond(options: Mapping[str, tuple[Any, ...]]) -> None:
                 raise UserError(f"--{name} {value}: expected {limit.expected}")
 
 
+COOLDOWN_SHARE = 0.2
+"""The part of a run that cools down: the longer of those that Hagele et al. recommend (arXiv 2405.18392)."""
+WEIGHT_FLOOR = 0.05
+"""The floor of the adaptive weight as it was tried on the digits, images of 64 values in [-1, 1]."""
 MAX_STEPS = 1000
 """The Heun sampler takes at most so many steps."""
 COUNT = at_most(10**6)
@@ -153,20 +157,27 @@ class ObjectiveConfig:
     """The formula by which r follows from t and the stage (consistency only)."""
     q: Annotated[float, Limit("greater than 1", lambda q: q > 1), at_most(2**16)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
+    min_gap: Annotated[float, BELOW_1] = 0.0
+    """The gap 1 - r/t stops closing at this value, such as .001. 0: it closes to that of the last stage."""
     k: Annotated[float, FROM_0, NUMBER] = 8.0
     """Extra gap at small t: n(t) = 1 + k sigmoid(-b t)."""
     b: Annotated[float, FROM_0, NUMBER] = 1.0
     c: Annotated[float, FROM_0, NUMBER] = 0.0
     """Pseudo-Huber constant, >= 0; 0 is the plain L2 norm."""
-    weighting: Literal["inverse_gap", "inverse_c_out_sq", "inverse_t", "inverse_t_sq", "uniform"] = "inverse_gap"
-    """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1."""
+    weighting: Literal["inverse_gap", "inverse_c_out_sq", "inverse_t", "inverse_t_sq", "uniform", "adaptive"] = (
+        "inverse_gap"
+    )
+    """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1; 'adaptive': 1/max(H, weight_floor), H the pseudo-Huber distance of
+    the target D_r from the clean image (ADCM, arXiv 2510.17266)."""
+    weight_floor: Annotated[float, ABOVE_0, NUMBER] = WEIGHT_FLOOR
+    """The least distance that 'adaptive' divides by. Where r = 0 the distance is 0, and the weight 1/weight_floor."""
     n_stages: Annotated[int, FROM_1, at_most(10**4)] = 8
     """Number of stages of the mapping."""
     stage_kimg: Annotated[float, ABOVE_0, KIMG] = 3200.0
     """Length of one stage; the last stage lasts to the end of the run."""
-    target: Literal["self", "teacher"] = "self"
-    """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step of the frozen pretrained network's ODE
-    from x_t ('teacher', consistency distillation)."""
+    target: Literal["self", "teacher", "posterior"] = "self"
+    """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step from x_t along the ODE of the frozen
+    pretrained network ('teacher', consistency distillation) or of the training images themselves ('posterior')."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +190,11 @@ class OptimConfig:
     """Clip the gradient's global L2 norm to this value. None: no clipping."""
     warmup_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     """Linear warm-up of the learning rate from 0."""
-    decay: Literal["constant", "linear", "rsqrt"] = "constant"
-    """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg)."""
+    decay: Literal["constant", "linear", "rsqrt", "cooldown"] = "constant"
+    """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg). 'cooldown': keep lr, but
+    over the last cooldown_share of the run fall as 1 - sqrt(u), with u from 0 to 1."""
+    cooldown_share: Annotated[float, ABOVE_0, BELOW_1] = COOLDOWN_SHARE
+    """Part of the run that its cooldown takes, .1 to .2 as published."""
     decay_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
     """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
@@ -201,6 +215,9 @@ class LogConfig:
     """Interval of checkpoints (0: only at the end)."""
     keep: Annotated[int, FROM_1, NUMBER] = 3
     """Keep this many latest checkpoints."""
+    levels: bool = False
+    """Say in each row, by noise level, how large the gap t - r is and how large the pairs themselves suggest that it be, and
+    draw it into levels.png at the end. It costs some launches a step."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +252,9 @@ class Config:
     """Length of that phase. None: as in its preset."""
     resume: Path | None = None
     """A run folder or a checkpoint of it: continue there."""
+    cooldown: bool = False
+    """Branch off the run of --resume, which stays as it is: a new run goes on from its checkpoint, and its learning rate falls
+    as --optim.decay cooldown has it. --optim.cooldown-share or --total-kimg says where it ends."""
     run_dir: Path | None = None
     """Folder of the run. None: runs/<number>-<preset>."""
     device: str = "auto"
