@@ -16,6 +16,8 @@ BAD = [  # command, arguments, what the sentence names; {file}: a file that is t
     ("first_hour", "--budget -1", "--budget: -1: expected a number of at least 0"),
     ("first_hour", "--out {file}", "name a folder"),
     ("footprint", "--batch 0", "--batch: 0: expected a whole number of at least 1"),
+    ("halved_images", "{none} {folder}/out", "{none}: no such file or folder"),
+    ("halved_images", "digits {file}", "{file} is a file; name a folder"),
     ("kernel_report", "--arch 75", "--arch: invalid choice: 75"),
     ("machine_facts", "{none}/facts.json", "name a file in a folder that exists"),
     ("ops", "--images 0", "--images: 0: expected a whole number of at least 1"),

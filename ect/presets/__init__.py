@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from ect.config import Config
-from ect.presets import cifar10, digits
+from ect.presets import cifar10, digits, fashion
 
 PRESETS: dict[str, Config] = {
-    name: replace(recipe, preset=name) for family in (digits, cifar10) for name, recipe in family.RECIPES.items()
+    name: replace(recipe, preset=name)
+    for family in (digits, fashion, cifar10)
+    for name, recipe in family.RECIPES.items()
 }
