@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ def save(path: Path, classifier: Classifier) -> None:
     if known is None:
         raise ValueError("a features file holds the statistics of its data")
     weights = {name: tensor.numpy().astype(np.float16) for name, tensor in classifier.net.state_dict().items()}
-    about = {
+    about: dict[str, Any] = {
         "data": np.array(classifier.data), "shape": np.array(classifier.shape), "levels": np.array(classifier.levels),
         "classes": np.array(classifier.classes), "count": np.array(known.count), "mean": known.mean,
         "scatter": known.scatter,
