@@ -96,7 +96,7 @@ class Options:
     threads: int = 1
     results: Path = RESULTS
     folder: Path = Path("runs/ledger")
-    """Where teachers and runs are kept."""
+    """The folder in which teachers and runs are kept."""
 
 
 def refuse(options: Options) -> None:

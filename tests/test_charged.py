@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import read_model
 from ect.metrics import Column, Evaluator
+from ect.step import TrainStep
 from ect.trainer import Trainer
 from tests import tiny
 
 CPU = torch.device("cpu")
-RATING = 0.2  # seconds
 
 
 def burn(seconds: float) -> None:
@@ -30,14 +31,16 @@ def burn(seconds: float) -> None:
         pass
 
 
-class Slow(Evaluator):
-    """Takes long to count its calls."""
+class Counting(Evaluator):
+    """Counts its calls, each of which takes a while on the clock of the test."""
 
     columns = (Column("FDc"),)
-    calls = 0
+
+    def __init__(self, clock: list[float]) -> None:
+        self.calls, self._clock = 0, clock
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        burn(RATING)
+        self._clock[0] += 100
         self.calls += 1
         return {"FDc": float(self.calls)}
 
@@ -67,37 +70,39 @@ def test_a_watch_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_are_charged_also_over_a_stop_and_nothing_else_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a clock where a step takes 1, a rating 100 and a checkpoint 1,000."""
     cfg = tiny.config(eval=EvalConfig(samples=8, batch=8), threads=1)
     cfg = replace(cfg, log=replace(cfg.log, eval_kimg=cfg.total_kimg / 2, checkpoint_kimg=0.016))
-    data, slow, step = load(cfg.data), Slow(), Trainer.evaluate
-    real = charged.Charged.save
+    clock = [0.0]
+    data, counting, write, step = load(cfg.data), Counting(clock), Trainer._write, TrainStep.__call__
+    stops = [48]
 
-    def save(self: charged.Charged) -> Path:
-        path = real(self)
-        if self.nimg == 48 and not (tmp_path / "stopped").exists():
-            (tmp_path / "stopped").touch()
-            self.stop.requested = True
-        return path
+    def slow_write(self: Trainer, *args: Any) -> Path:
+        clock[0] += 1000
+        self.stop.requested = self.nimg in stops
+        return write(self, *args)
 
-    monkeypatch.setattr(charged.Charged, "save", save)
+    def slow_step(self: TrainStep, *args: Any) -> Any:
+        clock[0] += 1
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_write", slow_write)
+    monkeypatch.setattr(TrainStep, "__call__", slow_step)
+    monkeypatch.setattr(charged.Watch, "now", lambda self: clock[0])
     with pytest.raises(KeyboardInterrupt):
-        charged.train(cfg, tmp_path / "run", data, CPU, slow)
-    before = charged.account(tmp_path / "run")["seconds"]
-    start = time.process_time()
-    model = charged.train(cfg, tmp_path / "run", data, CPU, slow)
-    took = time.process_time() - start
+        charged.train(cfg, tmp_path / "run", data, CPU, counting)
+    stopped = charged.account(tmp_path / "run")
+    assert 6 <= stopped["seconds"] <= 7 and counting.calls == 2  # a stop is heard after the step that follows
+    stops.clear()
+    model = charged.train(cfg, tmp_path / "run", data, CPU, counting)
     found = charged.account(tmp_path / "run")
-    assert 0 < before < found["seconds"] < before + took - RATING  # the last rating is not among it
-    assert [(kimg, values["nfe1/FDc"], values["nfe2/FDc"]) for kimg, _, values in found["curve"]] == [
-        (0.04, 1.0, 2.0), (0.08, 3.0, 4.0)
+    assert found["seconds"] == tiny.STEPS and counting.calls == 4
+    assert [(kimg, spent, values["nfe1/FDc"], values["nfe2/FDc"]) for kimg, spent, values in found["curve"]] == [
+        (0.04, 5, 1.0, 2.0), (0.08, 10, 3.0, 4.0)
     ]  # fmt: skip
-    assert found["curve"][0][1] < found["curve"][1][1] == found["seconds"] and found["pace"] > 0
-    assert slow.calls == 4 and step is Trainer.evaluate
     plain = tiny.run(replace(cfg, eval=EvalConfig(samples=0)), tmp_path / "plain")
-    assert plain.run_dir.is_dir()
-    (other,) = (tmp_path / "plain").glob(model.name)
-    ours, theirs = read_model(model).state, read_model(other).state
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)  # rating and charging change no step
+    ours, theirs = read_model(model).state, read_model(plain.run_dir / model.name).state
+    assert theirs and all(torch.equal(ours[name], theirs[name]) for name in theirs)  # no step is another for it
 
 
 @pytest.mark.slow
@@ -124,7 +129,11 @@ def test_what_a_recipe_rests_on_is_run_once_and_charged_to_each_line(
     assert lines[0]["before"] == lines[1]["before"] and lines[0]["curve"][-1][1] == lines[0]["seconds"]
     assert lines[0]["options"] == recipes.options_of("tiny", "mine") and str(script) in lines[0]["options"]
     assert lines[0]["teacher"] == lines[1]["teacher"] and lines[0]["teacher"]["kimg"] > 0
-    assert lines[0]["samples"] == 20 and lines[0]["curve"][-1][2].keys() >= {"nfe1/FDc", "nfe2/FDp"}
+    assert (
+        lines[0]["pace"] > 0
+        and lines[0]["samples"] == 20
+        and lines[0]["curve"][-1][2].keys() >= {"nfe1/FDc", "nfe2/FDp"}
+    )
     rated = bench.line(recipes.TEACHER, 1.0, 0)
     assert rated["seconds"] == 0 and rated["curve"][0][2].keys() == {"nfe35/FDc", "nfe35/FDp", "nfe35/imbalance"}
     monkeypatch.setitem(recipes.RECIPES, "broken", recipes.Recipe(before=("-c exit(3)",)))

@@ -171,6 +171,12 @@ def test_a_network_of_any_side(side: int) -> None:
     assert net(torch.zeros(2, 3, side, side)).shape == (2, 7) and net[-1].in_features == classifier.WIDTH
 
 
+def test_colours_are_planes_of_pixels() -> None:
+    images = noise(2, 4, 4, 3)
+    planes = classifier.pixel_features(images, 255).reshape(2, 3, 4, 4)
+    np.testing.assert_allclose(planes, images.transpose(0, 3, 1, 2) / 127.5 - 1)
+
+
 def test_levels_are_those_of_the_data(data: Dataset) -> None:
     assert classifier.levels_of(data.images) == 16
     assert classifier.levels_of(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)) == 1

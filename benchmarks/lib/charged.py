@@ -40,7 +40,7 @@ class Watch:
 
     @property
     def seconds(self) -> float:
-        """What it has counted."""
+        """Seconds counted so far."""
         return self._seconds + (self.now() - self._since if self._since >= 0 else 0.0)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What the ledger is said to show: claims about recorded lines, each of which `ledger.py --check` asserts."""
+"""Claims about recorded lines of the ledger, each of which `ledger.py --check` asserts."""
 
 from __future__ import annotations
 

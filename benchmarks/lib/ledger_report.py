@@ -1,4 +1,4 @@
-"""What the lines of a data set say: a table, the time to a target, and a picture of quality over time."""
+"""Reports of a data set's lines: a table, the time to a target, and a picture of quality over time."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Comparison:
 
     @property
     def wins(self) -> bool:
-        """Whether the whole interval lies below 1."""
+        """True where the whole interval lies below 1."""
         return self.high < 1
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What the ledger trains: data sets, and recipes. Both are lists of ect.train's options, so that a new one is a line."""
+"""The data sets and recipes of the ledger. Both are lists of ect.train's options, so that a new one is a line."""
 
 from __future__ import annotations
 

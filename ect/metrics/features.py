@@ -125,7 +125,7 @@ class TrainOptions:
     data: str = "digits"
     """The data set, as --data.source of ect.train; it needs classes."""
     resolution: int | None = None
-    """As --data.resolution."""
+    """The images' size, as --data.resolution has it."""
     epochs: int = 80
     """Passes over the images: 80 for the digits, 5 for 60,000 images."""
     out: Path | None = None
