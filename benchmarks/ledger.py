@@ -32,13 +32,13 @@ Columns of the table: cost; FDc as mean +- standard deviation over seeds; its ra
 mean, interval, seeds in favour, p of the sign test; and the share of the cost of `published` at which its own final FDc was
 reached, at 1 / 2 evaluations (median over seeds).
 
-The long runs, on two cores, a process a core (times are predicted from single steps, see docs/recipes.md):
+The long runs, on two cores, a process a core; docs/recipes.md has what they will take, by --pilot:
 
-    python benchmarks/ledger.py --data digits --seeds 0 1 2
-    python benchmarks/ledger.py --data digits --seeds 3 4
-    python benchmarks/ledger.py --data fashion16 --seeds 0 1 --recipes diffusion published q64
-    python benchmarks/ledger.py --data fashion28 --seeds 0 --recipes diffusion published q64
-    python benchmarks/ledger.py --data digits --lengths 0.5 --recipes published q64
+    python benchmarks/ledger.py --data digits --seeds 0 1 2                                  # 1.4 core-hours
+    python benchmarks/ledger.py --data digits --seeds 3 4                                    # 1.0
+    python benchmarks/ledger.py --data digits --lengths 0.5 --recipes published q64          # 0.2
+    python benchmarks/ledger.py --data fashion16 --seeds 0 --recipes diffusion published q64 # 0.4, and 0.1 a further recipe
+    python benchmarks/ledger.py --data fashion28 --seeds 0 --recipes diffusion published q64 # 5.1, and 1.6 a further recipe
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from lib import claims, ledger_lines, ledger_report
+from lib import claims, ledger_lines, ledger_pilot, ledger_report
 from lib.ledger_lines import RESULTS, Key
 from lib.ledger_run import Bench
 from lib.measure import reason
@@ -60,6 +60,7 @@ from lib.recipes import RECIPES
 from rich.console import Console
 
 from ect.errors import UserError
+from ect.show.table import Table
 
 SMOKE = ("published", "q64")
 SMOKE_SEED = 0
@@ -93,6 +94,8 @@ class Options:
     """Assert the recorded claims, and exit 1 unless they hold. Trains nothing."""
     smoke: bool = False
     """Train two recorded lines of the data set `smoke` again, in a temporary folder, and exit 1 unless they come out alike."""
+    pilot: int | None = None
+    """Time so many steps of each phase, say what the runs of the data set will take, and train nothing."""
     threads: int = 1
     results: Path = RESULTS
     folder: Path = Path("runs/ledger")
@@ -106,6 +109,8 @@ def refuse(options: Options) -> None:
             raise UserError(f"--recipes {recipe}: no such recipe; known: {', '.join(RECIPES)}")
     if not options.recipes or not options.seeds or min(options.lengths, default=0) <= 0 or options.threads < 1:
         raise UserError("--recipes, --seeds, --lengths, --threads: expected one or more of each, and lengths above 0")
+    if options.pilot is not None and options.pilot < 1:
+        raise UserError(f"--pilot {options.pilot}: expected at least 1 step")
     if options.until is not None and not options.until > 0:
         raise UserError(f"--until {options.until:g}: expected an FDc above 0")
     if (options.report or options.check or options.smoke) and not options.results.is_file():
@@ -135,6 +140,14 @@ def train(options: Options) -> bool:
     return good
 
 
+def put(table: Table, as_markdown: bool) -> None:
+    """Print a table."""
+    if as_markdown:
+        print(table.markdown())
+    else:
+        Console(width=150).print(table)
+
+
 def show(options: Options) -> None:
     """Print the table of a data set, and what else is asked for."""
     lines = [line for line in ledger_lines.read(options.results).values() if line["data"] == options.data]
@@ -147,10 +160,7 @@ def show(options: Options) -> None:
     if options.until is not None:
         tables.append(ledger_report.time_table(lines, options.until, options.nfe))
     for table in tables:
-        if options.markdown:
-            print(table.markdown())
-        else:
-            Console(width=150).print(table)
+        put(table, options.markdown)
     if options.plot is not None:
         ledger_report.plot(lines, options.data, options.plot)
         print(options.plot)
@@ -199,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if check(options) else 1
     if options.smoke:
         return 0 if smoke(options) else 1
+    if options.pilot is not None:
+        put(ledger_pilot.pilot(options.data, options.pilot, options.threads), options.markdown)
+        return 0
     good = options.report or train(options)
     show(options)
     return 0 if good else 1

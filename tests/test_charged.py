@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lib import charged, ledger_run, recipes
+from lib import charged, ledger_pilot, ledger_run, recipes
 from torch import Tensor
 
 from ect.config import EvalConfig
@@ -139,3 +140,19 @@ def test_what_a_recipe_rests_on_is_run_once_and_charged_to_each_line(
     monkeypatch.setitem(recipes.RECIPES, "broken", recipes.Recipe(before=("-c exit(3)",)))
     with pytest.raises(UserError, match=r"python -c 'exit\(3\)': ended with status 3"):
         bench.line("broken", 1.0, 0)
+
+
+@pytest.mark.slow
+def test_a_pilot_says_what_the_runs_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock where each reading is 2 seconds after the last: a step takes 2 seconds, and so does all of the sampling."""
+    monkeypatch.setitem(recipes.SETS, "tiny", recipes.DataSet("--preset digits --eval.samples 320", points=2))
+    readings = itertools.count(step=2)
+    monkeypatch.setattr(charged.Watch, "now", lambda self: float(next(readings)))
+    diffusion, tuning = ledger_pilot.pilot("tiny", 1, threads=1).rows
+    image = 2 / ledger_pilot.IMAGES
+    for row, evaluations in ((diffusion, 35), (tuning, 2 * 3)):
+        assert row[1:5] == ["188,769", "2000", "2000", f"{image * 1e3:.2f}"] and row[6:8] == [
+            "1,200",
+            f"{2400 / 3600:.2f}",
+        ]
+        assert row[8] == f"{image * evaluations * 320 / 3600:.2f}"

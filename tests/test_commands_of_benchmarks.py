@@ -21,6 +21,7 @@ BAD = [  # command, arguments, what the sentence names; {file}: a file that is t
     ("kernel_report", "--arch 75", "--arch: invalid choice: 75"),
     ("ledger", "--recipes q63", "--recipes q63: no such recipe; known: diffusion, published"),
     ("ledger", "--lengths 0", "lengths above 0"),
+    ("ledger", "--pilot 0", "--pilot 0: expected at least 1 step"),
     ("ledger", "--until -1", "--until -1: expected an FDc above 0"),
     ("ledger", "--check --results {none}", "{none}: no such file; train first"),
     ("ledger", "--report --results {file}", "has no tuning of digits"),
