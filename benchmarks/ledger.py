@@ -34,7 +34,7 @@ reached, at 1 / 2 evaluations (median over seeds).
 
 The long runs, on two cores, a process a core; docs/recipes.md has what they will take, by --pilot:
 
-    python benchmarks/ledger.py --data digits --seeds 0 1 2                                  # 1.4 core-hours
+    python benchmarks/ledger.py --data digits --seeds 0 1 2                                  # 1.5 core-hours
     python benchmarks/ledger.py --data digits --seeds 3 4                                    # 1.0
     python benchmarks/ledger.py --data digits --lengths 0.5 --recipes published q64          # 0.2
     python benchmarks/ledger.py --data fashion16 --seeds 0 --recipes diffusion published q64 # 0.4, and 0.1 a further recipe
