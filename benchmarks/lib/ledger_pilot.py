@@ -21,7 +21,7 @@ HOUR = 3600
 
 
 def pilot(data: str, steps: int, threads: int) -> Table:
-    """Time `steps` steps of a data set's diffusion phase and of its base recipe, after one that is not counted.
+    """Measure `steps` steps of a data set's diffusion phase and of its base recipe, after one that is not counted.
 
     A row says milliseconds of the processor a step (median, least), images a second while sampling by one evaluation, the
     memory of the process so far, and the core-hours of the whole phase, with those of its evaluations.
