@@ -69,7 +69,7 @@ class Bench:
             if again:
                 shutil.rmtree(folder, ignore_errors=True)
             cfg = recipes.config(self.data, recipe, length, seed, self.threads)
-            before = sum(self._before(command, cfg.data.source, teacher, seed) for command in RECIPES[recipe].before)
+            before = sum(self._before(command, cfg.data.source, teacher) for command in RECIPES[recipe].before)
             cfg = replace(cfg, init_from=teacher, pretrain=None)
             charged.train(cfg, folder, self.dataset, self.device, self.evaluator)
             found = charged.account(folder)
@@ -109,13 +109,13 @@ class Bench:
         cost = charged.account(self._of(seed) / "teacher")["seconds"]
         return {"weights_sha256": weights_fingerprint(net)[:16], "kimg": info["nimg"] / 1000, "seconds": cost}
 
-    def _before(self, command: str, source: str, teacher: Path, seed: int) -> float:
-        """Run a command of python that a recipe rests on, unless this seed has its result; return what it cost.
+    def _before(self, command: str, source: str, teacher: Path) -> float:
+        """Run a command of python that a recipe rests on, unless it has been run here; return what it cost.
 
         Raises UserError where it fails.
         """
         words = [word.format(data=source, teacher=teacher) for word in shlex.split(command)]
-        path = self._of(seed) / f"before-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]}.json"
+        path = self.folder / f"before-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]}.json"
         if path.is_file():
             return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
         start = _children()

@@ -37,8 +37,9 @@ class Recipe:
     """A way to tune a teacher.
 
     options: of ect.train, after the data set's. before: commands of python whose work the tuning rests on, such as features
-    of the data; {data} in them is the data set's --data.source, {teacher} the teacher's file. Each is run once for a seed, and
-    charged to every line that needs it.
+    of the data; {data} in them is the data set's --data.source, {teacher} the teacher's file. Each is run once (one that names
+    the teacher, once a seed), and charged to every line that needs it. A result that is there already, made by hand, would be
+    found by such a command at no cost: remove it first.
     """
 
     options: str = ""
