@@ -64,6 +64,8 @@ from ect.show.table import Table
 
 SMOKE = ("published", "q64")
 SMOKE_SEED = 0
+STOPPED = 130
+"""Exit status after Ctrl-C, as a shell has it."""
 ELSEWHERE = 1.5
 """On another machine, or with another torch, a short run's FDc may be so many times the recorded one."""
 ALIKE = 1e-3
@@ -212,7 +214,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.pilot is not None:
         put(ledger_pilot.pilot(options.data, options.pilot, options.threads), options.markdown)
         return 0
-    good = options.report or train(options)
+    try:
+        good = options.report or train(options)
+    except KeyboardInterrupt:  # a signal, after which the run has saved itself
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return STOPPED
     show(options)
     return 0 if good else 1
 

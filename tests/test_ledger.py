@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,10 @@ def test_a_length_stretches_a_run_and_leaves_the_teacher(data: str) -> None:
     assert teacher.optim.decay_kimg < teacher.total_kimg
 
 
+def test_the_command_offers_every_data_set() -> None:
+    assert typing.get_args(typing.get_type_hints(ledger.Options)["data"]) == tuple(recipes.SETS)
+
+
 def test_recipes_differ_and_share_their_teacher() -> None:
     options = [tuple(recipe.options.split()) for name, recipe in recipes.RECIPES.items() if name != recipes.TEACHER]
     assert len(set(options)) == len(options)
@@ -221,6 +226,17 @@ def test_a_recipe_that_fails_takes_no_other_along(
     assert ledger.main(run) == 1
     assert "seed 0, q64, length 1 failed: RuntimeError: no" in capsys.readouterr().out
     assert [made[0] for made in fake.made] == ["published"]
+
+
+def test_a_signal_ends_the_command_with_a_sentence(
+    tmp_path: Path, fake: type[Fake], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Line:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "line", interrupted)
+    assert ledger.main(["--results", str(tmp_path / "l.jsonl")]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err and not (tmp_path / "l.jsonl").exists()
 
 
 @pytest.mark.parametrize(
