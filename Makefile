@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py
 
-.PHONY: demo quick fuzz core test drills drills-short mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
+.PHONY: demo quick ledger-smoke fuzz core test drills drills-short mutants test-gpu gpu gpu-paths sanitize check format readme kernel-report bench long-haul clean
 
 demo: .venv/.installed
 	$(BIN)/python -m ect.train
@@ -61,6 +61,10 @@ readme: .venv/.installed  # train the digits anew, and put their picture, tables
 	rm -rf runs/readme
 	$(BIN)/python -m ect.train --run-dir runs/readme
 	$(BIN)/python benchmarks/readme.py runs/readme
+
+ledger-smoke: .venv/.test-installed  # train two short lines of benchmarks/results/ledger.jsonl again: they come out as recorded
+	$(BIN)/python benchmarks/ledger.py --check
+	$(BIN)/python benchmarks/ledger.py --smoke
 
 bench: .venv/.test-installed  # all that can be timed or predicted here; step times and floors go to benchmarks/results/README.md
 	$(BIN)/python benchmarks/ops.py --quick

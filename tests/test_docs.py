@@ -44,6 +44,11 @@ TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README = 130
 OPTIONS = {"ect.sample": sample.Options, "ect.evaluate": evaluate.Options, "ect.convert": convert.Options}
+PLACED = {  # what a command wants without an option
+    "halved_images.py": ["digits", "a folder"],
+    "readme.py": ["a file"],
+    "synthetic_cifar.py": ["a file"],
+}
 SHORT = [  # what is run in earnest: it needs seconds, and nothing that is not here
     "python -m ect_kernels --check",
     "python -m ect.train --preset cifar10-1h --objective.q 4",
@@ -310,7 +315,7 @@ def other_options() -> frozenset[str]:
     """Return the options of every command but ect.train."""
     names = [name for kind in OPTIONS.values() for name in options_of(kind)]
     for argv in [*([str(path)] for path in sorted((ROOT / "benchmarks").glob("*.py"))), ["-m", "ect_kernels"]]:
-        with parses(["a file"] if argv[0].endswith(("readme.py", "synthetic_cifar.py")) else []) as found:
+        with parses(PLACED.get(Path(argv[0]).name, [])) as found:
             run(argv)
         names += found
     return frozenset(names)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ect import evaluate, precision
 from ect.config import DataConfig, EvalConfig
@@ -16,15 +16,18 @@ from ect.metrics import (
     Column,
     QualityRow,
     choice,
+    classifier,
     make_evaluator,
     quality_rows,
     quality_table,
 )
 from ect.metrics.evaluator import Evaluator, Several
-from ect.metrics.features import DigitsEvaluator, DigitsStatistics
+from ect.metrics.features import FeatureEvaluator, distance
 from ect.metrics.fidelity import FidelityEvaluator
 from ect.models import EDMPrecond, build
 from ect.sampler import Consistency, Heun, consistency_samplers, generate
+
+DIGITS_FEATURES = classifier.SHIPPED / "digits_features.npz"
 
 
 def model_file(path: Path, channels: int = 1, resolution: int = 8, **info: Any) -> tuple[Path, EDMPrecond]:
@@ -184,7 +187,9 @@ def test_digits_figures_are_those_of_the_generated_images(
     assert two["sampler"]["sigmas"] == [80.0, 1.5]
     _, net = model_file(tmp_path / "again.safetensors")
     images = torch.cat(list(generate(net, range(30), Consistency((80.0, 1.5)))))
-    fdc, fdp = DigitsStatistics.of(images).distance(DigitsStatistics.of(load(DataConfig("digits")).images))
+    digits = load(DataConfig("digits")).images
+    known = classifier.load(DIGITS_FEATURES)
+    fdc, fdp = distance(known.statistics(images), known.statistics(digits))
     assert two["mean"]["FDc"] == pytest.approx(fdc, rel=1e-6)
     assert two["mean"]["FDp"] == pytest.approx(fdp, rel=1e-6)
 
@@ -302,13 +307,10 @@ def test_a_model_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_choice_of_metrics(tmp_path: Path) -> None:
-    def images(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.uint8)
-
-    cfg = EvalConfig(samples=10)
-    assert isinstance(make_evaluator(Dataset("digits", images(9, 8, 8, 1), None), cfg, tmp_path), DigitsEvaluator)
-    other = make_evaluator(Dataset("digits", images(9, 16, 16, 3), None), cfg, tmp_path)  # a folder of that name
-    assert isinstance(other, FidelityEvaluator)
+    cfg, digits = EvalConfig(samples=10), load(DataConfig("digits")).images
+    assert isinstance(make_evaluator(Dataset("of any name", digits, None), cfg, tmp_path), FeatureEvaluator)
+    for other in (torch.zeros(9, 16, 16, 3, dtype=torch.uint8), digits[1:]):  # folders of that name
+        assert isinstance(make_evaluator(Dataset("digits", other, None), cfg, tmp_path), FidelityEvaluator)
 
 
 @pytest.mark.slow
@@ -320,6 +322,6 @@ def test_a_further_metric_stands_beside_the_others(monkeypatch: pytest.MonkeyPat
     assert evaluator.notes == ["absent: no reason"] and evaluator.used["mean, absent"] == {"what": "pixels"}
     figures = evaluator.evaluate(iter(data.images[:8].split(4)))
     assert figures.keys() == {"FDc", "FDp", "imbalance", "mean"}
-    assert figures["FDc"] == DigitsEvaluator(data.images).evaluate(data.images[:8].split(4))["FDc"]
+    assert figures["FDc"] == FeatureEvaluator(DIGITS_FEATURES, data.images).evaluate(data.images[:8].split(4))["FDc"]
     with pytest.raises(ValueError, match="two evaluators have a column named absent, mean"):
         Several([MeanPixel(), MeanPixel()])

@@ -81,6 +81,8 @@ COMMANDS = {
             ("digits_quality", ["one_seed", "show"], {}, ""),
             ("first_hour", ["work"], {}, "--device cpu"),
             ("footprint", ["build"], {}, ""),
+            ("halved_images", ["write"], {"source": "digits", "folder": "out"}, ""),
+            ("ledger", ["train", "show", "check", "smoke", "ledger_pilot.pilot"], {}, ""),
             ("long_haul", ["haul", "show"], {}, ""),
             ("kernel_report", ["compile_all", "compile_row_loops"], {}, ""),
             ("machine_facts", ["facts"], {"file": "x.json"}, ""),

@@ -44,7 +44,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
         "precision",
         "ranks",
         "sampler",
-    },  # fmt: skip
+    },
 }
 DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
 MAX_LINES = 400

@@ -12,8 +12,9 @@ import torch
 from ect.config import DataConfig, EvalConfig
 from ect.data import Dataset, load
 from ect.errors import UserError
+from ect.metrics import classifier
 from ect.metrics.evaluator import Evaluator, Several
-from ect.metrics.features import DigitsEvaluator
+from ect.metrics.features import FeatureEvaluator
 from ect.metrics.fidelity import MIN_IMAGES, FidelityEvaluator, FidelityOptions
 from ect.metrics.weights import DINOV2, INCEPTION, VGG16
 from ect.models import EDMPrecond
@@ -32,7 +33,7 @@ def make_evaluator(
     options: FidelityOptions | None = None,
     device: torch.device | str = "auto",
 ) -> Evaluator:
-    """Return the evaluator of a data set: FDc and FDp for the digits, torch-fidelity's metrics for any other images.
+    """Return the evaluator of a data set: FDc and FDp where it has a features file, else torch-fidelity's metrics.
 
     Beside them stand the columns that EXTRA makes. Missing weights or a missing torch-fidelity are no error: the
     columns that need them say so (`Evaluator.notes`).
@@ -45,15 +46,17 @@ def make_evaluator(
     options = options or FidelityOptions(weights=eval_cfg.weights)
     if device == "auto":
         device = resolve("auto")
-    digits = dataset is not None and dataset.name == "digits" and dataset.images.shape[1:] == (8, 8, 1)
-    least = 2 if digits else MIN_IMAGES
+    features = None
+    if dataset is not None and options.reference is None:
+        features = classifier.find(dataset.images)
+    least = MIN_IMAGES if features is None else 2
     if eval_cfg.samples < least:
         raise UserError(f"{eval_cfg.samples} generated images cannot be rated; expected at least {least} samples")
-    if dataset is not None and digits and options.reference is None:
+    if dataset is not None and features is not None:
         for file, given in ((INCEPTION, options.weights), (VGG16, options.vgg), (DINOV2, options.dinov2)):
             if given is not None:
                 file.find(given, download=False)  # unused, but a path that names nothing is a mistake
-        main: Evaluator = DigitsEvaluator(dataset.images)
+        main: Evaluator = FeatureEvaluator(features, dataset.images)
     else:
         main = FidelityEvaluator(dataset, options, run_dir, device)
     extra = [evaluator for make in EXTRA if (evaluator := make(dataset)) is not None]
