@@ -58,7 +58,7 @@ from lib.options import command, tyro_options
 from lib.recipes import RECIPES
 from rich.console import Console
 
-from ect.config import ABOVE_0, FROM_1, SEED, THREADS, Limit, at_most
+from ect.config import ABOVE_0, FROM_1, NUMBER, SEED, THREADS, Limit, at_most
 from ect.errors import UserError
 from ect.show.table import Table
 
@@ -89,7 +89,7 @@ class Options:
     """Train also what is recorded."""
     report: bool = False
     """Train nothing: report what is recorded of all recipes, seeds and lengths."""
-    until: Annotated[float | None, ABOVE_0] = None
+    until: Annotated[float | None, ABOVE_0, NUMBER] = None
     """Also say when each recipe first had an FDc of at most this, at --nfe evaluations."""
     nfe: Literal[1, 2] = 2
     plot: Path | None = None

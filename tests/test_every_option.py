@@ -74,6 +74,9 @@ COMMANDS = {
     ),
     "ect.doctor": Command("ect.doctor.__main__", ("ect.doctor.__main__._line",), {"run": RUN}),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),
+    "ledger": Command(
+        "ledger", ("ledger.train", "ledger.show", "ledger.check", "ledger.smoke", "lib.ledger_pilot.pilot")
+    ),
     "ect_kernels": Command("ect_kernels.__main__", ("ect_kernels.__main__.built",)),
     **{
         name: Command(name, tuple(f"{name}.{function}" for function in work), given, before)
@@ -82,7 +85,6 @@ COMMANDS = {
             ("first_hour", ["work"], {}, "--device cpu"),
             ("footprint", ["build"], {}, ""),
             ("halved_images", ["write"], {"source": "digits", "folder": "out"}, ""),
-            ("ledger", ["train", "show", "check", "smoke", "ledger_pilot.pilot"], {}, ""),
             ("long_haul", ["haul", "show"], {}, ""),
             ("kernel_report", ["compile_all", "compile_row_loops"], {}, ""),
             ("machine_facts", ["facts"], {"file": "x.json"}, ""),

@@ -16,6 +16,7 @@ from ect.assembly import frozen, network_spec
 from ect.config import Config
 from ect.models import build
 from ect.objectives.distillation import ConsistencyDistillation
+from ect.objectives.posterior import PosteriorMean, PosteriorTarget
 from ect.ranks.distributed import World
 from ect.ranks.first_bad import agreed, all_finite, first_bad
 from ect.step import TrainStep
@@ -142,6 +143,17 @@ def test_a_teacher_that_goes_bad_is_named(part: str) -> None:
         layer = name.removesuffix(".weight")
         spoil_output(teacher.get_submodule(layer), math.nan)
         assert first_bad(step, 0) == f"the output of the teacher: {layer}"
+
+
+def test_a_teacher_without_layers_hides_nothing() -> None:
+    """The posterior mean over the images is no network; what goes bad beside it is named all the same."""
+    objective = PosteriorTarget()
+    images = make().stream.images
+    step = ready(objective=objective, teacher=PosteriorMean(images))
+    assert first_bad(step, 0) is None
+    layer = "model.enc.8x8_conv"
+    spoil_output(step.net.get_submodule(layer), math.nan)
+    assert first_bad(step, 0) == f"the output of {layer}"
 
 
 def test_a_search_that_finds_no_room_tells_what_it_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:

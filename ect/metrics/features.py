@@ -27,7 +27,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ect.config import FROM_1, SEED, DataConfig, at_most, refuse_beyond
+from ect.config import FOURS, FROM_1, SEED, DataConfig, at_most, refuse_beyond
 from ect.data import load
 from ect.errors import UserError
 from ect.files.resume import data_fingerprint
@@ -154,7 +154,13 @@ def make(options: TrainOptions) -> str:
         options.out.suffix != ".npz" or not options.out.parent.is_dir() or options.out.is_dir()
     ):
         raise UserError(f"--out {options.out}: name a file NAME.npz in a folder that is there")
-    refuse_beyond({"seed": (options.seed, SEED), "epochs": (options.epochs, FROM_1, at_most(10**5))})
+    refuse_beyond(
+        {
+            "seed": (options.seed, SEED),
+            "epochs": (options.epochs, FROM_1, at_most(10**5)),
+            "resolution": (options.resolution, FOURS, at_most(4096)),
+        }
+    )
     data = load(DataConfig(options.data, resolution=options.resolution, labels=True))
     images, labels = data.images, data.labels
     if labels is None or not bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()):

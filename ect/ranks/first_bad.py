@@ -27,8 +27,8 @@ def first_bad(step: TrainStep, nimg: int) -> str | None:
     would hide them. It has the weights of now, so that what came with the weights of then may be gone.
     """
     state = step.state.saved_views() | beside(step.state)
-    if step.teacher is not None:
-        state |= {f"the teacher's {name}": tensor for name, tensor in step.teacher.state_dict().items()}
+    teacher = _network(step.teacher)
+    state |= {f"the teacher's {name}": tensor for name, tensor in teacher.state_dict().items()} if teacher else {}
     for name, tensor in state.items():
         if not all_finite([tensor]):
             return name
@@ -68,6 +68,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack(ends).isfinite().all()) if ends else True
 
 
+def _network(teacher: object) -> nn.Module | None:
+    """Return a teacher that is a network: one that is a mean of the images has no weights and no layers."""
+    return teacher if isinstance(teacher, nn.Module) else None
+
+
 class _Seen:
     """The first input or output of a layer that is not finite, in the order of computation."""
 
@@ -77,7 +82,7 @@ class _Seen:
     def watching(self, step: TrainStep) -> ExitStack:
         """Check all layers of the network, and of a teacher, until the block ends."""
         stack = ExitStack()
-        for whole, net in (("the network", step.net), ("the teacher", step.teacher)):
+        for whole, net in (("the network", step.net), ("the teacher", _network(step.teacher))):
             for name, module in [] if net is None else net.named_modules():
                 called = f"{'' if net is step.net else 'the teacher: '}{name}" if name else whole
                 for handle in self._hooks(called, module):
