@@ -163,7 +163,6 @@ ONCE_EACH = dict(channel_mult=[1, 2], num_blocks=1)
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["ddpmpp", "skip", "adm"])
 def test_compiles_without_a_graph_break_and_fills_no_image_with_zeros(name: str) -> None:
     """A gradient that does not come is said beforehand; torch.compile makes zeros for any other. tests/gpu_paths has the

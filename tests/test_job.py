@@ -315,7 +315,6 @@ def test_pretraining_is_the_same_trainer_with_another_objective() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 def test_a_short_digits_job_shows_the_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the recipe: two evaluations of ECT beat nine of the diffusion model it came from, by far in pixels."""
     cfg = PRESETS["digits"]

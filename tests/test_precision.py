@@ -51,7 +51,6 @@ def test_check_fails_above_the_bar(
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 def test_fp16_is_at_most_1_3_times_tf32() -> None:
     """Over all digits; of the arithmetics the two that `--check` compares."""
     found = precision.measure(load_model(precision.DIGITS)[0], load(DataConfig()).images, None, precision.COMPARED)

@@ -167,7 +167,6 @@ def test_training_lowers_the_diffusion_loss() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 def test_tuning_on_gaussian_data_finds_the_exact_consistency_function() -> None:
     """Data N(0, 1/4): the probability-flow solution is f(x, t) = x / (2 sqrt(t^2 + 1/4)) (identity of the method)."""
 
@@ -285,7 +284,6 @@ def test_shares_of_two_ranks_add_up_to_one_batch(options: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 @pytest.mark.parametrize("on_ops", [True, False])
 def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_ops: bool) -> None:
     same = Mapping("const", q=math.inf)  # r = t
@@ -301,7 +299,6 @@ def test_the_compiled_step_equals_the_eager_one_and_student_equals_teacher(on_op
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 @pytest.mark.parametrize("objective", [ConsistencyObjective(), DiffusionObjective()])
 def test_all_micro_batches_share_one_compiled_graph(objective: Objective) -> None:
     """Dynamo specialises on Python numbers: a graph for each micro-batch, until it gives up at the ninth."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tracing import Tracing, sparing
+from tests.tracing import TRACED, Tracing, sparing
 
 pytestmark = pytest.mark.untraced  # here stands another tracer
 
@@ -63,6 +64,10 @@ def test_a_launch_is_traced_once_for_each_kind(traced: Callable[[], int]) -> Non
     assert sys.gettrace() is tracer
 
 
+def test_the_exceptions_are_files_of_tests() -> None:
+    assert {path.stem for path in Path(__file__).parent.rglob("test_*.py")} >= TRACED
+
+
 def test_the_tracer_comes_back_after_a_launch_that_fails(traced: Callable[[], int]) -> None:
     launch, tracer = Launcher(), sys.gettrace()
     launch(1, 2, BLOCK=32)
@@ -72,14 +77,24 @@ def test_the_tracer_comes_back_after_a_launch_that_fails(traced: Callable[[], in
     assert sys.gettrace() is tracer
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_coverage_rests_in_a_test_that_is_marked(marked: bool) -> None:
+@pytest.mark.parametrize(
+    ("mark", "file", "marked"),
+    [
+        (None, "test_a.py", False),
+        ("untraced", "test_a.py", True),
+        ("slow", "test_a.py", True),
+        ("slow", "test_capture.py", False),
+        ("untraced", "test_capture.py", True),
+    ],
+)
+def test_coverage_rests_in_a_test_that_is_marked(mark: str | None, file: str, marked: bool) -> None:
     seen: list[str] = []
     coverage = SimpleNamespace(pause=lambda: seen.append("pause"), resume=lambda: seen.append("resume"))
     plugins = {"_cov": SimpleNamespace(cov_controller=coverage)}
     item: Any = SimpleNamespace(
         config=SimpleNamespace(pluginmanager=SimpleNamespace(getplugin=plugins.get)),
-        get_closest_marker=lambda name: name if marked and name == "untraced" else None,
+        get_closest_marker=lambda name: name if name == mark else None,
+        path=Path("tests", file),
     )
     protocol = Tracing().pytest_runtest_protocol(item)
     next(protocol)

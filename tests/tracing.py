@@ -1,7 +1,8 @@
 """Where coverage's tracer rests: it makes all Python code twice as slow, torch's compiler and Triton's interpreter too.
 
-A test marked `untraced` runs without it: other tests reach the lines that it does. So does a launch in Triton's interpreter
-that can reach no new line: the process has traced one of the same kernel, with the same constants, the same arguments left out
+A slow test runs without it, since quick ones reach almost every line; so does a test marked `untraced`. TRACED has the
+exceptions: what walks a GPU's code, whose every line is to be reached. A launch in Triton's interpreter runs without it where
+it can reach no new line: the process has traced one of the same kernel, with the same constants, the same arguments left out
 and the same dtypes. What is lost shows: `make test` holds a bar on coverage, and tests/gpu_paths/report.py names lines.
 """
 
@@ -13,6 +14,23 @@ from collections.abc import Generator, Hashable
 from typing import Any
 
 import pytest
+
+TRACED = {
+    "test_capture",
+    "test_driver",
+    "test_memory",
+    "test_run",
+    "test_self_check",
+    "test_self_check_of_runs",
+    "test_step",
+}
+"""Files whose slow tests are traced too."""
+
+
+def rests(item: pytest.Item) -> bool:
+    """Whether the tracer rests in a test."""
+    slow = item.get_closest_marker("slow") is not None and item.path.stem not in TRACED
+    return slow or item.get_closest_marker("untraced") is not None
 
 
 def kind(launcher: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Hashable:
@@ -59,7 +77,7 @@ class Tracing:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         coverage = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-        if coverage is None or item.get_closest_marker("untraced") is None:
+        if coverage is None or not rests(item):
             return (yield)
         coverage.pause()
         try:

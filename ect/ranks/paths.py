@@ -32,4 +32,4 @@ def refuse_impossible(options: object, prefix: str = "") -> None:
             refuse_impossible(value, f"{name}.")
         why = why_no_path(str(value)) if isinstance(value, Path) or (type(value) is str and "\0" in value) else None
         if why is not None:
-            raise UserError(f"--{name} {value}: no possible name ({why}); give another")
+            raise UserError(f"--{name} {value}: no possible name ({why}); choose another")

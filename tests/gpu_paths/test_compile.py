@@ -13,7 +13,7 @@ from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu
 from tests.gpu_paths.pairwise import Case, name, product
 
-pytestmark = [pytest.mark.slow, pytest.mark.untraced]
+pytestmark = pytest.mark.slow
 
 AXES: dict[str, list[Any]] = {
     "arch": ["ddpmpp", "ncsnpp", "adm"],

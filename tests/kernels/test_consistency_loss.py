@@ -213,7 +213,6 @@ def test_opcheck(size: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 def test_compiles_as_one_graph() -> None:
     kwargs = inputs(2, 1, 8, 8)
     kwargs["F_t"].requires_grad_()

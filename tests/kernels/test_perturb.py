@@ -135,7 +135,6 @@ def test_every_byte(device: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.untraced
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_moments(device: str, backend: str) -> None:
     """Noise of 49,152 values: mean, variance, third and fourth moment of a normal; no correlation between neighbours."""
