@@ -96,12 +96,18 @@ def possible(cfg: Config) -> bool:
     return True
 
 
+# What a field needs beside it, where no change of it alone is possible.
+BESIDE: dict[tuple[str, ...], list[tuple[tuple[str, ...], Any]]] = {
+    ("objective", "weight_floor"): [(("objective", "kind"), "consistency"), (("objective", "weighting"), "adaptive")]
+}
+
+
 def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:
     """Configurations that differ from `start` in every field that can, over and over until each candidate had its turn; and
     the fields that never changed."""
     candidates: dict[tuple[str, ...], list[Any]] = {}
     for path, kind in fields(Config):
-        if path not in {("preset",), ("dry_run",), ("resume",)}:
+        if path not in {("preset",), ("dry_run",), ("resume",), ("cooldown",)}:  # tests/test_cooldown.py has the last
             values = list(others(kind, get(start, path)))
             candidates[path] = [v for v in values if possible(changed(start, path, v))] or values
     rounds = []
@@ -113,7 +119,12 @@ def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:
                     cfg = changed(cfg, path, value)
                     break
         rounds.append(cfg)
-    alone = [changed(start, path, value) for path in unchanged(candidates, start, rounds) for value in candidates[path]]
+    alone = []
+    for path in unchanged(candidates, start, rounds):
+        base = start
+        for other, value in BESIDE.get(path, []):
+            base = changed(base, other, value)
+        alone += [changed(base, path, value) for value in others(dict(fields(Config))[path], get(start, path))]
     rounds += filter(possible, alone)  # what another field's change had ruled out
     return rounds, unchanged(candidates, start, rounds)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,11 @@ from ect.config import OptimConfig
 from ect.data import load
 from ect.errors import UserError
 from ect.files.run_folder import load as load_config
+from ect.files.run_folder import to_dict
 from ect.job import Job
 from ect.options import parse
 from ect.schedule import lr_at
+from ect.show.dry_run import describe
 from ect.trainer import Trainer
 from tests.test_job import final_state, interrupt_after, rows
 from tests.tiny import config, run
@@ -43,6 +47,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_branch_can_be_pasted_back(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config(optim=TRUNK))))
+    cfg = parse(["--resume", str(tmp_path), "--cooldown", "--total-kimg", "0.2"])
+    lines = describe(cfg).splitlines()
+    assert cfg.cooldown and parse(shlex.split(lines[-1].removeprefix("#"))[3:]) == cfg
+    assert parse(shlex.split("\n".join(line for line in lines if not line.startswith("#")))) == cfg
 
 
 @pytest.mark.slow

@@ -8,7 +8,10 @@ and the same dtypes. What is lost shows: `make test` holds a bar on coverage, an
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import pkgutil
 import sys
 from collections.abc import Generator, Hashable
 from typing import Any
@@ -66,10 +69,26 @@ def sparing(launch: Any) -> Any:
     return spared
 
 
+def once() -> None:
+    """Do here, under the tracer, what a process does a single time: a test that is not traced may be the first to do it."""
+    import ect_kernels
+    from ect_kernels import native
+    from ect_kernels.testing import emulator
+
+    for module in pkgutil.iter_modules(ect_kernels.__path__, "ect_kernels."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    native._has_triton()
+    with contextlib.suppress(FileNotFoundError):  # no compiler, no CUDA headers
+        emulator.load("levels")
+
+
 class Tracing:
     """A plugin of pytest: without pytest-cov it does nothing."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if sys.gettrace() is not None:
+            once()
         interpreter: Any = sys.modules.get("triton.runtime.interpreter")
         if interpreter is not None and sys.gettrace() is not None:
             interpreter.GridExecutor.__call__ = sparing(interpreter.GridExecutor.__call__)

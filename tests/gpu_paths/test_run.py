@@ -89,13 +89,13 @@ def test_the_noise_on_the_signal_is_measured_on_the_device(precision: str, label
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) -> None:
     switches = {"compile": False, "self_check": False}  # no value can be compared here
-    cfg = config(device="cuda", precision=precision, total_kimg=0.016, optim=OptimConfig(), **switches)
+    cfg = config(device="cuda", precision=precision, total_kimg=0.024, optim=OptimConfig(), **switches)
 
     with FakeGpu(GPUS["RTX 4090"], archs=cases.BUILT) as gpu:
         first = run(cfg, tmp_path / "run")
         assert gpu.launches["radam_ema_fwd"] >= 2
         gpu.launches.clear()
-        run(replace(cfg, total_kimg=0.024, resume=tmp_path / "run"), tmp_path / "run")
+        run(replace(cfg, total_kimg=0.032, resume=tmp_path / "run"), tmp_path / "run")
         assert gpu.launches["radam_ema_fwd"] >= 1
         assert first is not None and "mixed devices" not in {event.kind for event in gpu.events}
 
@@ -103,7 +103,7 @@ def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_run_goes_on_whatever_its_check_finds(tmp_path: Path) -> None:
     """Here every comparison fails, so that each op is left with its last backend: the others are tried, none is needed."""
-    switches = {"compile": False, "graph": True, "total_kimg": 0.016, "optim": OptimConfig()}
+    switches = {"compile": False, "graph": True, "total_kimg": 0.024, "optim": OptimConfig()}
     try:
         with FakeGpu(GPUS["H100"], archs=cases.BUILT) as gpu:
             job = run(config(device="cuda", precision="fp32", **switches), tmp_path / "run")
