@@ -90,7 +90,7 @@ def many_grey(path: Path, depth: int = 8, length: int = 22_300) -> None:
 
 
 def many_of_bits(path: Path) -> None:
-    many_grey(path, 1, 11_150)
+    many_grey(path, 1, 16_750)
 
 
 def huge_first(path: Path) -> None:
