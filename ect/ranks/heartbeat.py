@@ -197,7 +197,7 @@ class Heartbeat(threading.Thread):
             self._late()
 
     def _accept(self, server: socket.socket) -> None:
-        """Take who knocks. One who is gone already, or for whom no descriptor is left, must not end this thread."""
+        """Let in who knocks. One who is gone already, or for whom no descriptor is left, must not end this thread."""
         with contextlib.suppress(OSError):
             self._add(Peer(server.accept()[0]))
 
