@@ -217,7 +217,8 @@ class Job:
                 if trainer.state.nonfinite > 0:
                     log.note(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
         if cfg.log.levels and writes:
-            levels.plot(run_dir)
+            with log.surviving("levels.png"):
+                levels.plot(run_dir)
         self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
         return path if trainer.nimg >= total_img else None
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ect.errors import UserError
+from ect.files import checkpoint
 from ect.files.checkpoint import Checkpoints, load_model, read_model
 from ect.models import build
 from tests.test_model_file import saved, spec
@@ -82,6 +84,23 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path: Path,
     if not (missing and kind == ".json"):  # alone, a model file is as good as any other
         with pytest.raises(UserError, match=r"checkpoint-000002\.000"):
             read_model(last)
+
+
+def test_a_checkpoint_on_a_bad_sector_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Checkpoints(tmp_path, keep=3)
+    first, last = save(run, 1000), save(run, 2000)
+    fingerprint = checkpoint._fingerprint
+
+    def failing(path: Path) -> dict[str, Any]:
+        if path == last:
+            raise OSError(5, "Input/output error")
+        return fingerprint(path)
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", failing)
+    with pytest.raises(UserError, match=r"checkpoint-000002\.000\.safetensors: cannot be read \(Input/output error\)"):
+        run.load(last)
+    with pytest.warns(UserWarning, match="using the checkpoint before it"):
+        assert run.load(tmp_path)[2] == first
 
 
 def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:

@@ -90,6 +90,19 @@ def test_a_run_that_goes_on_now(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
+def test_a_phase_whose_checkpoints_are_all_damaged_is_not_to_be_resumed(
+    folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, folder / "pretrain")
+    for path in folder.glob("checkpoint-*.state.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    (folder / "results.json").unlink()
+    said = examined(folder, capsys)
+    assert said["checkpoint"].startswith("none: ")  # of the last phase
+    assert said["next"] == "no checkpoint can be used; start a new run"
+
+
+@pytest.mark.slow
 def test_stops_and_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

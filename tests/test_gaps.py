@@ -166,3 +166,22 @@ def test_a_run_tells_of_levels_in_rows_and_picture_also_across_a_resume(
 def test_no_picture_without_levels(tmp_path: Path) -> None:
     (tmp_path / "stats.jsonl").write_text(json.dumps({"nimg": 1, "loss": 2.0}) + "\n")
     assert levels.plot(tmp_path) is None and not (tmp_path / "levels.png").exists()
+
+
+def test_a_torn_row_is_passed_over(tmp_path: Path) -> None:
+    row = {f"levels/0.5/{name}": 1.0 for name in ("A", "B", "gap", "images")}
+    (tmp_path / "stats.jsonl").write_bytes(
+        b'\xff\n[1]\n{"nimg": 1, "lev\n' + json.dumps(row).encode() + b'\n{"levels/0.5'
+    )
+    assert levels.plot(tmp_path) == tmp_path / "levels.png"
+
+
+@pytest.mark.slow
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(run_dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(levels, "plot", full)
+    with pytest.warns(UserWarning, match=r"levels\.png cannot be written, the run goes on without \(.*No space"):
+        run(config(log=LEVELS, total_kimg=0.016), tmp_path / "run")
+    assert (tmp_path / "run" / "results.md").is_file()

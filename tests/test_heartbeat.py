@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from ect.ranks import heartbeat
-from ect.ranks.heartbeat import STATUS, End, Heartbeat
+from ect.ranks.heartbeat import LATE, STATUS, End, Heartbeat
 
 SILENCE = 1.0
 CONNECTION = "ended without a word: it was killed, it crashed, or its machine failed"
@@ -234,3 +235,50 @@ def test_who_leaves_is_not_lost(world: Callable[[int], World]) -> None:
     two.ranks[0].leave()
     waiting.join(2)
     assert not waiting.is_alive() and two.ends == {0: [], 1: []}
+
+
+def test_who_comes_when_all_are_there_is_told_so_and_ends_nobody(world: Callable[[int], World]) -> None:
+    two, late = world(2), world(2)
+    two.start()
+    for beat in two.ranks.values():
+        beat.meet()
+    late.key = two.key
+    late.start(1)  # a second process with RANK=1
+    assert late.heard(1) == [End(1, "lost", STATUS, LATE)] and late.ranks[1].meet() == []
+    with two.pose(1) as third:  # one that is killed
+        third.settimeout(5)
+        assert json.loads(third.makefile().readline())["end"]["text"] == LATE
+    late.ranks[1].leave()
+    time.sleep(SILENCE / 2)
+    assert two.ends == {0: [], 1: []} and all(beat.end is None for beat in two.ranks.values())
+    two.ranks[1].report(End(1, "told", 2))
+    with two.pose(1) as fourth:
+        fourth.settimeout(5)
+        assert json.loads(fourth.makefile().readline())["end"]["how"] == "told"
+
+
+def test_who_hangs_up_before_it_is_let_in_changes_nothing(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails, peer = [OSError(errno.EINVAL, "gone")], heartbeat.Peer
+
+    def make(connection: socket.socket, rank: int = -1) -> heartbeat.Peer:
+        if fails:
+            raise fails.pop()
+        return peer(connection, rank)
+
+    two = world(2)
+    two.start(0)
+    monkeypatch.setattr(heartbeat, "Peer", make)
+    with socket.create_connection(("127.0.0.1", json.loads(two.key)[0]), timeout=5) as connection:
+        assert connection.recv(100) == b"" and not fails
+    assert two.ranks[0].is_alive()
+    two.start(1)
+    assert len(two.ranks[0].meet()) == 2
+
+
+def test_what_hundreds_of_ranks_were_started_with_is_a_long_line(world: Callable[[int], World]) -> None:
+    two = world(2)
+    two.start(0, word="x" * (3 * heartbeat.LONGEST))
+    two.start(1)
+    assert [len(hello.get("word", "")) for hello in two.ranks[1].meet()] == [3 * heartbeat.LONGEST, 0]

@@ -105,3 +105,13 @@ def test_a_folder_of_idx_files_as_published(tmp_path: Path) -> None:
     assert len(read(folder).images) == 3
     two = write_folder(tmp_path / "two", {"a-images-idx3-ubyte": idx_bytes(y), "b-images-idx3-ubyte": idx_bytes(y)})
     assert "several sets of images (a-images-idx3-ubyte, b-images-idx3-ubyte)" in refusal(two)
+
+
+def test_a_small_file_that_unpacks_to_much_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idx, "_ALWAYS", 10)
+    images = idx_bytes(np.zeros((100, 28, 28), np.uint8))
+    files = {"a-images-idx3-ubyte.gz": gzip.compress(images), "b-images-idx3-ubyte": images}
+    folder = write_folder(tmp_path, files)
+    said = refusal(folder / "a-images-idx3-ubyte.gz")
+    assert "promises 78,400 bytes of data, more than 16 for each of its own. Unpack it with gunzip" in said
+    assert len(read(folder / "b-images-idx3-ubyte").images) == 100  # as it says

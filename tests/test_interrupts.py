@@ -100,6 +100,19 @@ def test_each_signal_stops_a_run_after_its_step_and_the_second_at_once(number: s
 
 
 @POSIX
+def test_a_signal_of_a_closed_terminal_stops_a_run_though_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    stop = StopSignal()
+    with monkeypatch.context() as patch, stop.watch():
+        patch.setattr(sys, "stderr", Gone())
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.heard()
+
+
+@POSIX
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -232,11 +233,38 @@ def test_the_sentence_comes_once_and_the_process_ends(
     left: list[Any] = []
     monkeypatch.setattr(os, "_exit", left.append)
     monkeypatch.setattr(time, "sleep", left.append)
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
     words = last_words(0, LOST)
     words.of_another(LOST)
     words.of_another(LOST)
     assert words.report(Severed("closed")) == STATUS
     assert left == [GRACE, STATUS] * 2 and capsys.readouterr().err == SENTENCE
+
+
+class Gone:
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    flush = write
+
+
+def test_a_process_ends_though_nobody_can_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Any] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    last_words(0, LOST).of_another(LOST)
+    assert left == [STATUS]
+    for error, status in ((RuntimeError("mine"), 1), (UserError("--x 1"), 2), (Severed("no route"), STATUS)):
+        assert last_words(1).report(error) == status
+    words = last_words(0, LOST)
+    assert words.heartbeat is not None
+    words.heartbeat.way_back = lambda: {}["a fault of its own"]
+    with pytest.raises(KeyError):
+        words.of_another(LOST)
+    assert left == [STATUS] * 2
 
 
 def test_without_rank_0_one_speaks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,6 +351,15 @@ def test_a_failed_exchange_is_not_a_fault_of_the_code(monkeypatch: pytest.Monkey
         monkeypatch.setattr(dist, name, closed)
     world = World(0, 2)
     x = torch.ones(2)
+    for fault in (torch.AcceleratorError("device-side assert"), torch.OutOfMemoryError("full")):  # this rank's GPU
+
+        def broken(*args: Any, fault: Exception = fault, **options: Any) -> None:
+            raise fault
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "all_reduce", broken)
+            with pytest.raises(type(fault)):
+                world.sum_(x)
     for exchange in (
         lambda: world.sum_(x), lambda: world.mean(1.0), lambda: world.any(True), lambda: world.gather(x),
         lambda: world.first(lambda: 1), lambda: world.agree({"a": "b"}), world.stop,

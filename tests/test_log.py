@@ -204,6 +204,9 @@ def test_an_error_closes_the_log(tmp_path: Path) -> None:
     console = screen(terminal=True)
     with pytest.raises(KeyboardInterrupt), RunLog(tmp_path, 1000, console=console) as run:
         raise KeyboardInterrupt
+    assert (
+        json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])["event"] == "stop"
+    )  # by a signal, at once
     with pytest.raises(ValueError, match="closed file"):
         run.row(1, {})
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageDraw
 
 from ect.config import DataConfig
 from ect.data import Dataset, load
+from ect.data.readers import pictures
 from ect.errors import UserError
 
 
@@ -179,3 +180,19 @@ def test_postscript_named_png_starts_no_program(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match=r"1\.png: cannot be read as an image \(of no known format\)"):
         read(data)
     assert not started
+
+
+def test_many_small_line_drawings_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawings of one bit, such as Omniglot's 105x105 pixels, compress more than photos do."""
+    monkeypatch.setattr(pictures, "_ALWAYS", 0)
+    image = Image.new("1", (105, 105), 1)
+    ImageDraw.Draw(image).line([(20, 20), (50, 80), (90, 80)], 0, 2)
+    drawn = png(image)
+    assert len(drawn) < 3 * 105 * 105 / pictures._RATIO
+    data = write(tmp_path / "data", {f"{i}.png": drawn for i in range(5)})
+    assert read(data, resolution=32, convert="grey").images.shape == (5, 32, 32, 1)
+    write(tmp_path / "more", {"0.png": plain(0, "RGB", 256)})
+    with pytest.raises(
+        UserError, match=r"so small files hold no pictures so large\. Remove it, or save such pictures with"
+    ):
+        read(tmp_path / "more")

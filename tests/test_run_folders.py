@@ -109,6 +109,18 @@ def test_two_new_runs_that_found_the_same_folder_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock there")
+def test_who_asks_for_the_holder_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    (tmp_path / LOCK).touch()
+    asking = (tmp_path / LOCK).open()
+    fcntl.flock(asking, fcntl.LOCK_SH)  # as `holder` does, for a moment
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: asking.close())
+    with locked(tmp_path):
+        assert lock.holder(tmp_path) is not None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock there")
 def test_a_kill_leaves_a_file_that_locks_nothing(tmp_path: Path) -> None:
     script = f"""
         import sys, time

@@ -91,3 +91,14 @@ def test_sixteen_bits_become_eight_by_rounding() -> None:
     assert np.array_equal(
         np.asarray(converted(Image.fromarray(values), "grey")), np.rint(values / 257).astype(np.uint8)
     )
+
+
+def test_a_parser_that_says_nothing_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """An output without room or buffer."""
+
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert parsed(lambda: Options(7)).count == 7

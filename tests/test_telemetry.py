@@ -167,3 +167,13 @@ def test_an_output_without_room_ends_no_run(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=full, stderr=-1, text=True)
     assert done.returncode == 0 and done.stderr.count("the output cannot be written, the run goes on without") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_history_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").mkdir()
+    with pytest.warns(UserWarning, match=r"history\.jsonl cannot be written"):
+        run = RunLog(tmp_path, 1000, quiet=True)
+    with run:
+        run.row(1, {"loss": 0.5})
+    assert nimgs(tmp_path) == [1]

@@ -83,6 +83,16 @@ def many_large(path: Path) -> None:
     zipped(path, {f"{i}.png": content for i in range(60)})
 
 
+def many_grey(path: Path, depth: int = 8, length: int = 22_300) -> None:
+    """As many as are still read: each file is as long as its pixels need it to be."""
+    content = png(1000, 1000, colour=0, depth=depth).ljust(length, b"\0")
+    zipped(path, {f"{i:03d}.png": content for i in range(9_800_000 // (length + 120))})
+
+
+def many_of_bits(path: Path) -> None:
+    many_grey(path, 1, 16_750)
+
+
 def huge_first(path: Path) -> None:
     zipped(path, {"a.png": png(4096, 4096), **small(3000)})
 
@@ -178,6 +188,8 @@ FILES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     "one picture of a palette": ("s.zip", one_picture(7_000, 7_000, colour=3), {"resolution": 32, "convert": "rgb"}),
     "one picture of 16 bits": ("s.zip", one_picture(7_000, 7_000, colour=0, depth=16), {"resolution": 32, "convert": "rgb"}),
     "one line": ("s.zip", one_picture(1_000_000, 1), {"resolution": 32}),
+    "many grey pictures": ("s.zip", many_grey, {"resolution": 32}),
+    "many pictures of bits": ("s.zip", many_of_bits, {"resolution": 32, "convert": "grey"}),
     "many large pictures": ("s.zip", many_large, {"resolution": 32}),
     "a first picture that the others are to be like": ("s.zip", huge_first, {}),
     "zeros behind each picture": ("s.zip", trailing, {}),

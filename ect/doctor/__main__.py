@@ -67,7 +67,8 @@ def examine(path: Path) -> Iterator[str]:
             yield _line(subject, said)
         found = checkpoint(phase.folder)
         yield _line("checkpoint", found[2])
-        best = found if found[0] is not None else best
+        if found[0] is not None or any(phase.folder.glob("checkpoint-*.json")):  # a resume takes that phase, or none
+            best = found
     yield _line("state", _state(folder, phases[-1], phases, best[1], cfg))
     yield _line("next", _advice(folder, phases, best, cfg))
 

@@ -269,7 +269,10 @@ def _verify(folder: Path, stem: str, kinds: tuple[str, ...]) -> None:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: incomplete checkpoint: the file is missing")
-        found = _fingerprint(path)
+        try:
+            found = _fingerprint(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
         if found != listed.get(name):
             raise UserError(f"{path}: damaged: size and SHA-256 are {found}, {stem}{_MANIFEST} says {listed.get(name)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,7 @@ def holder(folder: Path) -> str | None:
 
 def _acquire(path: Path) -> int | None:
     """Return the descriptor that holds the lock, None where the file system has no locks."""
+    patience = 3
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -69,6 +71,10 @@ def _acquire(path: Path) -> int | None:
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
+            if patience:  # `holder` above has it for a moment, to ask
+                patience -= 1
+                time.sleep(0.05)
+                continue
             raise UserError(
                 f"{path.parent}: another process trains in this folder ({holder}); wait for it, stop it, or give another folder"
             ) from error

@@ -47,9 +47,11 @@ class Severed(Lost):
 
 @contextlib.contextmanager
 def _exchange() -> Iterator[None]:
-    """Turn what torch.distributed raises inside the block into Severed."""
+    """Turn what torch.distributed raises inside the block into Severed; a fault of this rank's own GPU stays what it is."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of an earlier launch, perhaps: its traceback says more
+        raise
     except RuntimeError as error:
         raise Severed((str(error).splitlines() or [""])[0]) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -19,6 +20,12 @@ GRACE = 5.0
 """Seconds in which a process ends by itself, as a wait for the lost rank fails; after them it is ended."""
 
 
+def say(text: str) -> None:
+    """Print on stderr what is not empty, if anybody reads it: a terminal that is gone must not keep a process from its end."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, end="\n" if text else "", flush=True)
+
+
 class Ending:
     """Says once why this process ends, if it is for this one to say.
 
@@ -33,9 +40,12 @@ class Ending:
 
     def of_another(self, end: End) -> None:
         """Say what became of another rank, and end this process: in the heartbeat's thread, since the main one may wait."""
-        self.tell(end)
-        time.sleep(GRACE)
-        os._exit(end.status)
+        deadline = time.monotonic() + GRACE
+        try:
+            self.tell(end)
+            time.sleep(max(deadline - time.monotonic(), 0.0))
+        finally:
+            os._exit(end.status)
 
     def report(self, error: BaseException) -> int:
         """Say why this rank ends, unless another one ended before, and return the exit status. The main thread calls it."""
@@ -61,13 +71,12 @@ class Ending:
             pass
         elif severed:
             what = f"error: rank {rank} of {size}: an exchange failed, though all ranks beat ({error})"
-            print(f"{what}; {self.heartbeat.way_back()}", file=sys.stderr)
+            say(f"{what}; {self.heartbeat.way_back()}")
         elif end.how == "told":
-            said = self.interrupted if isinstance(error, KeyboardInterrupt) else f"error: {sentence(error)}"
-            print(said, file=sys.stderr, end="\n" if said else "")
+            say(self.interrupted if isinstance(error, KeyboardInterrupt) else f"error: {sentence(error)}")
         else:
             text = "".join(traceback.format_exception(error))
-            print(f"rank {rank} of {size} failed:\n{text}", file=sys.stderr, end="")
+            say(f"rank {rank} of {size} failed:\n{text.rstrip()}")
         return end.status
 
     def tell(self, end: End) -> None:
@@ -80,8 +89,7 @@ class Ending:
             if self.quiet or end.how == "told" or not self._speaks(end):
                 return
             what = end.text if end.how == "lost" else "failed, as its traceback says"
-            way_back = self.heartbeat.way_back()
-            print(f"error: rank {end.rank} of {self.place.size} {what}; {way_back}", file=sys.stderr, flush=True)
+            say(f"error: rank {end.rank} of {self.place.size} {what}; {self.heartbeat.way_back()}")
 
     def _speaks(self, end: End) -> bool:
         """Return whether this rank speaks: rank 0, or where that is the lost one, the first that asks a launcher's store.

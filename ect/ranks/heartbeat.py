@@ -28,9 +28,10 @@ LINGER = 3.0
 ANSWER = 3.0
 """Seconds within which rank 0 says whose end came first, and within which the others wait for what it prints."""
 LONGEST = 2**20
-"""Bytes of a line; who sends more is none of ours."""
+"""Bytes of a stranger's line; who sends more is none of ours. Rank 0 sends longer ones to some hundred ranks."""
 STATUS = 4
 """Exit status of the ranks that are left where one is lost."""
+LATE = "came when the others had begun without it (is another process of this number among them?)"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class Peer:
             messages = [json.loads(line) for line in lines]
         except (ValueError, RecursionError):
             return [], False
-        ours = len(self._received) <= LONGEST and all(isinstance(message, dict) for message in messages)
+        ours = (self.rank >= 0 or len(self._received) <= LONGEST) and all(
+            isinstance(message, dict) for message in messages
+        )
         return (messages, bool(data)) if ours else ([], False)
 
 
@@ -119,7 +122,7 @@ class Heartbeat(threading.Thread):
             server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=self.size)
         except (OSError, ValueError):  # a machine without IPv6
             server = socket.create_server(("", 0), backlog=self.size)
-        self._selector.register(server, selectors.EVENT_READ, lambda: self._add(Peer(server.accept()[0])))
+        self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
         self.start()
         return json.dumps([server.getsockname()[1], self._token])
 
@@ -193,6 +196,11 @@ class Heartbeat(threading.Thread):
         if self.rank == 0 and not self._complete.is_set() and now > self._deadline:
             self._late()
 
+    def _accept(self, server: socket.socket) -> None:
+        """Let in who knocks. One who is gone already, or for whom no descriptor is left, must not end this thread."""
+        with contextlib.suppress(OSError):
+            self._add(Peer(server.accept()[0]))
+
     def _add(self, peer: Peer) -> None:
         self._peers.append(peer)
         self._selector.register(peer.socket, selectors.EVENT_READ, lambda: self._read(peer))
@@ -228,6 +236,11 @@ class Heartbeat(threading.Thread):
         hello = message.get("hello")
         if message.get("token") != self._token or not isinstance(hello, dict):
             return False
+        if (
+            self._complete.is_set()
+        ):  # a second process of some number, or one that is too late: its own end concerns nobody
+            peer.send({"end": asdict(self.end or End(hello["rank"], "lost", STATUS, LATE))})
+            return True
         peer.rank = hello["rank"]
         fits = hello["size"] == self.size and all(peer.rank != other["rank"] for other in self.hellos)
         self.hellos.append(hello)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ect.config import Config
 from ect.errors import UserError
 from ect.ranks import interrupts
-from ect.ranks.ending import Ending
+from ect.ranks.ending import Ending, say
 from ect.ranks.heartbeat import Heartbeat
 from ect.ranks.paths import refuse_impossible
 from ect.ranks.place import Place
@@ -77,7 +77,7 @@ def _together(place: Place, parse: Callable[[], T | None], work: Callable[[T, Wo
             if (why := refusal(hellos)) is not None:
                 status, said = why
                 if said and place.rank == 0:
-                    print(f"error: {said}", file=sys.stderr, flush=True)
+                    say(f"error: {said}")
                 heartbeat.leave(after_rank_0=True)
                 return status
             world = start(place, store, heartbeat)
@@ -89,9 +89,8 @@ def _together(place: Place, parse: Callable[[], T | None], work: Callable[[T, Wo
     except (Exception, KeyboardInterrupt) as error:
         status = ending.report(error)
     if options is None:  # and nobody came to hear it
-        print(told["said"], file=sys.stderr, end="\n" if told["said"] else "")
+        say(told["said"])
         status = told["status"]
-    sys.stderr.flush()
     os._exit(status)  # at once: winding torch.distributed up would wait for the other ranks, which wait for this one
 
 

@@ -55,8 +55,9 @@ def parsed(parse: Callable[[], T]) -> T:
 
 def _pass_on(out: io.StringIO, err: io.StringIO) -> None:
     """Write what a parser wrote where it meant it to go."""
-    sys.stdout.write(out.getvalue())
-    sys.stderr.write(err.getvalue())
+    for said, stream in ((out.getvalue(), sys.stdout), (err.getvalue(), sys.stderr)):
+        if said:  # a full disk refuses to be written even nothing
+            stream.write(said)
 
 
 @contextlib.contextmanager

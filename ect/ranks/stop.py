@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -48,7 +49,14 @@ class StopSignal:
             if not self.requested:
                 self.requested, first = True, time.monotonic()
                 if self.world.rank == 0:
-                    print("\nstopping after this step and saving; once more quits at once", file=sys.stderr, flush=True)
+                    with contextlib.suppress(
+                        OSError, RuntimeError
+                    ):  # the terminal is gone; a line of its own is under way
+                        print(
+                            "\nstopping after this step and saving; once more quits at once",
+                            file=sys.stderr,
+                            flush=True,
+                        )
             elif self.world.size == 1 or time.monotonic() > first + ECHO_SECONDS:
                 interrupt(number, frame)
 

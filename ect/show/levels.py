@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,9 +18,16 @@ COLOURS = {"gap t - r": "#4269d0", "suggested, A / B": "#ff725c"}
 
 
 def plot(run_dir: Path) -> Path | None:
-    """Write levels.png of the later half of the rows in stats.jsonl, atomically; None where they say nothing of levels."""
-    lines = (run_dir / "stats.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if any(name.startswith("levels/") for name in row)]
+    """Write levels.png of the later half of the rows in stats.jsonl, atomically; None where they say nothing of levels.
+
+    A damaged line is passed over. Raises OSError where the rows cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    for line in (run_dir / "stats.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and any(name.startswith("levels/") for name in row):
+                rows.append(row)
     found = means(rows[len(rows) // 2 :])
     if not found:
         return None

@@ -93,12 +93,12 @@ class RunLog:
             threading.excepthook = self._thread_failed
             stats = self.run_dir / STATS
             begun: dict[str, Any] = {"event": "start"}
-            with self._surviving(STATS):
+            with self.surviving(STATS):
                 if resume_nimg is not None and stats.is_file():
                     begun = {"event": "resume", "reached": max(_drop_rows_after(stats, resume_nimg), resume_nimg)}
                 self._stats = stats.open("ab", buffering=0)
             self.event(**begun)
-            with self._surviving("TensorBoard"):
+            with self.surviving("TensorBoard"):
                 self._board = _summary_writer(self.run_dir, resume_nimg)
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
@@ -135,10 +135,10 @@ class RunLog:
         if not self._writes:
             return
         plain = {name: _plain(value) for name, value in stats.items()}
-        with self._surviving(STATS):
+        with self.surviving(STATS):
             if self._stats is not None:
                 _append(self._stats, (json.dumps({"nimg": nimg, **plain}) + "\n").encode())
-        with self._surviving("TensorBoard"):
+        with self.surviving("TensorBoard"):
             if self._board is not None:
                 for name, value in plain.items():
                     if isinstance(value, (int, float)):
@@ -154,7 +154,7 @@ class RunLog:
         if self._writes:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             line = json.dumps({"time": now, "event": event, "nimg": self.nimg, **facts}) + "\n"
-            with self._surviving(HISTORY), (self.run_dir / HISTORY).open("a+b", buffering=0) as file:
+            with self.surviving(HISTORY), (self.run_dir / HISTORY).open("a+b", buffering=0) as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
                 _append(file, b"\n" * (file.read(1) not in (b"", b"\n")) + line.encode())  # after one that a kill tore
 
@@ -164,16 +164,16 @@ class RunLog:
             return None
         path, written = self.run_dir / f"{name}-{self.nimg / 1000:010.3f}.png", None
         image = make_grid(images)
-        with self._surviving("grids"):
+        with self.surviving("grids"):
             save_png(image, path)
             written = path
-        with self._surviving("TensorBoard"):
+        with self.surviving("TensorBoard"):
             if self._board is not None:
                 self._board.add_image(name, image, self.nimg, dataformats="HWC")
         return written
 
     @contextlib.contextmanager
-    def _surviving(self, what: str) -> Iterator[None]:
+    def surviving(self, what: str) -> Iterator[None]:
         """Report once, as a warning, a failure to write inside the block: what is only told of a run never ends it."""
         try:
             yield
@@ -190,10 +190,11 @@ class RunLog:
         """Return the names of the grids, and of the statistics in stats.jsonl, that there are of the present nimg."""
         end, stats = f"-{self.nimg / 1000:010.3f}.png", self.run_dir / STATS
         names = {path.name.removesuffix(end) for path in self.run_dir.glob(f"*{end}")}
-        for line in stats.read_bytes().splitlines() if stats.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                row = json.loads(line)
-                names |= row.keys() if row["nimg"] == self.nimg else set()
+        with self.surviving(STATS):
+            for line in stats.read_bytes().splitlines() if stats.is_file() else ():
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    row = json.loads(line)
+                    names |= row.keys() if row["nimg"] == self.nimg else set()
         return names
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
@@ -203,7 +204,7 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """Print one line on the console, above the bar."""
-        with self._surviving("the console"):
+        with self.surviving("the console"):
             self.console.print(Text(text))
 
     def close(self) -> None:
@@ -215,7 +216,7 @@ class RunLog:
             self._stats.close()
         board, self._board = self._board, None
         if board is not None:
-            with self._surviving("TensorBoard"):
+            with self.surviving("TensorBoard"):
                 board.close()
         if threading.excepthook == self._thread_failed:
             threading.excepthook = self._excepthook
@@ -228,6 +229,8 @@ class RunLog:
     ) -> None:
         if error is None:
             self.event("end" if self.nimg >= self.total_nimg else "stop")
+        elif isinstance(error, KeyboardInterrupt):
+            self.event("stop")
         else:
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.event("diverged" if isinstance(error, Diverged) else "failed", text=what)

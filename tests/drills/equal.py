@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 EVENTS = re.compile(r"events\.out\.tfevents\.\d+\..+")
-CLOCKS = {"seconds", "sec_per_kimg", "memory_bytes"}
-TELEMETRY = re.compile(r"stats\.jsonl|nfe\d+-[\d.]+\.png")
+CLOCKS = {"seconds", "sec_per_kimg", "memory_bytes", "time"}
+TELEMETRY = re.compile(r"stats\.jsonl|history\.jsonl|levels\.png|nfe\d+-[\d.]+\.png")
 LAST = "checkpoint-000000.080"
 
 
@@ -51,6 +51,8 @@ def _content(path: Path) -> Any:
         )
     if path.name == "stats.jsonl":
         return [_without(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.name == "history.jsonl":  # its beginnings tell what happened to a run; its end is the same
+        return _without(json.loads(path.read_bytes().splitlines()[-1]))
     if path.name == "results.json":
         return _without(json.loads(path.read_text()))
     if path.name == "results.md":  # the last column and the line below are of a clock

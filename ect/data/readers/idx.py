@@ -92,6 +92,11 @@ def _read_array(path: Path, ndim: int) -> np.ndarray:
             values = file.read(min(size, most) + 1)  # one byte more than promised, to notice an excess
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({what_is_at(path) or error}). Copy or download it again") from error
+    if size > most == len(values) - 1 < MAX_BYTES:
+        raise UserError(
+            f"{path}: its header promises {size:,} bytes of data, more than {_RATIO} for each of its own. Unpack it "
+            "with gunzip, if it is what it says"
+        )
     if len(values) != size:
         found = f"more than {size}" if len(values) > size else str(len(values))
         raise UserError(f"{path}: its header promises {size} bytes of data, found {found}. Copy or download it again")

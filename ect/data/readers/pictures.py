@@ -41,17 +41,20 @@ class Source:
 
 @dataclass
 class _Room:
-    """The pixels that the files read so far may have, so that small files do not fill the memory, or take hours."""
+    """The values of pixels that the files read so far may have, so that small files do not fill the memory, or take hours."""
 
     read: int = 0
-    decoded: int = 0
+    decoded: float = 0.0
 
-    def take(self, where: Path, data: int, pixels: int) -> None:
-        """Count a file of `data` bytes that will have so many pixels. Raises UserError where that is too much."""
-        self.read, self.decoded = self.read + data, self.decoded + 3 * pixels
+    def take(self, where: Path, data: int, image: Image.Image, convert: Convert | None) -> None:
+        """Count a file of `data` bytes, whose header alone is read yet. Raises UserError where its pixels are too many."""
+        pixels, plain = image.width * image.height, convert != "rgb" and "transparency" not in image.info
+        cost = {"1": 1.5, "L": 2.0}.get(image.mode, 3.0) if plain else 3.0  # as measured, in time
+        self.read, self.decoded = self.read + data, self.decoded + cost * pixels
         if self.decoded > most_bytes(self.read):
             raise UserError(
-                f"{where}: {pixels:,} pixels in {data:,} bytes: so small files hold no pictures so large. Restore or remove it"
+                f"{where}: {pixels:,} pixels in {data:,} bytes: so small files hold no pictures so large. Remove it, or "
+                "save such pictures without compression"
             )
 
 
@@ -158,7 +161,7 @@ def _decode(
         data = source.read(name)
         with Image.open(io.BytesIO(data), formats=formats()) as upright:
             mode = upright.mode
-            room.take(where, len(data), upright.width * upright.height)
+            room.take(where, len(data), upright, convert)
             if convert is not None or mode in CHANNELS:
                 ImageOps.exif_transpose(upright, in_place=True)  # by another image it would be twice in memory
                 lost = convert is None and "transparency" in upright.info
