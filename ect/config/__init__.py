@@ -33,6 +33,8 @@ HEUN_STEPS = (18, 5, 2)
 
 Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
 Kind = Literal["consistency", "diffusion"]
+STAGED = {"consistency"}
+"""The kinds that have pairs, which close up in stages; `ect.objective.register` adds to them."""
 
 
 def admit(option: str, name: str) -> None:
@@ -44,6 +46,15 @@ def admit(option: str, name: str) -> None:
     known = get_args(globals()[option])
     if name not in known:
         globals()[option] = Literal.__getitem__((*known, name))
+
+
+def refuse_taken(what: str, name: str, old: type | None, new: type) -> None:
+    """Raise ValueError where `name` stands for another class already: `old`, if for any.
+
+    The same class anew, of a module that is loaded again, may take its own place.
+    """
+    if old is not None and (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        raise ValueError(f"{what} {name!r}: {old.__module__}.{old.__qualname__} has this name; choose another")
 
 
 Switch = Annotated[bool | None, _TAKES_NO_VALUE]
@@ -114,7 +125,8 @@ EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "digits"
-    """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, EDM zip, folder of images."""
+    """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, folder of IDX files (Fashion-MNIST), EDM
+    zip, folder of images."""
     resolution: Annotated[int | None, FOURS, at_most(4096)] = None
     """Resize and centre-crop a folder of images to this size (pixels). None: all images must already agree."""
     convert: Literal["rgb", "grey"] | None = None
@@ -157,8 +169,6 @@ class ObjectiveConfig:
     """The formula by which r follows from t and the stage (consistency only)."""
     q: Annotated[float, Limit("greater than 1", lambda q: q > 1), at_most(2**16)] = 2.0
     """Each stage divides the gap 1 - r/t by q."""
-    min_gap: Annotated[float, BELOW_1] = 0.0
-    """The gap 1 - r/t stops closing at this value, such as .001. 0: it closes to that of the last stage."""
     k: Annotated[float, FROM_0, NUMBER] = 8.0
     """Extra gap at small t: n(t) = 1 + k sigmoid(-b t)."""
     b: Annotated[float, FROM_0, NUMBER] = 1.0
@@ -169,8 +179,6 @@ class ObjectiveConfig:
     )
     """w(t, r): 1/(t-r), 1/c_out(t)^2, 1/t, 1/t^2 or 1; 'adaptive': 1/max(H, weight_floor), H the pseudo-Huber distance of
     the target D_r from the clean image (ADCM, arXiv 2510.17266)."""
-    weight_floor: Annotated[float, ABOVE_0, NUMBER] = WEIGHT_FLOOR
-    """The least distance that 'adaptive' divides by. Where r = 0 the distance is 0, and the weight 1/weight_floor."""
     n_stages: Annotated[int, FROM_1, at_most(10**4)] = 8
     """Number of stages of the mapping."""
     stage_kimg: Annotated[float, ABOVE_0, KIMG] = 3200.0
@@ -178,6 +186,10 @@ class ObjectiveConfig:
     target: Literal["self", "teacher", "posterior"] = "self"
     """The place of x_r, the pair of x_t: at the same noise ('self', ECT), or one step from x_t along the ODE of the frozen
     pretrained network ('teacher', consistency distillation) or of the training images themselves ('posterior')."""
+    min_gap: Annotated[float, BELOW_1] = 0.0
+    """The gap 1 - r/t stops closing at this value, such as .001. 0: it closes to that of the last stage."""
+    weight_floor: Annotated[float, ABOVE_0, NUMBER] = WEIGHT_FLOOR
+    """The least distance that 'adaptive' divides by. Where r = 0 the distance is 0, and the weight 1/weight_floor."""
 
 
 @dataclass(frozen=True)
@@ -193,14 +205,14 @@ class OptimConfig:
     decay: Literal["constant", "linear", "rsqrt", "cooldown"] = "constant"
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg). 'cooldown': keep lr, but
     over the last cooldown_share of the run fall as 1 - sqrt(u), with u from 0 to 1."""
-    cooldown_share: Annotated[float, ABOVE_0, BELOW_1] = COOLDOWN_SHARE
-    """Part of the run that its cooldown takes, .1 to .2 as published."""
     decay_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
     """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
     makes; ect.sample and ect.evaluate take the second with --ema 1."""
     ema_rampup: Annotated[float | None, ABOVE_0, NUMBER] = None
     """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
+    cooldown_share: Annotated[float, ABOVE_0, BELOW_1] = COOLDOWN_SHARE
+    """Part of the run that its cooldown takes, .1 to .2 as published."""
 
 
 @dataclass(frozen=True)
