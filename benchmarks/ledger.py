@@ -34,8 +34,8 @@ reached, at 1 / 2 evaluations (median over seeds).
 
 The long runs, on two cores, a process a core; docs/recipes.md has what they will take, by --pilot:
 
-    python benchmarks/ledger.py --data digits --seeds 0 1 2                                  # 1.5 core-hours
-    python benchmarks/ledger.py --data digits --seeds 3 4                                    # 1.0
+    python benchmarks/ledger.py --data digits --seeds 0 1 2                                  # 2.4 core-hours
+    python benchmarks/ledger.py --data digits --seeds 3 4                                    # 1.6
     python benchmarks/ledger.py --data digits --lengths 0.5 --recipes published q64          # 0.2
     python benchmarks/ledger.py --data fashion16 --seeds 0 --recipes diffusion published q64 # 0.4, and 0.1 a further recipe
     python benchmarks/ledger.py --data fashion28 --seeds 0 --recipes diffusion published q64 # 5.1, and 1.6 a further recipe
@@ -155,8 +155,16 @@ def show(options: Options) -> None:
     lines = [line for line in ledger_lines.read(options.results).values() if line["data"] == options.data]
     tuned = [line for line in lines if line["recipe"] in options.recipes]
     if not any("nfe1/FDc" in line["curve"][-1][2] for line in tuned):
+        if not options.report:
+            print(f"no tuning of {options.data} by these recipes is recorded yet: there is no table")
+            return
         raise UserError(
             f"--results {options.results}: has no tuning of {options.data} by --recipes; leave --report out"
+        )
+    if len(units := {line["unit"] for line in lines}) > 1:
+        raise UserError(
+            f"--results {options.results}: has lines in {' and in '.join(sorted(units))}, which do not compare; take a "
+            "file for each"
         )
     tables = [ledger_report.table(lines, options.data)]
     if options.until is not None:

@@ -12,7 +12,7 @@ from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
 from ect.emas import beta_of
 from ect.errors import UserError
-from ect.models import EDMPrecond, describe
+from ect.models import EDMPrecond, build, describe
 from ect.objective import OBJECTIVES, ConsistencyObjective, Objective
 from ect.objectives.distillation import ConsistencyDistillation
 from ect.objectives.gaps import Gaps
@@ -37,19 +37,22 @@ def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: in
             f"--net.channel-mult {mult}: images of {dataset.resolution}x{dataset.resolution} cannot be halved "
             f"{len(cfg.channel_mult) - 1} times; give fewer factors"
         )
-    for width in (cfg.model_channels * m for m in (1, *cfg.channel_mult)):
-        if width % min(32, width // 4):
-            raise UserError(
-                f"--net.model-channels {cfg.model_channels}, --net.channel-mult {mult}: {width} channels do not divide into "
-                f"{min(32, width // 4)} groups of the norm; choose multiples of 128, or up to 128 of 4"
-            )
     kwargs: dict[str, Any] = {
         "img_resolution": dataset.resolution, "in_channels": dataset.channels, "out_channels": dataset.channels,
         "label_dim": dataset.label_dim, "augment_dim": augment_dim, "model_channels": cfg.model_channels,
         "channel_mult": list(cfg.channel_mult), "num_blocks": cfg.num_blocks,
         "attn_resolutions": list(cfg.attn_resolutions), "dropout": cfg.dropout, "label_dropout": cfg.label_dropout,
     }  # fmt: skip
-    return describe(cfg.arch, precond, cfg.sigma_data, kwargs)
+    spec = describe(cfg.arch, precond, cfg.sigma_data, kwargs)
+    try:
+        with torch.device("meta"):
+            build(spec)
+    except UserError as error:
+        raise UserError(
+            f"--net.model-channels {cfg.model_channels}, --net.channel-mult {mult}: {error.__cause__ or error}; "
+            "multiples of 64 fit"
+        ) from error
+    return spec
 
 
 def objective_type(cfg: ObjectiveConfig) -> type[Objective]:
@@ -107,6 +110,8 @@ def train_step(
     objective = build_objective(cfg.objective, state.compute.sigma_data)
     if cfg.log.levels and isinstance(objective, ConsistencyObjective):
         objective = replace(objective, gaps=Gaps(device))
+    elif cfg.log.levels and objective.staged:
+        raise UserError(f"--log.levels: the objective {cfg.objective.kind} does not count its pairs; leave it out")
     posterior = posterior_mean(cfg, stream) if objective.wants_data else None
     return TrainStep(
         objective, state, stream, seed=cfg.seed, batch=cfg.batch,

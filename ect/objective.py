@@ -19,7 +19,7 @@ from ect_kernels.perturb import perturb
 from ect_kernels.preconditioning import noise_label
 from torch import Tensor
 
-from ect.config import ObjectiveConfig, admit
+from ect.config import STAGED, ObjectiveConfig, admit, refuse_taken
 from ect.data.stream import to_float
 from ect.objectives.gaps import Gaps
 from ect.objectives.weights import ADAPTIVE, WEIGHTINGS, adaptive_weight
@@ -134,11 +134,16 @@ _Of = TypeVar("_Of", bound=Objective)
 
 
 def register(kind: str) -> Callable[[type[_Of]], type[_Of]]:
-    """Return a decorator that makes an objective known to --objective.kind, as `kind`."""
+    """Return a decorator that makes an objective known to --objective.kind, as `kind`.
+
+    Raises ValueError where another one has this name.
+    """
 
     def known(objective: type[_Of]) -> type[_Of]:
+        refuse_taken("objective", kind, OBJECTIVES.get(kind), objective)
         OBJECTIVES[kind] = objective
         admit("Kind", kind)
+        (STAGED.add if objective.staged else STAGED.discard)(kind)
         return objective
 
     return known

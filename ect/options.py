@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from ect.config import COOLDOWN_SHARE, WEIGHT_FLOOR, Config, Limit
+from ect.config import COOLDOWN_SHARE, STAGED, WEIGHT_FLOOR, Config, Limit
 from ect.errors import UserError
 from ect.files.run_folder import load, run_folder
 from ect.presets import NOTES, PRESETS
@@ -116,24 +116,29 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     per_device, objective, optim = cfg.batch_per_device, cfg.objective, cfg.optim
     divides = not isinstance(per_device, int) or (per_device >= 1 and cfg.batch % per_device == 0)
     yield "batch-per-device", divides, f"a divisor of --batch {cfg.batch}"
-    resolved = objective.kind == "diffusion" or objective.n_stages * math.log2(objective.q) <= MAX_TIGHTNESS
+    staged = objective.kind in STAGED
+    resolved = not staged or objective.n_stages * math.log2(objective.q) <= MAX_TIGHTNESS
     resolved |= objective.min_gap >= 2**-MAX_TIGHTNESS  # where the gap stops closing
     why = f"q^n_stages of at most 2^{MAX_TIGHTNESS}: beyond, t - r drowns in fp32 rounding"
     yield "objective.n-stages", resolved, why
     fits = objective.min_gap == 0 or objective.min_gap >= 2**-MAX_TIGHTNESS
     yield "objective.min-gap", fits, f"0, or at least 2^-{MAX_TIGHTNESS}, which fp32 still resolves"
-    gapless = objective.min_gap == 0 or objective.kind != "diffusion"
+    gapless = objective.min_gap == 0 or staged
     yield "objective.min-gap", gapless, f"0 with --objective.kind {objective.kind}, which has no pairs"
     pairs = objective.target == "self" or objective.kind == "consistency"
-    yield "objective.target", pairs, f"self with --objective.kind {objective.kind}, which has no pairs"
+    yield (
+        "objective.target",
+        pairs,
+        f"self with --objective.kind {objective.kind}; other targets are of consistency alone",
+    )
     resident = objective.target != "posterior" or cfg.data.augment == 0
     yield "objective.target", resident, "another with --data.augment, since augmented images are not the data's"
     adaptive = objective.weighting == "adaptive"
     without = f"another with --objective.kind {objective.kind}, which has no pairs to weigh"
-    yield "objective.weighting", not adaptive or objective.kind != "diffusion", without
+    yield "objective.weighting", not adaptive or staged, without
     floored = adaptive or objective.weight_floor == WEIGHT_FLOOR
     yield "objective.weight-floor", floored, f"{WEIGHT_FLOOR}, its default, without --objective.weighting adaptive"
-    pairs = not cfg.log.levels or objective.kind != "diffusion"
+    pairs = not cfg.log.levels or staged
     yield "log.levels", pairs, f"--log.no-levels with --objective.kind {objective.kind}, which has no pairs"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
     yield "cooldown", not cfg.cooldown or cfg.resume is not None, "--resume with it: the run that it branches off"

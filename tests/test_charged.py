@@ -159,3 +159,13 @@ def test_a_pilot_says_what_the_runs_will_take(monkeypatch: pytest.MonkeyPatch) -
             f"{2400 / 3600:.2f}",
         ]
         assert row[8] == f"{image * evaluations * 320 / 3600:.2f}"
+
+
+def test_what_a_recipe_rests_on_is_charged_in_the_unit_of_its_line(tmp_path: Path) -> None:
+    """A command that sleeps takes time on the wall, which a GPU's seconds are counted by, and hardly any of the processor's."""
+    bench = object.__new__(ledger_run.Bench)
+    for device, folder in (("cpu", "a"), ("cuda", "b")):
+        bench.device, bench.folder = torch.device(device), tmp_path / folder
+        bench.folder.mkdir()
+        cost = bench._before("-S -c 'import time; time.sleep(0.5)'", "digits", Path("teacher"))
+        assert (cost >= 0.5) == (device == "cuda")

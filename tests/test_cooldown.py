@@ -121,7 +121,7 @@ def test_a_branch_is_refused_in_words(trunk: Path, tmp_path: Path, monkeypatch: 
     shutil.copytree(trunk, tmp_path / "copy")
     for words, said in {
         ("--resume", str(linear), "--cooldown"): r"found --optim\.decay linear; train the trunk",
-        (*here, "--optim.decay", "linear"): r"found --optim\.decay linear",
+        (*here, "--optim.decay", "linear"): r"found --optim\.decay linear; leave the option out",
         (*here, "--total-kimg", "0.03"): r"--total-kimg 0\.03: expected more than the 0\.04 kimg of",
         (*here, "--total-kimg", "0.06", "--optim.cooldown-share", ".1"): r"cooldown-share 0\.1: it follows from",
         (*here, "--pretrain", "digits-diffusion"): r"--pretrain digits-diffusion: a run that cools down",

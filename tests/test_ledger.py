@@ -15,6 +15,7 @@ from lib import claims, ledger_lines, ledger_report, paired, recipes
 from lib.claims import Claim
 from lib.ledger_lines import Line
 
+from ect.config import ObjectiveConfig
 from ect.options import MAX_TIGHTNESS, check
 from tests.test_imports import ROOT
 
@@ -281,3 +282,35 @@ def test_the_recorded_claims_hold() -> None:
     recorded = ledger_lines.read(ledger.RESULTS)
     assert all(("smoke", name, 1.0, ledger.SMOKE_SEED) in recorded for name in ledger.SMOKE)
     assert "ledger.py --smoke" in (ROOT / "Makefile").read_text()
+
+
+def test_seconds_of_a_processor_and_of_a_gpu_are_in_no_table_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "ledger.jsonl", [BASES[0], line("q64", 0, [(1, 20, 20)], unit="GPU-seconds")])
+    assert ledger.main(["--report", "--results", str(path)]) == 2
+    assert "has lines in GPU-seconds and in core-seconds, which do not compare" in capsys.readouterr().err
+
+
+def test_a_teacher_alone_is_recorded_and_makes_no_table(
+    tmp_path: Path, fake: type[Fake], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rated = line("diffusion", 0, [(0, 1, 1)]) | {"curve": [[0.0, 0.0, {"nfe35/FDc": 11.0}]], "seconds": 0.0}
+    monkeypatch.setattr(fake, "line", lambda *args, **how: rated)
+    run = ["--results", str(tmp_path / "l.jsonl"), "--recipes", "diffusion", "--seeds", "0"]
+    assert ledger.main(run) == 0 and "there is no table" in capsys.readouterr().out
+    assert ledger.main([*run, "--report"]) == 2 and "leave --report out" in capsys.readouterr().err
+
+
+def test_each_way_to_train_has_a_recipe() -> None:
+    """What ect.train can do with a pair or with the learning rate, the ledger tries."""
+    configs = [recipes.config("digits", name, 1.0, 0, 1) for name in recipes.RECIPES]
+    hints = typing.get_type_hints(ObjectiveConfig)
+    assert {cfg.objective.target for cfg in configs} == set(typing.get_args(hints["target"]))
+    assert {"inverse_gap", "adaptive"} <= {cfg.objective.weighting for cfg in configs}
+    assert {"linear", "constant", "cooldown"} <= {cfg.optim.decay for cfg in configs}
+
+
+def test_too_few_seeds_win_nothing_in_the_table() -> None:
+    (*_, few) = ledger_report.table([*BASES, *HALF[:4]], "digits").rows
+    assert "0.50 (0.50-0.50), 4/4" in few[5] and "wins" not in few[5]

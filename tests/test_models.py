@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 import torch
 
@@ -168,9 +171,30 @@ def test_build_from_description() -> None:
     assert isinstance(D, ECMPrecond) and (D.sigma_min, D.sigma_data) == (0.002, 0.5)
     assert (D.img_resolution, D.img_channels, D.label_dim) == (8, 1, 0)
     assert type(build({**spec, "precond": "EDMPrecond"})) is EDMPrecond
-    for wrong in ({"unet": "os.system"}, {"precond": "VPPrecond"}, {"kwargs": {**TINY, "widht": 3}}):
+    impossible = ({"widht": 3}, {"model_channels": 0}, {"channel_mult": []}, {"channel_mult": [0]})
+    for wrong in (
+        {"unet": "os.system"},
+        {"precond": "VPPrecond"},
+        *({"kwargs": {**TINY, **one}} for one in impossible),
+    ):
         with pytest.raises(UserError, match=r"unknown|fit"):
             build({**spec, **wrong})
+
+
+@pytest.mark.parametrize("unet", CLASSES)
+def test_what_cannot_run_is_not_built(unet: str) -> None:
+    """Whatever the widths: levels, joined ones of the decoder, heads of attention."""
+    built, said = 0, set()
+    for channels, mult in itertools.product((20, 24, 132, 224), ([1], [1, 2, 3], [3, 1])):
+        kwargs = {**TINY, "model_channels": channels, "channel_mult": mult, "attn_resolutions": [8, 4, 2]}
+        try:
+            with torch.device("meta"):
+                net = build({"precond": "EDMPrecond", "unet": unet, "kwargs": kwargs})
+                assert net(torch.zeros(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)
+            built += 1
+        except UserError as error:
+            said |= {*re.findall(r"does not fit \w+: \d+ channels do not divide into \d+ (groups|heads)", str(error))}
+    assert built > 3 and said == ({"groups", "heads"} if unet == "DhariwalUNet" else {"groups"})
 
 
 def test_fourier_frequencies_follow_the_checkpoint() -> None:

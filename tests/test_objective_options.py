@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ect.objectives.distillation import ConsistencyDistillation
 from ect.objectives.weights import adaptive_weight
 from ect.options import parse
 from ect.ranks.distributed import World
+from ect.show.idle import idle_options
 from ect.step import TrainStep
 from tests.test_fast_form import spied
 from tests.test_step import DATA, make, put
@@ -188,3 +190,11 @@ def test_options_reach_the_objective() -> None:
     cfg = parse(["--objective.weighting", "adaptive", "--objective.weight-floor", "2", "--objective.min-gap", ".01"])
     made: Any = build_objective(cfg.objective, 0.5)
     assert (made.weighting, made.floor, made.mapping.min_gap) == ("adaptive", 2.0, 0.01)
+
+
+def test_a_least_gap_that_no_stage_comes_to_is_named() -> None:
+    cfg = parse(["--objective.min-gap", ".01"])
+    said = r"--objective\.min-gap 0\.01: no stage comes so close; the gap of the last one is 0\.0156"
+    assert any(re.fullmatch(said, line) for line in idle_options(cfg, DATA))
+    assert not [line for line in idle_options(parse(["--objective.min-gap", ".02"]), DATA) if "min-gap" in line]
+    assert not [line for line in idle_options(parse([]), DATA) if "min-gap" in line]

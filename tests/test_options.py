@@ -14,7 +14,7 @@ import pytest
 from ect.errors import UserError
 from ect.files.run_folder import from_dict, load, run_folder, to_dict
 from ect.options import check, parse, preset
-from ect.presets import NOTES, PRESETS
+from ect.presets import NOTES, PRESETS, by_name
 from ect.show.dry_run import describe
 from ect.train import main
 
@@ -163,3 +163,10 @@ def test_resume_needs_a_run_folder(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(damage)
         with pytest.raises(UserError, match=r"config\.json: not a configuration"):
             load(tmp_path)
+
+
+def test_two_presets_of_one_name_are_refused() -> None:
+    one = {"mine": PRESETS["digits"]}
+    assert by_name(one)["mine"].preset == "mine"
+    with pytest.raises(ValueError, match="preset 'mine': two families have this name"):
+        by_name(one, {"other": PRESETS["digits"]}, one)

@@ -20,6 +20,7 @@ from ect.emas import beta_of
 from ect.models import build
 from ect.models.layers import blocks_of
 from ect.objective import ConsistencyObjective, Mapping
+from ect.objectives.distillation import ConsistencyDistillation
 from ect.optim import FlatState
 from ect.presets import PRESETS
 
@@ -132,6 +133,8 @@ def test_what_it_cannot_do_is_refused() -> None:
     for wrong in (
         ConsistencyObjective(weighting="uniform"),
         ConsistencyObjective(mapping=Mapping("const")),
+        ConsistencyObjective(mapping=Mapping(min_gap=0.1)),
+        ConsistencyDistillation(),
     ):
         with pytest.raises(ValueError, match="alone"):
             public_step.PublicStep(

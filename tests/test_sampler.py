@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from ect.metrics import Column, Evaluator, quality_rows
 from ect.models import ECMPrecond, EDMPrecond, SongUNet
-from ect.sampler import Consistency, Denoiser, Heun, Sampler, consistency_sample, draw, generate, heun_sample, to_uint8
-from ect.show import report
+from ect.sampler import Consistency, Heun, Sampler, consistency_sample, draw, generate, heun_sample, to_uint8
 from tests.golden_data import MANIFEST, load, part, rel_l2
 
 
@@ -116,51 +109,6 @@ def test_an_image_is_made_of_the_latents_and_noises_of_its_seed() -> None:
     made = torch.cat(list(generate(net, seeds, Consistency((80.0, 5.0, 0.8)))))
     assert torch.equal(made, to_uint8(consistency_sample(net, latents, [80.0, 5.0, 0.8], noises.transpose(0, 1))))
     assert torch.equal(torch.cat(list(generate(net, seeds, Heun(4)))), to_uint8(heun_sample(net, latents, 4)))
-
-
-@dataclass(frozen=True)
-class Restart:
-    """A sampler that ect has never heard of: one step, noised again and again to the same level."""
-
-    level: float
-    times: int
-    name: str = "restart"
-
-    @property
-    def nfe(self) -> int:
-        return 1 + self.times
-
-    @property
-    def noises(self) -> int:
-        return self.times
-
-    def __call__(self, denoiser: Denoiser, latents: Tensor, noises: Sequence[Tensor] | Tensor | None = None) -> Tensor:
-        assert noises is not None and len(noises) == self.times
-        sigma = torch.full([len(latents)], self.level)
-        x = denoiser(self.level * latents, sigma)
-        for noise in noises:
-            x = denoiser(x + self.level * noise, sigma)
-        return x.double()
-
-
-class MeanPixel(Evaluator):
-    columns = (Column("mean"),)
-
-    def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
-        return {"mean": torch.cat(list(images)).double().mean().item()}
-
-
-def test_a_sampler_of_ones_own_is_generated_with_rated_and_reported(tmp_path: Path) -> None:
-    net, own = tiny(), Restart(0.8, times=2)
-    images = torch.cat(list(generate(net, range(5), own, batch=2)))
-    assert images.shape == (5, 8, 8, 1) and len({bytes(image.numpy().tobytes()) for image in images}) == 5
-    assert torch.equal(images, torch.cat(list(generate(net, range(5), Consistency((0.8,) * 3), batch=2))))
-    (row,) = quality_rows(net, MeanPixel(), [own], samples=5, batch=2)
-    assert row.mean("mean") == images.double().mean().item()
-    report.write(tmp_path, [row], MeanPixel.columns, {})
-    assert "| restart | 3 |" in (tmp_path / "results.md").read_text()
-    saved = json.loads((tmp_path / "results.json").read_text())["rows"][0]["sampler"]
-    assert saved == {"name": "restart", "nfe": 3, "level": 0.8, "times": 2}
 
 
 def test_class_idx_fixes_the_class() -> None:

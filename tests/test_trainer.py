@@ -348,6 +348,10 @@ def test_strips_of_unequal_length() -> None:
     [
         (NetConfig(model_channels=8, channel_mult=(1, 1, 1, 1, 1)), "--net.channel-mult 1 1 1 1 1: images of 8x8"),
         (NetConfig(model_channels=132, channel_mult=(1,)), "--net.model-channels 132"),
+        (
+            NetConfig(model_channels=24, channel_mult=(1, 2, 3)),
+            "--net.model-channels 24, --net.channel-mult 1 2 3: 144 channels do not divide into 32 groups of a norm",
+        ),
     ],
 )
 def test_impossible_networks_are_named_and_leave_nothing_behind(net: NetConfig, said: str, tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
-"""A network of one's own: written once as a subclass of UNet, it runs in both arithmetics, and in half precision."""
+"""A network of one's own, written once as a subclass of UNet: what tests/extending does not show of its interface."""
 
 from __future__ import annotations
 
-import math
-from contextlib import closing
-from dataclasses import replace
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
@@ -12,57 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ect import models
-from ect.assembly import flat_state, network_spec, train_step
-from ect.config import DataConfig, NetConfig
-from ect.data import ImageStream, load
+from ect.config import NetConfig
 from ect.errors import UserError
-from ect.models import EDMPrecond, MaskKey, UNet, build
-from ect.models.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, UNetBlock, default_mask
+from ect.models import EDMPrecond, MaskKey, UNet, describe
+from ect.models.layers import Conv2d, GroupNorm, default_mask
+from tests.extending.loaded import forgotten
 from tests.golden_data import rel_l2
-from tests.tiny import NET, config
 
-INIT = Init("xavier_uniform")
-STYLE = BlockStyle(
-    eps=1e-6, skip_scale=math.sqrt(0.5), adaptive_scale=False, resample_proj=True, channels_per_head=None,
-    init=INIT, init_zero=INIT, init_attn=INIT,
-)  # fmt: skip
+with forgotten():  # the class alone: no other test is to know its name
+    from tests.extending.network import INIT, TwoBlocks
 
 
-class Two(UNet):
-    """Two blocks at one resolution: the second takes the first's input as a skip connection."""
-
-    architectures: ClassVar[dict[str, dict[str, Any]]] = {"two": {}, "attentive": {"attention": True}}
-    keeps = True
-
-    def __init__(
-        self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0,
-        model_channels: int = 16, dropout: float = 0.2, attention: bool = False, **unused: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(img_resolution, in_channels, out_channels, label_dim, augment_dim)
-        width = model_channels
-        self.map = Linear(1, 8, INIT)
-        self.first = Conv2d(self.in_channels, width, 3, INIT)
-        self.image = Conv2d(self.in_channels, width, 1, INIT)
-        self.down = UNetBlock(width, width, 8, STYLE, layer=0, dropout=dropout)
-        self.up = UNetBlock(2 * width, width, 8, STYLE, layer=1, dropout=dropout, attention=attention)
-        self.norm, self.last = GroupNorm(width, 1e-6), Conv2d(width, self.out_channels, 3, INIT)
-
-    def forward(
-        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None, mask: MaskKey | None = None,
-    ) -> Tensor:  # fmt: skip
-        mask = default_mask(self, mask, x.device)
-        run = self.runner(x, self.map(noise_labels[:, None]), mask, [self.first, self.norm])
-        skip = run.conv(self.first, x)
-        h = run.block(self.down, run.keep(skip) if self.keeps else skip)
-        h = run.wrap(run.value(h) + self.image(x))  # plain arithmetic between two layers
-        h = run.block(self.up, h, skip)
-        return self.last(run.norm_silu(self.norm, h))
-
-
-def made(dtype: torch.dtype = torch.float64) -> Two:
+def made(kind: type[TwoBlocks] = TwoBlocks, dtype: torch.dtype = torch.float64) -> TwoBlocks:
     torch.manual_seed(0)
-    net = Two(img_resolution=8, in_channels=3, out_channels=3, attention=True).train()
+    net = kind(img_resolution=8, in_channels=3, out_channels=3, dropout=0.2, attention=True).train()
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
     return net.to(dtype)
@@ -76,26 +36,31 @@ def results(net: UNet, on_ops: bool, dtype: torch.dtype = torch.float64) -> list
     return [y.detach(), *torch.autograd.grad((y * torch.randn(y.shape, dtype=dtype)).sum(), [x, *net.parameters()])]
 
 
-def test_both_arithmetics_agree() -> None:
-    net, found = made(), []
-    for on_ops in (False, True):
-        torch.manual_seed(1)
-        found.append(results(net, on_ops))
-    for plain, fused in zip(*found, strict=True):
-        assert rel_l2(fused, plain) <= 1e-13
+class Forgetful(TwoBlocks):
+    """It reads an activation twice, and has not said so."""
+
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None, mask: MaskKey | None = None,
+    ) -> Tensor:  # fmt: skip
+        mask = default_mask(self, mask, x.device)
+        run = self.runner(x, self.map(noise_labels[:, None]), mask, [self.first, self.norm])
+        skip = run.conv(self.first, x)
+        return self.last(run.norm_silu(self.norm, run.block(self.up, run.block(self.down, skip), skip)))
 
 
-def test_an_activation_that_was_not_kept_is_not_read_again_with_its_gradient_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Two, "keeps", False)
+def test_an_activation_that_was_not_kept_is_not_read_again_with_its_gradient_lost() -> None:
     with pytest.raises(RuntimeError, match=r"read a second time: call keep\(\)"):
-        results(made(), True)
+        results(made(Forgetful), True)
 
 
-class Odd(Two):
+class Odd(TwoBlocks):
     """What no network of ours does: a sum with a skip connection is read in place, and as a skip connection that no norm has
     computed; a block runs twice, and its number is another one's too."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, dropout=0.2)
+        self.image = Conv2d(self.in_channels, 16, 1, INIT)
 
     def forward(
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None,
@@ -129,6 +94,8 @@ class Bare(UNet):
 def test_what_the_interface_allows_is_the_same_in_both_arithmetics(kind: type[UNet]) -> None:
     torch.manual_seed(0)
     net, found = kind(img_resolution=8, in_channels=3, out_channels=3).double(), []
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
     for on_ops in (False, True):
         torch.manual_seed(1)
         found.append(results(net, on_ops))
@@ -137,7 +104,7 @@ def test_what_the_interface_allows_is_the_same_in_both_arithmetics(kind: type[UN
 
 
 def test_the_blocks_convolutions_are_what_a_half_precision_copy_holds_in_half() -> None:
-    net = made(torch.float32)
+    net = made(dtype=torch.float32)
     layers = ("down.conv0", "down.conv1", "up.conv0", "up.conv1", "up.skip", "up.qkv", "up.proj")
     names = {f"{layer}.weight" for layer in layers}
     assert net.half_weights() == names
@@ -151,26 +118,39 @@ def test_the_blocks_convolutions_are_what_a_half_precision_copy_holds_in_half() 
 
 
 def test_a_network_says_what_it_is_made_for() -> None:
-    net = Two(img_resolution=8, in_channels=2, out_channels=3, label_dim=5, augment_dim=9)
+    net = TwoBlocks(img_resolution=8, in_channels=2, out_channels=3, label_dim=5, augment_dim=9)
     assert (net.img_resolution, net.in_channels, net.out_channels, net.label_dim, net.augment_dim) == (8, 2, 3, 5, 9)
     with pytest.raises(NotImplementedError, match="UNet has no forward pass"):
         UNet(8, 3, 3)(torch.zeros(1), torch.zeros(1))
 
 
-@pytest.mark.slow
-def test_a_registered_network_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its name in a configuration to an update, on the ops and in half precision."""
-    cfg, data = config(net=replace(NET, arch="attentive"), precision="bf16"), load(DataConfig())  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"--net.arch attentive: .*known: ddpmpp, ncsnpp, adm"):
-        network_spec(cfg.net, "ECMPrecond", data, 0)
-    monkeypatch.setitem(models._UNETS, "Two", Two)
-    net = build(network_spec(cfg.net, "ECMPrecond", data, 0))
-    assert isinstance(net.model, Two) and net.model.up.num_heads == 1
-    with closing(ImageStream(data, 0, torch.device("cpu"), cfg.batch)) as stream:
-        step = train_step(replace(cfg, compile=False, graph=False), flat_state(cfg, net.train()), stream)
-        before = step.state.params.clone()
-        assert step(0, 2).isfinite() and not torch.equal(step.state.params, before)
+def test_an_architecture_that_no_network_has_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--net\.arch two: no network has .*known: ddpmpp, ncsnpp, adm"):
+        describe("two", "ECMPrecond", 0.5, {})
 
 
 def test_every_name_of_the_option_is_some_networks_configuration() -> None:
     assert get_args(get_type_hints(NetConfig)["arch"]) == tuple(models.known_architectures())
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_is_registered() -> None:
+    before = dict(models._UNETS)
+
+    class SongUNet(TwoBlocks):
+        architectures: ClassVar[dict[str, dict[str, Any]]] = {"mine": {}}
+
+    class Mine(TwoBlocks):
+        architectures: ClassVar[dict[str, dict[str, Any]]] = {"mine": {}, "adm": {}}
+
+    with pytest.raises(ValueError, match=r"network 'SongUNet': ect\.models\.song_unet\.SongUNet has this name; choose"):
+        models.register(SongUNet)
+    with pytest.raises(ValueError, match=r"architecture 'adm': ect\.models\.adm_unet\.DhariwalUNet has this name"):
+        models.register(Mine)
+    assert before == models._UNETS and "mine" not in get_args(get_type_hints(NetConfig)["arch"])
+
+
+def test_a_module_that_is_loaded_again_registers_its_network_anew() -> None:
+    with forgotten():
+        for _ in range(2):
+            again = type("TwoBlocks", (TwoBlocks,), {"__module__": TwoBlocks.__module__, "__qualname__": "TwoBlocks"})
+            assert models.register(again) is models._UNETS["TwoBlocks"] is models.known_architectures()["two"]

@@ -11,7 +11,7 @@ from ect.show.table import Table
 from lib import ledger_lines
 from lib.claims import quality
 from lib.ledger_lines import Line, figure, mean_and_spread, of, reached, seconds, share_of_time
-from lib.recipes import BASE, RECIPES, TEACHER
+from lib.recipes import BASE, RECIPES, SETS, TEACHER
 
 NFES = (1, 2)
 
@@ -41,7 +41,8 @@ def table(lines: Sequence[Line], data: str) -> Table:
         for nfe in NFES:
             row.append(mean_and_spread([figure(line, nfe) for line in found.values()]))
             against = quality(lines, recipe, BASE, length, nfe) if recipe != BASE else None
-            row.append("" if against is None else f"{against}{', wins' * against.wins}")
+            wins = against is not None and against.wins and against.seeds >= SETS[data].seeds
+            row.append("" if against is None else f"{against}{', wins' * wins}")
         shares = [share_of_time(lines, recipe, BASE, length, nfe).values() for nfe in NFES]
         row.append(" / ".join(_share(list(found)) for found in shares))
         cells.append(row)

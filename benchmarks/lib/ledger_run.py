@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -118,17 +119,18 @@ class Bench:
         path = self.folder / f"before-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]}.json"
         if path.is_file():
             return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-        start = _children()
+        start = self._spent()
         done = subprocess.run([sys.executable, *words], check=False)
         if done.returncode:
             raise UserError(f"python {shlex.join(words)}: ended with status {done.returncode}; the recipe rests on it")
-        cost = _children() - start
+        cost = self._spent() - start
         with atomic(path) as temp:
             temp.write_text(json.dumps({"command": words, "seconds": cost}) + "\n", encoding="utf-8")
         return cost
 
-
-def _children() -> float:
-    """Return the processor time of all ended child processes, seconds."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    def _spent(self) -> float:
+        """Return the processor time of all ended child processes, seconds; on a GPU the wall clock, as a line is charged."""
+        if self.device.type == "cuda":
+            return time.monotonic()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime

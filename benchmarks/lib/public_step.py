@@ -4,7 +4,8 @@ This is our own code, written from the published formulas and from facts about w
 order; no line of it was copied. In each step the student runs in NCHW with F.dropout; the generator is set back, so that
 the teacher draws the same masks; one value is read on the host, to leave the teacher out where every r is 0; gradients are
 cleaned one parameter at a time; torch.optim.RAdam steps as its defaults have it, on a CPU one parameter at a time; and
-the weight average moves one parameter at a time. What users of the public code run is therefore this row's time.
+the weight average moves one parameter at a time. Where the formulas leave a choice, public_net.py takes the faster one, so
+this row may be faster than the public code itself.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ class PublicStep:
     """Calling it with (nimg, stage) trains on `batch` images of `images`, uint8 [N, H, W, C] on the host, and returns the loss.
 
     Args: net: on its device. objective: whose numbers count; the formulas are written here. Raises ValueError where it has
-    another weighting or mapping than the public recipe for CIFAR-10.
+    other formulas than the public recipe for CIFAR-10.
     """
 
     def __init__(
         self, net: Denoiser, objective: ConsistencyObjective, images: Tensor, *, batch: int, lr: float,
         betas: tuple[float, float], ema_beta: float,
     ) -> None:  # fmt: skip
-        if objective.weighting != "inverse_gap" or objective.mapping.kind != "sigmoid":
-            raise ValueError("the public step knows the weighting 'inverse_gap' and the mapping 'sigmoid' alone")
+        public = objective.weighting == "inverse_gap" and objective.mapping.kind == "sigmoid"
+        if not public or objective.mapping.min_gap or type(objective) is not ConsistencyObjective:
+            raise ValueError(
+                "the public step knows ECT with the weighting 'inverse_gap' and the mapping 'sigmoid' alone"
+            )
         self.net, self.objective, self.images, self.batch, self.ema_beta = (
             net.train(),
             objective,

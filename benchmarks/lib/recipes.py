@@ -69,7 +69,13 @@ RECIPES = {
     "batch32": Recipe("--batch 32"),
     "q64-batch32": Recipe(f"{ONE_STAGE} 64 --batch 32"),
     "constant-lr": Recipe("--optim.decay constant"),
-    # Further objectives and schedules: a line each, as soon as ect.train has the option.
+    "cooldown": Recipe("--optim.decay cooldown"),
+    "posterior": Recipe("--objective.target posterior"),
+    "q64-posterior": Recipe(f"{ONE_STAGE} 64 --objective.target posterior"),
+    "adaptive": Recipe("--objective.weighting adaptive"),
+    "q64-adaptive": Recipe(f"{ONE_STAGE} 64 --objective.weighting adaptive"),
+    "q64-adaptive-c43": Recipe(f"{ONE_STAGE} 64 --objective.weighting adaptive --objective.c 0.0043"),
+    "q256-adaptive": Recipe(f"{ONE_STAGE} 256 --objective.weighting adaptive"),
 }
 
 

@@ -33,6 +33,8 @@ HEUN_STEPS = (18, 5, 2)
 
 Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
 Kind = Literal["consistency", "diffusion"]
+STAGED = {"consistency"}
+"""The kinds that have pairs, which close up in stages; `ect.objective.register` adds to them."""
 
 
 def admit(option: str, name: str) -> None:
@@ -44,6 +46,15 @@ def admit(option: str, name: str) -> None:
     known = get_args(globals()[option])
     if name not in known:
         globals()[option] = Literal.__getitem__((*known, name))
+
+
+def refuse_taken(what: str, name: str, old: type | None, new: type) -> None:
+    """Raise ValueError where `name` stands for another class already: `old`, if for any.
+
+    The same class anew, of a module that is loaded again, may take its own place.
+    """
+    if old is not None and (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        raise ValueError(f"{what} {name!r}: {old.__module__}.{old.__qualname__} has this name; choose another")
 
 
 Switch = Annotated[bool | None, _TAKES_NO_VALUE]
@@ -114,7 +125,8 @@ EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "digits"
-    """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, EDM zip, folder of images."""
+    """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, folder of IDX files (Fashion-MNIST), EDM
+    zip, folder of images."""
     resolution: Annotated[int | None, FOURS, at_most(4096)] = None
     """Resize and centre-crop a folder of images to this size (pixels). None: all images must already agree."""
     convert: Literal["rgb", "grey"] | None = None

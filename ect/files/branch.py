@@ -19,12 +19,13 @@ def cooled(cfg: Config, trunk: Config) -> Config:
     checkpoint itself. Raises UserError where the trunk has no constant learning rate, or the options do not fit it.
     """
     assert cfg.resume is not None
-    if trunk.optim.decay != "constant" or cfg.optim.decay != "constant":
-        decay = trunk.optim.decay if trunk.optim.decay != "constant" else cfg.optim.decay
-        raise UserError(
-            f"--cooldown: the learning rate of {cfg.resume} is to be constant up to here, found --optim.decay {decay}; train "
-            "the trunk with --optim.decay constant"
-        )
+    remedies = (trunk, "train the trunk with --optim.decay constant"), (cfg, "leave the option out")
+    for run, remedy in remedies:
+        if run.optim.decay != "constant":
+            raise UserError(
+                f"--cooldown: the learning rate of {cfg.resume} is to be constant up to here, found --optim.decay "
+                f"{run.optim.decay}; {remedy}"
+            )
     if cfg.pretrain != trunk.pretrain:
         raise UserError(f"--pretrain {cfg.pretrain}: a run that cools down has no such phase; leave it out")
     folder = run_folder(cfg.resume)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from ect.config import admit
+from ect.config import admit, refuse_taken
 from ect.errors import UserError
 from ect.models import spec as bounds
 from ect.models.adm_unet import DhariwalUNet
@@ -22,11 +22,20 @@ _UNETS: dict[str, type[UNet]] = {}
 _Net = TypeVar("_Net", bound=UNet)
 
 
+def known_architectures() -> dict[str, type[UNet]]:
+    """Return the network of each named configuration."""
+    return {name: unet for unet in _UNETS.values() for name in unet.architectures}
+
+
 def register(unet: type[_Net]) -> type[_Net]:
     """Make a network known to build(), by its class's name, and to describe() and --net.arch, by its architectures'; return it.
 
-    It can decorate the class.
+    It can decorate the class. Raises ValueError where another class has one of these names.
     """
+    known = known_architectures()
+    refuse_taken("network", unet.__name__, _UNETS.get(unet.__name__), unet)
+    for name in unet.architectures:
+        refuse_taken("architecture", name, known.get(name), unet)
     _UNETS[unet.__name__] = unet
     for name in unet.architectures:
         admit("Architecture", name)
@@ -35,11 +44,6 @@ def register(unet: type[_Net]) -> type[_Net]:
 
 register(SongUNet)
 register(DhariwalUNet)
-
-
-def known_architectures() -> dict[str, type[UNet]]:
-    """Return the network of each named configuration."""
-    return {name: unet for unet in _UNETS.values() for name in unet.architectures}
 
 
 def describe(arch: str, precond: str, sigma_data: float, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +80,6 @@ def build(spec: dict[str, Any]) -> EDMPrecond:
     )
     try:
         net = _UNETS[unet](**kwargs)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # of no level, or no channel, among others
         raise UserError(f"the model's description does not fit {unet}: {error}") from error
     return ECMPrecond(net, sigma_data, sigma_min) if precond == "ECMPrecond" else EDMPrecond(net, sigma_data)

@@ -182,11 +182,13 @@ def resampling(taps: Tensor, size: int, padding: int) -> Tensor:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over groups of at least four channels, at most 32 groups."""
+    """Group normalisation over groups of at least four channels, at most 32 groups. Raises ValueError for other widths."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
         self.groups, self.eps = max(min(32, channels // 4), 1), eps
+        if channels % self.groups:
+            raise ValueError(f"{channels} channels do not divide into {self.groups} groups of a norm")
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -226,6 +228,8 @@ class UNetBlock(nn.Module):
         self.layer, self.dropout = layer, dropout
         per_head = style.channels_per_head or out_channels
         self.num_heads = out_channels // per_head if attention else 0
+        if self.num_heads and out_channels % self.num_heads:
+            raise ValueError(f"{out_channels} channels do not divide into {self.num_heads} heads of attention")
         taps = style.resample_filter
         self.norm0 = GroupNorm(in_channels, style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, up=up, down=down, resample_filter=taps)

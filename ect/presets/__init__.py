@@ -1,14 +1,23 @@
 """Recipes by name: a file a family, whose RECIPES are added here."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ect.config import Config
 from ect.presets import cifar10, digits, fashion
 
-PRESETS: dict[str, Config] = {
-    name: replace(recipe, preset=name)
-    for family in (digits, fashion, cifar10)
-    for name, recipe in family.RECIPES.items()
-}
+
+def by_name(*families: Mapping[str, Config]) -> dict[str, Config]:
+    """Return the recipes of all families, each with its name. Raises ValueError where two have one name."""
+    found: dict[str, Config] = {}
+    for family in families:
+        for name, recipe in family.items():
+            if name in found:
+                raise ValueError(f"preset {name!r}: two families have this name; choose another")
+            found[name] = replace(recipe, preset=name)
+    return found
+
+
+PRESETS = by_name(digits.RECIPES, fashion.RECIPES, cifar10.RECIPES)
 NOTES: dict[str, str] = cifar10.NOTES
 """Words that stand beside the name of a recipe, wherever it is listed."""

@@ -1,7 +1,7 @@
 """Fashion-MNIST at 28x28 (Xiao et al., 2017; 60,000 grey images, MIT licence): diffusion, then ECT, on two CPU cores.
 
-The numbers are the digits' (ect/presets/digits.py), over the length that two hours of two cores hold by the step times in
-docs/recipes.md. No run has yet shown what they give.
+The recipe is built like the digits' (ect/presets/digits.py). Its length is what two hours of two cores should hold, by the
+step times in docs/recipes.md. No run has yet shown what it gives.
 """
 
 from dataclasses import replace

@@ -26,6 +26,7 @@ def forgotten() -> Iterator[None]:
             stack.enter_context(mock.patch.dict(known))
         for name in ("Architecture", "Kind"):
             stack.enter_context(mock.patch.object(config, name, getattr(config, name)))
+        stack.callback(config.STAGED.intersection_update, {*config.STAGED})
         stack.enter_context(mock.patch.object(choice, "EXTRA", [*choice.EXTRA]))
         yield
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ect.assembly import build_objective, flat_state, network_spec
-from ect.config import EvalConfig, ObjectiveConfig, OptimConfig
+from ect.config import EvalConfig, LogConfig, ObjectiveConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.job import Job
@@ -98,3 +98,47 @@ def test_the_option_knows_every_objective_also_one_that_reads_no_option() -> Non
 
 def test_it_is_short() -> None:
     assert len((FOLDER / "objective.py").read_text(encoding="utf-8").splitlines()) <= 30
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    class Other(Objective):
+        """An objective by the name of another one."""
+
+    for kind in ("consistency", "min_snr"):
+        before = OBJECTIVES[kind]
+        with pytest.raises(
+            ValueError, match=rf"objective '{kind}': .*\.?{before.__name__} has this name; choose another"
+        ):
+            register(kind)(Other)
+        assert OBJECTIVES[kind] is before
+
+
+def test_a_limit_on_pairs_is_for_objectives_that_have_some() -> None:
+    tight = ["--objective.n-stages", "24"]
+    assert parse(["--objective.kind", "min_snr", *tight]).objective.n_stages == 24
+    for option in ("--objective.min-gap .1", "--objective.weighting adaptive", "--log.levels"):
+        with pytest.raises(UserError, match=r"with --objective\.kind min_snr, which has no pairs"):
+            parse(["--objective.kind", "min_snr", *option.split()])
+
+    class Staged(Objective):
+        """An objective whose pairs close up, and which counts none."""
+
+        staged = True
+
+    register("staged")(Staged)
+    with pytest.raises(UserError, match="n-stages 24: expected"):
+        parse(["--objective.kind", "staged", *tight])
+    assert parse(["--objective.kind", "staged", "--objective.min-gap", ".1"]).objective.min_gap == 0.1
+
+
+def test_levels_of_an_objective_that_counts_no_pairs_are_refused(tmp_path: Path) -> None:
+    class Staged(Objective):
+        """An objective whose pairs close up, and which counts none."""
+
+        staged = True
+
+    register("staged")(Staged)
+    cfg = config(objective=ObjectiveConfig(kind="staged"), log=LogConfig(levels=True))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"--log\.levels: the objective staged does not count its pairs; leave it out"):
+        Job(replace(cfg, run_dir=tmp_path / "run"), Console(quiet=True)).run()
+    assert not (tmp_path / "run").exists()

@@ -55,5 +55,6 @@ def test_it_is_rated_and_reported(own: Any, tmp_path: Path) -> None:
     _, cells = quality_table(rows, evaluator.columns)
     assert cells[0][:2] == ["restarts, 2 times", "3"] and float(cells[0][2]) > 0
     report.write(tmp_path, rows, evaluator.columns, {})
+    assert "| restarts, 2 times | 3 |" in (tmp_path / "results.md").read_text()
     saved = json.loads((tmp_path / "results.json").read_text())["rows"][0]["sampler"]
     assert saved == {"name": "restarts, 2 times", "nfe": 3, "level": 0.8, "times": 2}
