@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import resource
 import signal
 import sys
@@ -101,6 +102,7 @@ def bounded(read: Callable[[], Any]) -> str | None:
     something was executed."""
     start, begin = _forget(), time.process_time()
     refusal: UserError | None = None
+    gc.freeze()  # what many tests before left behind is not the reader's to walk
     try:
         with executing_nothing(), warnings.catch_warnings(), _limited(), _cut():
             warnings.simplefilter("ignore")
@@ -109,6 +111,8 @@ def bounded(read: Callable[[], Any]) -> str | None:
         refusal = error
     except TooLong:
         raise AssertionError(f"more than {SECONDS:g} s") from None
+    finally:
+        gc.unfreeze()
     seconds, grown = time.process_time() - begin, _memory(peak=True) - start
     assert seconds <= SECONDS, f"{seconds:.1f} s"
     assert grown <= BYTES, f"{grown >> 20} MB above what the process had"

@@ -30,6 +30,7 @@ def test_every_kind_is_there() -> None:
     assert set(READERS) == WANTED
 
 
+@pytest.mark.slow
 def test_the_watch_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(text: str) -> None:
         raise UserError(text)

@@ -101,3 +101,25 @@ def test_missing_headers_are_said_with_the_remedy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(FileNotFoundError, match="install a CUDA toolkit, or nvidia-cuda-runtime"):
         emulator.cuda_include()
+
+
+def test_headers_of_a_wheel_are_found_and_given_to_the_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    headers, commands = tmp_path / "nvidia" / "cu13" / "include", []
+    for file in (headers / "cuda_bf16.h", headers / "crt" / "host_defines.h", tmp_path / "a.cu"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(emulator, "ROOT", tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+
+    def run(command: list[str], check: bool) -> None:
+        commands.append(command)
+        Path(command[-1]).touch()
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert emulator.build("plain", tmp_path / "a.cu").is_file()
+    (command,) = commands
+    assert f"-I{headers}" in command and command[-3] == str(tmp_path / "a.cu")
