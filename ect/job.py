@@ -107,7 +107,7 @@ class Job:
             if cfg.cooldown:
                 self.cfg = cfg = cooled(cfg, begun)
         self._starts = cfg.resume is None or cfg.cooldown  # and has a folder of its own
-        if cfg.resume is None or cfg.cooldown:
+        if self._starts:
             self.run_dir = Path(self.world.first(self._new_run_dir))
         else:
             self.run_dir = run_folder(cfg.resume)

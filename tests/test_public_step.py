@@ -145,3 +145,13 @@ def test_what_it_cannot_do_is_refused() -> None:
     for change in ({"label_dim": 10}, {"augment_dim": 9}, {"encoder_type": "residual"}):
         with pytest.raises(ValueError, match="unconditional"):
             public_net.denoiser({**kwargs, **change}, 0.5, {})
+
+
+def test_on_a_gpu_the_generator_is_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, kept = object.__new__(public_step.PublicStep), []
+    step.device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: kept.append((int(state), device)))
+    before = torch.get_rng_state()
+    step.set_generator(step.generator())
+    assert kept == [(1, step.device)] and torch.equal(before, torch.get_rng_state())

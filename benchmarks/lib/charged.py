@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from ect.files.lock import locked
 from ect.files.run_folder import has_begun, write_config
 from ect.metrics import Evaluator
 from ect.ranks import self_check
-from ect.show.log import RunLog
+from ect.show.log import STATS, RunLog
 from ect.trainer import Trainer
+from lib import history
 
 PROBE = 64  # images of the forward pass by which the machine's pace is measured
 
@@ -111,14 +111,8 @@ class Charged(Trainer):
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's stats.jsonl; none where there is no run. A row that a kill tore is left out."""
-    path, found = folder / "stats.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    """Return the rows of a run's stats.jsonl; none where there is no run."""
+    return history.lines(folder / STATS)
 
 
 def train(cfg: Config, folder: Path, dataset: Dataset, device: torch.device, evaluator: Evaluator | None) -> Path:

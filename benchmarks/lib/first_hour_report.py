@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib import history
+
 TOP = 15  # kernels
 PICTURES = ("nfe1", "nfe2", "samples")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -44,17 +46,6 @@ def _json(path: Path) -> Json:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _lines(path: Path) -> list[Json]:
-    """Return the objects of a file that has one a line; a torn one is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def _head(out: Path, outcomes: Sequence[Json], notes: Sequence[str]) -> Iterator[str]:
@@ -153,7 +144,7 @@ def _launches(way: Json) -> tuple[str, str, str, str]:
 def _rows(out: Path) -> Iterator[str]:
     """Yield step_time's line, or what a killed run left of it."""
     paths = sorted((out / "results").glob("*.jsonl")) + sorted((out / "results").glob("*.partial"))
-    for line in [lines[-1] for path in paths if (lines := _lines(path))]:
+    for line in [lines[-1] for path in paths if (lines := history.lines(path))]:
         unfinished = f" (not finished: {line['partial']})" if "partial" in line else ""
         yield f"## Rows: {line['net']}, batch {line['batch']}, {line['rounds']} rounds{unfinished}\n"
         headers = (
@@ -186,7 +177,7 @@ def _training(out: Path, outcomes: Sequence[Json]) -> Iterator[str]:
     logs = {o["name"]: out / o["log"] for o in outcomes if o["seconds"]}
     for name, title in (("run", "A run"), ("digits", "The digits")):
         folder = out / "work" / name
-        rows = [row for row in _lines(folder / "stats.jsonl") if "loss" in row]
+        rows = [row for row in history.lines(folder / "stats.jsonl") if "loss" in row]
         if not rows:
             continue
         yield f"## {title}\n"

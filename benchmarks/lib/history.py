@@ -15,15 +15,20 @@ RESULTS = Path(__file__).parents[1] / "results"
 TOLERANCE = 0.05
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the step_time lines of a file; none where it does not exist. A line that a kill tore is passed by."""
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file that has one a line; none where it does not exist. What a kill tore is passed by."""
     found = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             found.append(json.loads(text))
         except ValueError:
             continue
-    return [line for line in found if line.get("benchmark") == "step_time"]
+    return found
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the step_time lines of a file."""
+    return [line for line in lines(path) if line.get("benchmark") == "step_time"]
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
