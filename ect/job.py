@@ -107,10 +107,8 @@ class Job:
             if cfg.cooldown:
                 self.cfg = cfg = cooled(cfg, begun)
         self._starts = cfg.resume is None or cfg.cooldown  # and has a folder of its own
-        if self._starts:
-            self.run_dir = Path(self.world.first(self._new_run_dir))
-        else:
-            self.run_dir = run_folder(cfg.resume)
+        goes_on = None if self._starts else cfg.resume
+        self.run_dir = Path(self.world.first(self._new_run_dir)) if goes_on is None else run_folder(goes_on)
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
             with leaving_nothing(self._made):
