@@ -66,6 +66,14 @@ def _unwritten_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _shared_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's memory is predicted at its start, two thirds of what a small run costs: once for each network of a process."""
+    from tests import predictions  # here, for the same reason
+
+    monkeypatch.setattr(predictions.memory, "predict", predictions.shared)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
