@@ -16,6 +16,9 @@ from tests.tracing import Tracing
 if not torch.cuda.is_available():  # before any test imports triton, whose library is interpreted or compiled for good
     os.environ["TRITON_INTERPRET"] = "1"
 
+# To start a pool of compilers costs more than it saves here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 for name, answer in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     # Started in the background, or by nohup, the tests would find them ignored, and so would the processes that they start.
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:

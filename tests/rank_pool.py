@@ -18,6 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from ect.cost import memory
+from tests import predictions
+
 _TINY = (
     "--batch 12 --net.model-channels 8 --net.channel-mult 1 --net.num-blocks 1 --net.attn-resolutions --pretrain None "
     "--objective.n-stages 4 --eval.samples 0 --log.sample-kimg 0 --log.stats-kimg 0.12 --log.checkpoint-kimg 0.12 "
@@ -43,6 +46,7 @@ def _rank(argv: list[str], env: dict[str, str], cwd: str, said: str, before: Cal
         os.dup2(descriptor, stream)
     if before is not None:
         before()
+    memory.predict = predictions.nothing
     from ect.train import main
 
     raise SystemExit(main(argv))

@@ -13,6 +13,7 @@ import torch
 from ect_kernels import dispatch
 from rich.console import Console
 
+from ect.cost import memory
 from ect.errors import UserError
 from ect.job import Job
 from ect.options import parse
@@ -20,6 +21,7 @@ from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sample import Options, sample
 from ect.step import TrainStep
+from tests import predictions
 from tests.planted import plant, raises, sound
 from tests.tiny import config
 
@@ -64,6 +66,7 @@ def crash() -> None:
 
 
 def work(folder: Path, world: World) -> int:
+    memory.predict = predictions.shared
     seen: dict[str, Any] = exchanges(world)
 
     def run(cfg: Any) -> Job:

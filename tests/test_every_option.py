@@ -175,6 +175,7 @@ def tree(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+@pytest.mark.untraced  # the other tests of commands reach the same lines
 @pytest.mark.parametrize(("name", "action"), WALKS, ids=[f"{name} {names(action)}" for name, action in WALKS])
 def test_an_option_is_taken_or_refused_in_a_sentence(
     name: str, action: argparse.Action, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,8 +52,9 @@ def test_check_fails_above_the_bar(
 
 @pytest.mark.slow
 def test_fp16_is_at_most_1_3_times_tf32() -> None:
-    """Over all digits; of the arithmetics the two that `--check` compares."""
-    found = precision.measure(load_model(precision.DIGITS)[0], load(DataConfig()).images, None, precision.COMPARED)
+    """Over a third of the digits, which moves the ratio by 2 %; of the arithmetics the two that `--check` compares."""
+    images = load(DataConfig()).images[:600]
+    found = precision.measure(load_model(precision.DIGITS)[0], images, None, precision.COMPARED)
     assert list(found) == list(precision.COMPARED)
     assert precision.worst(found)[0] <= precision.BAR
 

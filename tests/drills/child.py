@@ -22,10 +22,10 @@ import ect.job  # noqa: F401
 from ect.cost import memory
 from ect.ranks import interrupts
 from ect.train import main
+from tests import predictions
 
 PIL.Image.init()
 NOBODY = 65534
-PREDICTED = memory.Prediction(8, 0, 0, 0, 0, False)
 gc.freeze()  # what all children share is not walked, and so not copied
 
 
@@ -55,7 +55,7 @@ def train(orders: Orders) -> None:
         os.close(opened)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts.install(interrupts.leave)  # as ect.train does before its imports
-    memory.predict = lambda *args: PREDICTED
+    memory.predict = predictions.nothing
     if orders.back is not None:
         time.time = _late(*orders.back)  # type: ignore[assignment]
     if orders.as_nobody and os.getuid() == 0:
