@@ -71,15 +71,23 @@ def test_costs_are_compared_at_the_pace_of_their_own_run() -> None:
     slow = line("q64", 0, [(80, 39, 30), (200, 20, 19)], pace=0.02)
     quiet = ledger_lines.quiet_pace([slow, *BASES])
     assert ledger_lines.seconds(slow, quiet) == pytest.approx(100) and ledger_lines.seconds(BASES[0], quiet) == 100
-    assert ledger_lines.at_cost(slow, BASES[0], 1) == 20
+    assert ledger_lines.as_dear({0: slow}, BASES, "published").keys() == set(range(5))
     assert ledger_lines.share_of_time([slow, *BASES], "q64", "published", 1.0, 1) == {0: pytest.approx(0.4)}
 
 
-def test_a_dearer_recipe_is_cut_off_at_the_cost_of_the_base() -> None:
-    dear = line("q64", 0, [(60, 50, 30), (106, 20, 10)])
-    assert ledger_lines.at_cost(dear, BASES[0], 1) == 50 and ledger_lines.at_cost(dear, BASES[0], 2) == 30
-    assert ledger_lines.at_cost(line("q64", 0, [(104, 20, 10)]), BASES[0], 1) == 20
-    assert ledger_lines.at_cost(line("q64", 0, [(106, 20, 10)]), BASES[0], 1) == math.inf
+def test_a_run_is_compared_with_the_shortest_one_that_costs_as_much() -> None:
+    short = [{**line("published", seed, [(50, 60, 50)]), "length": 0.5} for seed in range(5)]
+
+    def rivals(*costs: float) -> set[float]:
+        ours = {seed: line("q64", seed, [(cost, 20, 10)]) for seed, cost in enumerate(costs)}
+        return {line["length"] for line in ledger_lines.as_dear(ours, [*BASES, *short], "published").values()}
+
+    assert rivals(54, 54) == rivals(10) == rivals(54, 54, 90) == {0.5}
+    assert rivals(56, 56) == rivals(109) == {1.0} and rivals(111) == rivals() == set()
+    dear = [line("q16", seed, [(60, 50, 30), (140, 20, 10)]) for seed in range(5)]
+    assert claims.quality([*BASES, *dear], "q16", "published", 1.0, 1) is None
+    assert [row[5] for row in ledger_report.table([*BASES, *dear], "digits").rows] == ["", "dearer"]
+    assert Claim("digits", "q16", 1, 1.0).verdict([*BASES, *dear])[1] == "not recorded: 0 of 5 seeds"
 
 
 def test_a_target_is_reached_at_the_first_evaluation_at_or_below_it() -> None:

@@ -17,7 +17,7 @@ from lib.recipes import BASE, SETS
 class Claim:
     """A recipe wins or loses against another on a data set.
 
-    by: "quality": the FDc at `nfe` evaluations, at no more than the other's cost, is at most `at_most` of the other's
+    by: "quality": the FDc at `nfe` evaluations, of runs that cost the same, is at most `at_most` of the other's
     (geometric mean over seeds). "time": so is the cost at which the recipe first has the other's final FDc (median over seeds).
     at_most below 1 claims a win, and wants every rule of a win (see ledger.py) to hold.
     """
@@ -52,11 +52,10 @@ class Claim:
 
 
 def quality(lines: Sequence[Line], recipe: str, than: str, length: float, nfe: int) -> Comparison | None:
-    """Compare two recipes of a length at equal cost."""
-    bases = ledger_lines.of(lines, than, length)
+    """Compare a recipe's runs of a length with another's that cost as much; None where none is recorded."""
     ours = ledger_lines.of(lines, recipe, length)
-    theirs = {seed: ledger_lines.figure(line, nfe) for seed, line in bases.items()}
-    return compare({s: ledger_lines.at_cost(line, bases[s], nfe) for s, line in ours.items() if s in bases}, theirs)
+    sides = (ours, ledger_lines.as_dear(ours, lines, than))
+    return compare(*({seed: ledger_lines.figure(line, nfe) for seed, line in side.items()} for side in sides))
 
 
 CLAIMS: tuple[Claim, ...] = ()

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 from lib.recipes import RECIPES, SETS, TEACHER, options_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "ledger.jsonl"
-SAME_COST = 1.05
-"""A recipe is compared at this share of the base recipe's cost, or below."""
+SAME_COST = 1.1
+"""A run costs as much as another up to this share of its cost: so far the paces of two runs may differ by chance."""
 Line: TypeAlias = "dict[str, Any]"
 Key: TypeAlias = "tuple[str, str, float, int]"
 
@@ -80,14 +80,22 @@ def reached(line: Line, target: float, nfe: int) -> float | None:
     return next(times, None)
 
 
-def at_cost(line: Line, base: Line, nfe: int) -> float:
-    """Return a line's last FDc at no more than SAME_COST of what `base`, of its seed, cost; inf where it has none.
+def passes(line: Line) -> float:
+    """Return what a line cost, in forward passes of its network at the pace of its machine."""
+    return float(line["seconds"] / line["pace"])
 
-    Both costs are counted in forward passes, by each line's pace.
+
+def as_dear(ours: dict[int, Line], lines: Sequence[Line], base: str) -> dict[int, Line]:
+    """Return the lines of the base recipe's shortest length that costs as much as `ours`, by seed; none where no length does.
+
+    As much is within SAME_COST, in the median over the seeds that both have.
     """
-    allowed = SAME_COST * base["seconds"] / base["pace"]
-    within = [values for _, spent, values in line["curve"] if spent / line["pace"] <= allowed]
-    return float(within[-1][f"nfe{nfe}/FDc"]) if within else math.inf
+    for length in sorted({line["length"] for line in lines if line["recipe"] == base}):
+        theirs = of(lines, base, length)
+        shares = [passes(ours[seed]) / passes(theirs[seed]) for seed in ours.keys() & theirs.keys()]
+        if shares and statistics.median(shares) <= SAME_COST:
+            return theirs
+    return {}
 
 
 def share_of_time(lines: Sequence[Line], recipe: str, base: str, length: float, nfe: int) -> dict[int, float]:
@@ -97,8 +105,7 @@ def share_of_time(lines: Sequence[Line], recipe: str, base: str, length: float, 
     for seed, line in of(lines, recipe, length).items():
         if seed in bases:
             spent = reached(line, figure(bases[seed], nfe), nfe)
-            cost = bases[seed]["seconds"] / bases[seed]["pace"]
-            found[seed] = math.inf if spent is None else spent / line["pace"] / cost
+            found[seed] = math.inf if spent is None else spent / line["pace"] / passes(bases[seed])
     return found
 
 

@@ -42,7 +42,8 @@ def table(lines: Sequence[Line], data: str) -> Table:
             row.append(mean_and_spread([figure(line, nfe) for line in found.values()]))
             against = quality(lines, recipe, BASE, length, nfe) if recipe != BASE else None
             wins = against is not None and against.wins and against.seeds >= SETS[data].seeds
-            row.append("" if against is None else f"{against}{', wins' * wins}")
+            nothing = "" if recipe == BASE else "dearer"
+            row.append(nothing if against is None else f"{against}{', wins' * wins}")
         shares = [share_of_time(lines, recipe, BASE, length, nfe).values() for nfe in NFES]
         row.append(" / ".join(_share(list(found)) for found in shares))
         cells.append(row)
