@@ -43,7 +43,7 @@ class PosteriorMean:
         precision = (1 / sigma.to(queries.dtype) ** 2).view(-1, 1)
         top = queries.new_full((len(x), 1), _NEVER)
         total, mean = torch.zeros_like(top), torch.zeros_like(queries)
-        rows = max(CHUNK // self.images[0].numel(), 1)
+        rows = max(CHUNK // queries.shape[2], 1)
         for first in range(0, len(self.images), rows):
             data = to_float(self.images[first : first + rows]).flatten(1)
             logits = precision * (queries @ data.T - data.square().sum(1) / 2)
