@@ -45,6 +45,7 @@ def test_ema_ramp() -> None:
     cfg = OptimConfig(emas=(".995", ".9", "0"), ema_rampup=0.05)
     assert ema_betas_at(0, 64, cfg) == (0.0, 0.0, 0.0)
     assert ema_betas_at(6_400, 64, cfg) == pytest.approx((0.5 ** (64 / 320), 0.5 ** (64 / 320), 0.0))
+    assert ema_betas_at(10, 1, cfg) == pytest.approx((0.25, 0.25, 0.0))  # half an image is a half-life too
     assert ema_betas_at(10**9, 64, cfg) == pytest.approx((0.995, 0.9, 0.0))
 
 
