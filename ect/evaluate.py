@@ -31,6 +31,7 @@ from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
 from ect.show import report
+from ect.show.log import Screen
 
 _SAMPLES = 50_000  # as published figures have it
 _DIGITS_SAMPLES = 3_000  # enough for 1,797 digits
@@ -91,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 and one message where the user can mend it."""
 
     def work(options: Options, world: World) -> int:
-        evaluate(options, Console(width=None if sys.stdout.isatty() else _WIDTH), world)
+        evaluate(options, Screen(width=None if sys.stdout.isatty() else _WIDTH), world)
         return 0
 
     status = launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.evaluate"), work)

@@ -20,7 +20,8 @@ from ect.ranks.stop import StopSignal
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor this pipe")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
-COMMANDS = ["train", "sample", "evaluate", "convert"]
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["train", "sample", "evaluate", "convert", "doctor"]
 
 
 @contextmanager
@@ -142,3 +143,15 @@ def test_a_run_goes_on_when_nobody_reads_it(tmp_path: Path) -> None:
         err = process.stderr.read()
         assert process.wait(timeout=120) == 0 and "Traceback" not in err
     assert (tmp_path / "run" / "results.md").is_file()
+
+
+@POSIX
+@pytest.mark.slow
+def test_a_rating_goes_on_when_nobody_reads_it(tmp_path: Path) -> None:
+    options = f"{ROOT}/ect/models/digits.safetensors --samples 50 --repeats 1 --device cpu --threads 1 --run-dir rated"
+    with started(["-m", "ect.evaluate", *options.split()], tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(timeout=120) == 0 and "Traceback" not in err
+    assert (tmp_path / "rated" / "metrics.json").is_file()
