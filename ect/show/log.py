@@ -47,7 +47,7 @@ class Screen(Console):
         try:
             super().print(*args, **kwargs)
         except OSError as error:
-            warnings.warn(f"the output cannot be written, the work goes on without ({error.strerror})", stacklevel=2)
+            warnings.warn(f"the output cannot be written, the run goes on without ({error.strerror})", stacklevel=2)
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
