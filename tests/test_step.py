@@ -76,6 +76,22 @@ def test_the_loss_is_the_reference_objective_of_the_prepared_images() -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_the_fast_form_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss equals the other's, so that nothing else would tell."""
+
+    class Own(ConsistencyObjective):
+        """A subclass, which has none."""
+
+    prepared: list[Any] = []
+    original = TrainStep.prepare
+    monkeypatch.setattr(TrainStep, "prepare", lambda *args: prepared.append(args) or original(*args))
+    for objective, count in ((ConsistencyObjective(), 0), (Own(), 1)):
+        step = make(objective)
+        step.net.model.on_ops = True
+        step(0, 0)
+        assert len(prepared) == count
+
+
 def test_draws_change_with_step_seed_and_sample() -> None:
     losses = {(seed, nimg): float(make(seed=seed)(nimg, 3)) for seed in (1, 2) for nimg in (0, 12)}
     assert len(set(losses.values())) == 4
