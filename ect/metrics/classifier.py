@@ -6,7 +6,6 @@ of the images' features, which for 60,000 images cost minutes. `python -m ect.me
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ect.errors import UserError
+from ect.files import npz
 from ect.files.atomic import atomic
 from ect.files.resume import data_fingerprint
 from ect.metrics.frechet import Array, Statistics
@@ -25,6 +25,9 @@ WIDTH = 64  # features
 CHUNK = 128  # images a forward pass: the fastest of those tried
 COARSEST = 7  # pixels: images are halved until their side is at most this
 SHIPPED = Path(__file__).parent
+_ABOUT = ("data", "shape", "levels", "classes", "count", "mean", "scatter")
+_BYTES = 1 << 27  # of a features file, unpacked; those of grey images of 28x28 have 0.7 MB
+_LARGEST = (4096, 64, 100_000)  # side, channels and classes of what it may describe
 Images = Tensor | NDArray[np.uint8]
 
 
@@ -149,13 +152,21 @@ def save(path: Path, classifier: Classifier) -> None:
 def load(path: Path) -> Classifier:
     """Read a features file. Raises UserError naming it where it is damaged."""
     try:
-        with np.load(path) as file:
-            height, width, channels = (int(size) for size in file["shape"])
-            net = build_network(height, channels, int(file["classes"]))
-            net.load_state_dict({name: torch.from_numpy(file[name].astype(np.float32)) for name in net.state_dict()})
-            known = Statistics(int(file["count"]), file["mean"], file["scatter"])
-            data, levels = str(file["data"]), int(file["levels"])
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        about = npz.read(path, _ABOUT, _BYTES)
+        height, width, channels = (int(size) for size in about["shape"])
+        classes = int(about["classes"])
+        if not all(1 <= n <= most for n, most in zip((height, channels, classes), _LARGEST, strict=True)):
+            raise ValueError(f"it is for images {height}x{width} of {channels} channels, {classes} classes")
+        net = build_network(height, channels, classes)
+        weights = npz.read(path, net.state_dict(), _BYTES)
+        net.load_state_dict({name: torch.from_numpy(array.astype(np.float32)) for name, array in weights.items()})
+        known = Statistics(int(about["count"]), about["mean"], about["scatter"])
+        if known.count < 1 or known.mean.shape != (WIDTH,) or known.scatter.shape != (WIDTH, WIDTH):
+            raise ValueError(f"its statistics are not those of {WIDTH} features")
+        if not (np.isfinite(known.mean).all() and np.isfinite(known.scatter).all()):
+            raise ValueError("its statistics are not finite")
+        data, levels = str(about["data"]), int(about["levels"])
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(
             f"{path}: not a features file ({error}); make it anew, see python -m ect.metrics.features --help"
         ) from error
@@ -165,9 +176,8 @@ def load(path: Path) -> Classifier:
 def of(path: Path) -> str:
     """Return the SHA-256 of the images that a features file belongs to; empty where it does not say so."""
     try:
-        with np.load(path) as file:
-            return str(file["data"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return str(npz.read(path, ["data"], _BYTES)["data"])
+    except ValueError:
         return ""
 
 

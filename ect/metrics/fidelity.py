@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from ect.data import Dataset
 from ect.errors import UserError
-from ect.files import torch_file
+from ect.files import npz, torch_file
 from ect.files.atomic import atomic
 from ect.files.resume import data_fingerprint
 from ect.metrics.evaluator import Column, Evaluator
@@ -186,21 +184,9 @@ def read_statistics(path: Path) -> dict[str, np.ndarray]:
     """
     expected = "expected EDM's statistics, an .npz with mu [2048] and sigma [2048, 2048] such as cifar10-32x32.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if sum(info.file_size for info in file.zip.infolist()) > _STATISTICS_BYTES:
-                raise ValueError(f"it holds more than {_STATISTICS_BYTES} bytes")
-            mu, sigma = file["mu"].astype(np.float32), file["sigma"].astype(np.float64)  # torch-fidelity's types
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        found = npz.read(path, ("mu", "sigma"), _STATISTICS_BYTES)
+        mu, sigma = found["mu"].astype(np.float32), found["sigma"].astype(np.float64)  # torch-fidelity's types
+    except (ValueError, TypeError) as error:
         raise UserError(f"--reference {path}: cannot be read ({error}); {expected}") from error
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         raise UserError(f"--reference {path}: mu is {list(mu.shape)}, sigma {list(sigma.shape)}; {expected}")

@@ -14,8 +14,20 @@ from ect.errors import UserError
 from tests.fuzz.bounded import bounded
 from tests.fuzz.readers import READERS, explore
 
-EXAMPLES = dict.fromkeys(READERS, 100) | {"configs": 60}
-WANTED = {"snapshots", "weights", "model_files", "zips", "labels", "tarballs", "idx", "configs", "checkpoints", "seeds"}
+EXAMPLES = dict.fromkeys(READERS, 100) | {"configs": 60, "arrays": 60}
+WANTED = {
+    "snapshots",
+    "weights",
+    "model_files",
+    "zips",
+    "labels",
+    "tarballs",
+    "idx",
+    "configs",
+    "checkpoints",
+    "seeds",
+    "arrays",
+}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches memory by /proc")
 
