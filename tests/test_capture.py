@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ect.assembly import flat_state, network_spec
-from ect.config import Config, DataConfig, OptimConfig
+from ect.config import Config, DataConfig, NetConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.models import build
 from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
@@ -22,9 +22,14 @@ DATA = load(DataConfig(labels=True))
 BATCH = 8
 
 
-def make(objective: Objective | None = None, on_ops: bool = True, precision: str = "fp32", **options: Any) -> TrainStep:
+WHOLE = replace(NET, channel_mult=(1, 2), attn_resolutions=(4,), label_dropout=0.2)
+
+
+def make(
+    objective: Objective | None = None, on_ops: bool = True, precision: str = "fp32", net_cfg: NetConfig = WHOLE,
+    **options: Any,
+) -> TrainStep:  # fmt: skip
     torch.manual_seed(0)
-    net_cfg = replace(NET, channel_mult=(1, 2), attn_resolutions=(4,), label_dropout=0.2)
     spec = network_spec(net_cfg, "ECMPrecond", DATA, 9 if options.get("augment") else 0)
     net = build(spec).train()
     net.model.on_ops = on_ops
@@ -116,8 +121,9 @@ FAULTS: dict[str, tuple[str, Callable[[TrainStep], object]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_audit_finds_a_planted_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the network, so that the smallest one will do."""
     kind, plant = FAULTS[name]
-    step = make()
+    step = make(net_cfg=NET)
     update = step.update
 
     def broken() -> None:
@@ -143,5 +149,5 @@ def test_the_audit_sees_into_the_reference_ops(monkeypatch: pytest.MonkeyPatch) 
     reference = replace(op.backends["reference"], fwd=broken)
     monkeypatch.setattr(op, "backends", {**op.backends, "reference": reference})
     watch_references(audit, monkeypatch.setattr)
-    make().update()
+    make(net_cfg=NET).update()
     assert audit.faults and all(text.startswith("host read") for text in audit.faults)

@@ -83,8 +83,8 @@ def test_the_tracer_comes_back_after_a_launch_that_fails(traced: Callable[[], in
         (None, "test_a.py", False),
         ("untraced", "test_a.py", True),
         ("slow", "test_a.py", True),
-        ("slow", "test_capture.py", False),
-        ("untraced", "test_capture.py", True),
+        ("slow", "test_run.py", False),
+        ("untraced", "test_run.py", True),
     ],
 )
 def test_coverage_rests_in_a_test_that_is_marked(mark: str | None, file: str, marked: bool) -> None:

@@ -3,7 +3,8 @@
 A slow test runs without it, since quick ones reach almost every line; so does a test marked `untraced`. TRACED has the
 exceptions: what walks a GPU's code, whose every line is to be reached. A launch in Triton's interpreter runs without it where
 it can reach no new line: the process has traced one of the same kernel, with the same constants, the same arguments left out
-and the same dtypes. What is lost shows: `make test` holds a bar on coverage, and tests/gpu_paths/report.py names lines.
+and the same dtypes. Torch's own work on a fake GPU (tests/gpu_paths/fake_gpu.py) runs without it too. What is lost shows:
+`make test` holds a bar on coverage, and tests/gpu_paths/report.py names lines.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 import pytest
 
 TRACED = {
-    "test_capture",
     "test_driver",
     "test_memory",
     "test_run",
@@ -47,24 +47,33 @@ def kind(launcher: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Hashabl
     return launcher.fn.__module__, launcher.fn.__qualname__, frozenset(types.items())
 
 
+def resting(function: Any) -> Any:
+    """The function without the tracer: for what is not ours, and calls nothing of ours."""
+
+    @functools.wraps(function)
+    def rested(*args: Any, **given: Any) -> Any:
+        tracer = sys.gettrace()
+        # Set and set back in one frame: the tracer counts the calls and returns that it sees.
+        sys.settrace(None)
+        try:
+            return function(*args, **given)
+        finally:
+            sys.settrace(tracer)
+
+    return rested
+
+
 def sparing(launch: Any) -> Any:
     """A launch of Triton's interpreter that is traced once for each kind."""
     traced: set[Hashable] = set()
+    rested = resting(launch)
 
     @functools.wraps(launch)
     def spared(self: Any, *args: Any, **given: Any) -> Any:
-        tracer = sys.gettrace()
-        if tracer is None or (of_kind := kind(self, args, given)) not in traced:
-            if tracer is not None:
-                traced.add(of_kind)
-            return launch(self, *args, **given)
-        sys.settrace(
-            None
-        )  # here and not in a function of its own: the tracer counts the calls and returns that it sees
-        try:
-            return launch(self, *args, **given)
-        finally:
-            sys.settrace(tracer)
+        if sys.gettrace() is None or (of_kind := kind(self, args, given)) in traced:
+            return rested(self, *args, **given)
+        traced.add(of_kind)
+        return launch(self, *args, **given)
 
     return spared
 

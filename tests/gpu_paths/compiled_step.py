@@ -136,10 +136,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             None, MaskKey(key, made.firsts[0]),
         )  # fmt: skip
         with fake.for_compiler():
-            forward, backward = inductor.traced(unet, *inputs)
+            graphs = inductor.traced(unet, *inputs)
     with told(gpu), inductor.inductor_on(gpu):
-        ways = {"forward": of_graph(forward, False)[0]}
-        ways["backward"], grads = of_graph(backward, True)
+        ways = {"forward": of_graph(graphs.forward, False)[0]}
+        ways["backward"], grads = of_graph(graphs.backward, True)
     eager = step("meta", images)
     eager_cost = Footprint.of(trace(eager.update))
     eager.net.model = Stub(eager.net.model, grads)

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tests.gpu_paths.engine import walked_in_python
+from tests.tracing import resting
 
 aten = torch.ops.aten
 
@@ -302,31 +303,47 @@ class _Memory(TorchDispatchMode):
         self.owner, self.fake = owner, FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (self.ours if func.namespace == "ect" else self.torchs)(func, args, dict(kwargs or {}))
+
+    def ours(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An op of ect_kernels: what implements it runs, and the result is that of its shapes."""
+        if not self.note(func, args, kwargs, None):
+            return func(*args, **kwargs)
+        with self, torch.no_grad():
+            implementation(str(func))(*args, **kwargs)
+        with self.fake:
+            return func(*args, **kwargs)
+
+    @resting
+    def torchs(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """One of torch's operations."""
         if func.namespace == "prim":
-            return func(*args, **(kwargs or {}))
-        kwargs = dict(kwargs or {})
+            return func(*args, **kwargs)
         kwargs.pop("pin_memory", None)  # host memory that no driver has to know
-        name, tensors = str(func), [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
-        self.owner.calls.append(name)
-        if (kind := _fault(func, name, tensors, wanted)) is not None:
-            shapes = ", ".join(f"{t.device.type} {tuple(t.shape)}" for t in tensors[:4])
-            self.owner.events.append(Event(kind, name, shapes))
-        on_gpu = any(t.device.type == "cuda" for t in tensors)
-        if func in _READS and on_gpu:
-            return _READS[func](tensors[0])
-        if func is aten.copy_.default and on_gpu and tensors[0].device.type != "cuda":
+        device = kwargs.get("device")
+        wanted = None if device is None else torch.device(device).type
+        on_gpu = self.note(func, args, kwargs, wanted)
+        if on_gpu and func in _READS:
+            return _READS[func](args[0])
+        if func is aten.copy_.default and on_gpu and args[0].device.type != "cuda":
             return args[0].fill_(1)
         if func is aten.is_pinned.default:
             return False
         if not on_gpu and wanted != "cuda":
             return func(*args, **kwargs)
-        if func.namespace == "ect":
-            with self, torch.no_grad():
-                implementation(name)(*args, **kwargs)
         with self.fake:
             out = _SHAPES.get(func, func)(*args, **kwargs)
         return out if wanted != "cpu" else tree_map_only(FakeTensor, _read, out)
+
+    def note(self, func: Any, args: Any, kwargs: Any, wanted: str | None) -> bool:
+        """Write an operation down, with what is wrong in it. Whether one of its tensors is on the device."""
+        lists = (a if isinstance(a, list | tuple) else (a,) for a in (*args, *kwargs.values()))
+        name, tensors = str(func), [t for some in lists for t in some if isinstance(t, Tensor)]
+        self.owner.calls.append(name)
+        if (kind := _fault(func, name, tensors, wanted)) is not None:
+            shapes = ", ".join(f"{t.device.type} {tuple(t.shape)}" for t in tensors[:4])
+            self.owner.events.append(Event(kind, name, shapes))
+        return any(t.device.type == "cuda" for t in tensors)
 
 
 _READS: dict[Any, Callable[[Tensor], Any]] = {

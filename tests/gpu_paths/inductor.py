@@ -1,7 +1,7 @@
 """The U-Net through Dynamo, AOTAutograd and Inductor for a GPU that is not there, down to the code that would run. Prints one
 JSON object.
 
-    python -m tests.gpu_paths.inductor '{"gpus": ["A100", "H100"], "arch": "ddpmpp", "precision": "fp16"}'
+    python -m tests.gpu_paths.inductor '{"gpus": ["A100"], "cases": {"a name": {"arch": "ddpmpp", "precision": "fp16"}}}'
 
 Run by test_inductor.py in processes of its own. What of torch is mocked is here and in fake_gpu.told, and nowhere else.
 """
@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 from unittest import mock
 
@@ -38,7 +39,6 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from triton.runtime import driver
 
-from ect.models import MaskKey
 from tests.gpu_paths import cases
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu, Gpu, told
 from tests.gpu_paths.launches import Driver
@@ -82,30 +82,52 @@ def inductor_on(gpu: Gpu) -> Iterator[None]:
         yield
 
 
-def traced(function: Callable[..., Any], *inputs: Any) -> tuple[Graph, Graph]:
-    """Forward and backward graph, as Inductor's passes before the partition leave them."""
-    graphs: list[Graph] = []
+class Backend:
+    """Of torch.compile: what Dynamo made runs as it is. dynamo: its graphs. forward, backward: of the latest, as Inductor's
+    passes before the partition leave them; lower: whether to make them."""
 
-    def partition(joint: Graph, args: Any, **options: Any) -> Any:
-        values = [n.meta["val"] for n in joint.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        with V.set_fake_mode(detect_fake_mode(values)):
-            _recursive_joint_graph_passes(joint)
-        graphs.extend(min_cut_rematerialization_partition(joint, args, compiler="inductor", **options))
-        raise Stop
+    forward: Graph
+    backward: Graph
 
-    def run(graph: Graph, inputs: Any) -> Any:
-        return make_boxed_func(graph)
+    def __init__(self, lower: bool = True) -> None:
+        self.dynamo: list[Graph] = []
+        self.lower = lower
 
-    backend = aot_autograd(
-        fw_compiler=run, bw_compiler=run, partition_fn=partition, decompositions=select_decomp_table(),
-        keep_inference_input_mutations=True,
-    )  # fmt: skip
-    try:
-        torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*inputs)
-    except Exception:  # Stop, in an exception of Dynamo's
-        if not graphs:
-            raise
-    return graphs[0], graphs[1]
+    def __call__(self, graph: Graph, inputs: Any) -> Callable[..., Any]:
+        self.dynamo.append(graph)
+
+        def partition(joint: Graph, args: Any, **options: Any) -> Any:
+            values = [n.meta["val"] for n in joint.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+            with V.set_fake_mode(detect_fake_mode(values)):
+                _recursive_joint_graph_passes(joint)
+            parts = min_cut_rematerialization_partition(joint, args, compiler="inductor", **options)
+            self.forward, self.backward = parts
+            raise Stop
+
+        backend = aot_autograd(
+            fw_compiler=_run, bw_compiler=_run, partition_fn=partition, decompositions=select_decomp_table(),
+            keep_inference_input_mutations=True,
+        )  # fmt: skip
+        if self.lower:
+            with contextlib.suppress(Stop):
+                backend(graph, inputs)
+        return graph.forward
+
+    def on_ops(self) -> bool:
+        """Whether there are ops of ours in Dynamo's graphs, or in the parts that they hold."""
+        parts = [part for graph in self.dynamo for part in graph.modules() if isinstance(part, Graph)]
+        return any(str(node.target).startswith("ect.") for part in parts for node in part.graph.nodes)
+
+
+def _run(graph: Graph, inputs: Any) -> Any:
+    return make_boxed_func(graph)
+
+
+def traced(function: Callable[..., Any], *inputs: Any) -> Backend:
+    """A call under torch.compile."""
+    backend = Backend()
+    torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*inputs)
+    return backend
 
 
 def lowered(graph: Graph, backward: bool) -> tuple[str, GraphLowering]:
@@ -160,17 +182,20 @@ def operations(code: str) -> Counter[str]:
     return Counter(match[1] or match[2] for match in found)
 
 
-def network(case: dict[str, Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The U-Net of a step and what it is called with."""
-    step = cases.step(**case)
-    step.stream.close()
-    unet, n, size = step.net.model, step.micro_batch, cases.RESOLUTION
-    x = torch.zeros(n, size, size, 3, device="cuda").permute(0, 3, 1, 2)
-    labels = torch.zeros(n, 10, device="cuda") if case.get("labels") else None
-    return unet, (x, torch.zeros(n, device="cuda"), labels, None, MaskKey(step.key, step.firsts[0]))
+def updates(case: dict[str, Any], fake: FakeGpu) -> Backend:
+    """Two updates of two micro-batches each, whose network is compiled. Augmented images are no further than Dynamo's graph:
+    they come in another layout than the weights."""
+    step, backend = cases.step(**case, accumulation=True), Backend(lower=not case.get("augment"))
+    step.compiled = True
+    step.net.model.compile(fullgraph=True, dynamic=False, backend=backend)
+    with closing(step.stream), fake.for_compiler():
+        assert len(step.starts) == 2
+        step.update()
+        step.update()
+    return backend
 
 
-def planted() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def planted(fake: FakeGpu) -> Backend:
     """A convolution whose input lies otherwise than its weight, and a backward that fills an image with zeros."""
 
     class Half(torch.autograd.Function):
@@ -186,23 +211,32 @@ def planted() -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return torch.nn.functional.conv2d(x, weight, padding=1).cos() + Half.apply(x.sin()).repeat(1, 2, 1, 1)
 
     weight = torch.zeros(16, 3, 3, 16, device="cuda").permute(0, 3, 1, 2)
-    return function, (torch.zeros(2, 16, 16, 16, device="cuda").requires_grad_(), weight.requires_grad_())
+    inputs = torch.zeros(2, 16, 16, 16, device="cuda").requires_grad_(), weight.requires_grad_()
+    with fake.for_compiler():
+        return traced(function, *inputs)
 
 
-def main(case: dict[str, Any]) -> dict[str, Any]:
-    gpus = [GPUS[name] for name in case.pop("gpus")]
-    plant = case.pop("plant", False)
+def found(gpus: list[Gpu], case: dict[str, Any]) -> dict[str, Any]:
+    """What became of a case."""
+    torch._dynamo.reset()
     with FakeGpu(gpus[0], archs=cases.BUILT) as fake, inductor_on(gpus[0]):
-        function, inputs = planted() if plant else network(case)
-        with fake.for_compiler():
-            graphs = dict(zip(("forward", "backward"), traced(function, *inputs), strict=True))
-    answer: dict[str, Any] = {"zeros": zero_images(graphs["backward"])}
+        backend = planted(fake) if case.get("plant") else updates(case, fake)
+    answer: dict[str, Any] = {"graphs": len(backend.dynamo), "on ops": backend.on_ops()}
+    if not backend.lower:
+        return answer
+    answer["zeros"] = zero_images(backend.backward)
     for gpu in gpus:
+        graphs = {way: copy.deepcopy(getattr(backend, way)) for way in ("forward", "backward")}
         with told(gpu), inductor_on(gpu):
-            codes = {way: lowered(copy.deepcopy(graph), way == "backward")[0] for way, graph in graphs.items()}
+            codes = {way: lowered(graph, way == "backward")[0] for way, graph in graphs.items()}
         copies = {way: copies_round_convolutions(code) for way, code in codes.items()}
         answer[f"sm_{gpu.arch}"] = {"copies": copies, "runs": {way: operations(code) for way, code in codes.items()}}
     return answer
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    gpus = [GPUS[name] for name in request["gpus"]]
+    return {name: found(gpus, case) for name, case in request["cases"].items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every Triton launch of some updates, through Triton's own launch code: its binder, specialisation and compiler, for a GPU
 that is not there. Prints one JSON object.
 
-    python tests/gpu_paths/launches.py '{"gpu": "H100", "steps": [{"precision": "fp16"}], "ddpmpp": false}'
+    python -m tests.gpu_paths.launches '{"launches": [{"gpu": "H100", "steps": [{"precision": "fp16"}], "ops": false}]}'
 
 Run by test_triton.py in processes of its own: a process in which TRITON_INTERPRET was set has no such code.
 """
@@ -17,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ect_kernels
 import torch
@@ -39,18 +41,19 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class Driver:
-    """Triton's, of a machine with one GPU."""
+    """Triton's, of a machine with one GPU. Its number is no other's: by it Triton keeps what it has compiled."""
 
     binary_ext = "cubin"
 
     def __init__(self, gpu: Gpu) -> None:
         self.target = GPUTarget("cuda", gpu.arch, 32)
+        self.number = list(GPUS.values()).index(gpu)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.number
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -98,8 +101,9 @@ class Found:
     seconds: float = 0.0
 
 
-def watch(found: Found) -> None:
-    """From now on a launch compiles, and is written down."""
+@contextmanager
+def watch(found: Found) -> Iterator[None]:
+    """Inside the block a launch compiles, and is written down."""
     known: dict[int, tuple[Any, Compiled]] = {}
 
     def launcher(function: Any, grid: Any) -> Any:
@@ -120,7 +124,8 @@ def watch(found: Found) -> None:
 
         return launch
 
-    JITFunction.__getitem__ = launcher
+    with mock.patch.object(JITFunction, "__getitem__", launcher):
+        yield
 
 
 def usage(kernel: Any) -> Compiled:
@@ -215,21 +220,27 @@ def bind(function: JITFunction) -> str | None:
     return None
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
+def launched(request: dict[str, Any]) -> Found:
+    """What became of the launches of some steps on a GPU."""
     gpu = GPUS[request["gpu"]]
     driver.set_active(Driver(gpu))
     found, started = Found(gpu.name), time.process_time()
-    watch(found)
-    for case in request.get("steps", ()):
-        with FakeGpu(gpu, triton=None) as fake:
-            update(fake, dict(case))
-    if request.get("ops"):
-        with FakeGpu(gpu, triton=None):
-            ops()
+    with watch(found):
+        for case in request["steps"]:
+            with FakeGpu(gpu, triton=None) as fake:
+                update(fake, dict(case))
+        if request["ops"]:
+            with FakeGpu(gpu, triton=None):
+                ops()
     found.seconds = time.process_time() - started
+    return found
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Of each request among `launches`, by GPU; then, where it is asked for, what is wrong with names of parameters."""
+    found = {each["gpu"]: asdict(launched(each)) for each in request["launches"]}
     binds = {name: bind(function) for name, function in kernels().items()} if request.get("bind") else {}
-    plants = [bind(function) for function in PLANTS]
-    return asdict(found) | {"binds": binds, "plants": plants}
+    return {"found": found, "binds": binds, "plants": [bind(function) for function in PLANTS]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What torch.compile makes of the U-Net for an A100 and an H100, lowered by Inductor in processes of its own (inductor.py)."""
+"""torch.compile of updates on a GPU that is not there: Dynamo makes one graph of the U-Net for a whole run, and what Inductor
+makes of it for an A100 and an H100 copies no layout. In processes of their own (inductor.py)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.gpu_paths.pairwise import Case, name, product
 from tests.gpu_paths.processes import ask
 
 pytestmark = pytest.mark.slow
@@ -28,52 +30,73 @@ for _module, _name in INTERNALS.items():
         pytest.skip(f"this torch has no {_module}.{_name}", allow_module_level=True)
 
 GPUS = ["A100", "H100"]
-CASES: dict[str, dict[str, Any]] = {
-    "ddpmpp, fp16": {"arch": "ddpmpp", "precision": "fp16"},
-    "ncsnpp, bf16": {"arch": "ncsnpp", "precision": "bf16"},
-    "adm, fp32, labels": {"arch": "adm", "precision": "fp32", "labels": True},
+AXES: dict[str, list[Any]] = {
+    "arch": ["ddpmpp", "ncsnpp", "adm"],
+    "objective": ["consistency", "diffusion"],
+    "precision": ["fp16", "fp32", "bf16"],
+    "labels": [False, True],
+    "augment": [False, True],
 }
-FULL = {
-    f"{arch}, {precision}{', labels' if labels else ''}": {"arch": arch, "precision": precision, "labels": labels}
-    for arch in ("ddpmpp", "ncsnpp", "adm") for precision in ("fp16", "bf16", "fp32") for labels in (False, True)
-}  # fmt: skip
-PLANT = {"plant": True}
+SHORT: list[Case] = [
+    {"arch": "ddpmpp", "objective": "consistency", "precision": "fp16"},
+    {"arch": "ncsnpp", "objective": "diffusion", "precision": "bf16"},
+    {"arch": "ncsnpp", "objective": "diffusion", "precision": "bf16", "augment": True},
+    {"arch": "adm", "objective": "consistency", "precision": "fp32", "labels": True},
+]
+GATE = {name(case): case for case in SHORT}
+FULL = {name(case): case for case in product(AXES) if name(case) not in GATE}
 
 
 @pytest.fixture(scope="session")
-def lowered(pytestconfig: pytest.Config) -> Iterator[Any]:
-    """lowered(name): what inductor.py found; two processes at a time, all of them started by the first call."""
-    requests = {**CASES, "plant": PLANT, **(FULL if pytestconfig.getoption("--full") else {})}
+def found(pytestconfig: pytest.Config) -> Iterator[Any]:
+    """found(name): what inductor.py found. A process has many cases, which share what it imports; they start with the first
+    call, two at a time."""
+    groups: list[dict[str, Case]] = [{**GATE, "plant": {"plant": True}}]
+    if pytestconfig.getoption("--full"):
+        groups += [{name: case for name, case in FULL.items() if case["arch"] == arch} for arch in AXES["arch"]]
     with ThreadPoolExecutor(2) as pool:
 
         @cache
         def started() -> dict[str, Future[dict[str, Any]]]:
-            return {name: pool.submit(ask, "inductor", {"gpus": GPUS, **case}) for name, case in requests.items()}
+            answers = [pool.submit(ask, "inductor", {"gpus": GPUS, "cases": group}) for group in groups]
+            return {name: answer for group, answer in zip(groups, answers, strict=True) for name in group}
 
-        yield lambda name: started()[name].result()
-
-
-REST = [pytest.param(name, marks=pytest.mark.full) for name in FULL if name not in CASES]
-every_case = pytest.mark.parametrize("name", [*CASES, *REST])
+        yield lambda name: started()[name].result()[name]
 
 
-@every_case
-def test_the_backward_fills_no_images_with_zeros(name: str, lowered: Any) -> None:
-    assert lowered(name)["zeros"] == []
+def cases(lowered: bool = False) -> Any:
+    """Decorates a test of a case; lowered: without those of augmented images, which stop at Dynamo's graph."""
+    gate, full = (
+        [name for name, case in some.items() if not (lowered and case.get("augment"))] for some in (GATE, FULL)
+    )
+    rest = [pytest.param(name, id=f"full: {name}", marks=pytest.mark.full) for name in full]
+    return pytest.mark.parametrize("name", [*gate, *rest])
 
 
-@every_case
+@cases()
+def test_all_micro_batches_run_one_graph(name: str, found: Any) -> None:
+    """It traces without a graph break, and once for a whole run."""
+    assert found(name)["graphs"] == 1
+    assert found(name)["on ops"], "the network did not run on the ops"
+
+
+@cases(lowered=True)
+def test_the_backward_fills_no_images_with_zeros(name: str, found: Any) -> None:
+    assert found(name)["zeros"] == []
+
+
+@cases(lowered=True)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_no_layout_is_copied_round_a_convolution(name: str, arch: str, lowered: Any) -> None:
-    found = lowered(name)[arch]
-    assert found["copies"] == {"forward": [], "backward": []}
-    runs = found["runs"]
+def test_no_layout_is_copied_round_a_convolution(name: str, arch: str, found: Any) -> None:
+    lowered = found(name)[arch]
+    assert lowered["copies"] == {"forward": [], "backward": []}
+    runs = lowered["runs"]
     assert runs["forward"]["convolution"] > 20 and runs["backward"]["convolution_backward"] > 20
     assert runs["forward"]["group_norm_silu"] > 5 and runs["backward"]["residual_group_norm_silu_bwd"] > 5
 
 
-def test_planted_faults_are_found(lowered: Any) -> None:
-    found = lowered("plant")
+def test_planted_faults_are_found(found: Any) -> None:
+    planted = found("plant")
     for arch in ("sm_80", "sm_90"):
-        assert {way: len(copies) for way, copies in found[arch]["copies"].items()} == {"forward": 1, "backward": 1}
-    assert found["zeros"] == ["aten.full.default (2, 8, 16, 16) for aten.cat.default"]
+        assert {way: len(copies) for way, copies in planted[arch]["copies"].items()} == {"forward": 1, "backward": 1}
+    assert planted["zeros"] == ["aten.full.default (2, 8, 16, 16) for aten.cat.default"]

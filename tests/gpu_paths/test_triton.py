@@ -1,13 +1,11 @@
 """Every Triton launch of a step, bound, specialised and compiled by Triton itself for each kind of GPU.
 
-In processes without TRITON_INTERPRET, two at a time; see launches.py.
+In a process without TRITON_INTERPRET; see launches.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,20 +40,19 @@ FULL: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def launches(pytestconfig: pytest.Config) -> Iterator[Any]:
-    """launches(gpu): what launches.py found; all devices' processes start with the first call."""
-    full = pytestconfig.getoption("--full")
-    with ThreadPoolExecutor(2) as pool:
+def answer(pytestconfig: pytest.Config) -> dict[str, Any]:
+    """What launches.py found: one process for all devices, since they share what it imports and what Triton parses."""
+    steps = FULL if (full := pytestconfig.getoption("--full")) else {
+        gpu: [step | {"small": True} for step in some] for gpu, some in SMALL.items()
+    }  # fmt: skip
+    requests = [{"gpu": gpu, "steps": some, "ops": full or gpu == OPS} for gpu, some in steps.items()]
+    return ask("launches", {"launches": requests, "bind": True})
 
-        @cache
-        def started() -> dict[str, Future[dict[str, Any]]]:
-            requests = {gpu: {"gpu": gpu, "steps": steps, "ops": True} for gpu, steps in FULL.items()} if full else {
-                gpu: {"gpu": gpu, "steps": [step | {"small": True} for step in steps], "ops": gpu == OPS}
-                for gpu, steps in SMALL.items()
-            }  # fmt: skip
-            return {gpu: pool.submit(ask, "launches", request) for gpu, request in requests.items()}
 
-        yield lambda gpu: started()[gpu].result()
+@pytest.fixture
+def launches(answer: dict[str, Any]) -> Callable[[str], Any]:
+    """launches(gpu): what became of them on this device."""
+    return lambda gpu: answer["found"][gpu]
 
 
 @every_gpu
@@ -85,9 +82,8 @@ def test_all_kernels_of_all_ops_are_seen(launches: Any) -> None:
         assert "triton" not in op.backends or any(name.startswith(op.name) for name in seen), op.name
 
 
-def test_no_parameter_of_a_kernel_hides_a_name_of_tritons_binder() -> None:
+def test_no_parameter_of_a_kernel_hides_a_name_of_tritons_binder(answer: dict[str, Any]) -> None:
     """Nor would a planted one pass: names that some version of Triton keeps for itself."""
-    found = ask("launches", {"gpu": "A100", "bind": True})
-    assert len(found["binds"]) >= 10
-    assert {name: fault for name, fault in found["binds"].items() if fault is not None} == {}
-    assert any(found["plants"])
+    assert len(answer["binds"]) >= 10
+    assert {name: fault for name, fault in answer["binds"].items() if fault is not None} == {}
+    assert any(answer["plants"])
