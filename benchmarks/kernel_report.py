@@ -240,7 +240,7 @@ def cuda_usages(op: str, wanted: dict[int, list[str]]) -> list[tuple[dict[str, s
         for arch, only in wanted.items():
             listing = sass.disassembled(cubin := sass.assembled(ptx, arch))
             names = launches.demangle(list(listing))
-            listing = {symbol: text for symbol, text in listing.items() if not only or names[symbol] in only}
+            listing = {name: text for name, text in listing.items() if not only or names[name] in only}
             usages = sass.read(cubin, ptx.read_text(encoding="utf-8"), arch, listing)
             loops = row_loops.of_kernels(launches.demangled(listing), arch) if op in row_loops.OPS else []
             found.append(({symbol: usages[symbol] for symbol in listing}, loops))
@@ -285,22 +285,24 @@ def compile_all(
     some = [arch for arch in archs if arch in QUICK] if quick else archs
     record = cache(launches.record)
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        triton = [[pool.submit(triton_rows, op, triton_cases(op, every), arch) for arch in some] for op in ops]
+        cases = {op: numbers for op in ops if (numbers := triton_cases(op, every))}
+        triton = [[pool.submit(triton_rows, op, numbers, arch) for arch in some] for op, numbers in cases.items()]
         native = []
         for op in written:
             norm = op in row_loops.OPS
             groups: dict[int, dict[int, dict[str, launches.Launch]]] = {}
             for arch in archs if norm else some:
-                first = SAME_PTX.get(arch, arch) if quick else arch
-                groups.setdefault(first, {})[arch] = record(op, sass.SMS[arch].cta_shared // 1024)
+                groups.setdefault(SAME_PTX.get(arch, arch) if quick else arch, {})[arch] = record(
+                    op, sass.SMS[arch].cta_shared // 1024
+                )
             for group in groups.values():
                 only = {
                     arch: [] if every or not norm else [kernel for kernel in used if kernel.startswith(op)]
                     for arch, used in group.items()
                 }
                 native.append((op, group, pool.submit(cuda_usages, op, only)))
-        by_arch = [zip(*(future.result() for future in futures), strict=True) for futures in triton]
-        rows = [row for cases in by_arch for case in cases for row in case]
+        by_case = (zip(*(future.result() for future in futures), strict=True) for futures in triton)
+        rows = [row for op_cases in by_case for archs_rows in op_cases for row in archs_rows]
         loops = []
         for op, group, future in native:
             for (arch, used), (usages, found) in zip(group.items(), future.result(), strict=True):
