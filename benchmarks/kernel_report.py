@@ -292,14 +292,11 @@ def compile_all(
             norm = op in row_loops.OPS
             groups: dict[int, dict[int, dict[str, launches.Launch]]] = {}
             for arch in archs if norm else some:
-                groups.setdefault(SAME_PTX.get(arch, arch) if quick else arch, {})[arch] = record(
-                    op, sass.SMS[arch].cta_shared // 1024
-                )
+                used = record(op, sass.SMS[arch].cta_shared // 1024)
+                groups.setdefault(SAME_PTX.get(arch, arch) if quick else arch, {})[arch] = used
             for group in groups.values():
-                only = {
-                    arch: [] if every or not norm else [kernel for kernel in used if kernel.startswith(op)]
-                    for arch, used in group.items()
-                }
+                part = norm and not every
+                only = {arch: [k for k in used if part and k.startswith(op)] for arch, used in group.items()}
                 native.append((op, group, pool.submit(cuda_usages, op, only)))
         by_case = (zip(*(future.result() for future in futures), strict=True) for futures in triton)
         rows = [row for op_cases in by_case for archs_rows in op_cases for row in archs_rows]
