@@ -24,11 +24,13 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from ect_kernels.__main__ import OPS
-from lib import launches, row_loops, sass
+from lib import cubins, launches, row_loops, sass
 from lib.options import Parser
 from rich.console import Console
 from rich.text import Text
@@ -37,6 +39,7 @@ from ect.show.table import Table
 
 ROOT = Path(__file__).parents[1]
 QUICK = (80, 90)  # the architectures for which --quick leaves nothing out
+SAME_PTX = {86: 80, 89: 80}  # nvcc writes the same PTX for these, and --quick assembles that of the first for them
 PER_CALL = {"perturb": 4}  # elements for a call of Philox: normal deviates, not bits of a mask (8)
 
 # Triton cases that training DDPM++ and NCSN++ has no use for: its residual_group_norm_silu drops nothing (one case with dropout
@@ -187,21 +190,34 @@ def _held(op: str, name: str, note: str) -> bool:
     return "generic" not in f"{name} {note}" and not (op in UNUSED and re.search(UNUSED[op], name))
 
 
-def triton_row(op: str, number: int, arch: int) -> Row:
-    """Compile a Triton case."""
-    import triton
+def triton_rows(op: str, numbers: Sequence[int], arch: int) -> list[Row]:
+    """Compile Triton cases of an op."""
     from lib import triton_cases
+
+    cases = [getattr(triton_cases, op)()[number] for number in numbers]
+    built = [triton_compiled(case, arch) for case in cases]
+    listings = cubins.listings([kernel.asm["cubin"] for kernel in built], arch)
+    return [triton_row(op, arch, *found) for found in zip(cases, built, listings, strict=True)]
+
+
+def triton_compiled(case: Any, arch: int) -> Any:
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    name, kernel, signature, constexprs, attrs, warps, stages, note = getattr(triton_cases, op)()[number]
+    _, kernel, signature, constexprs, attrs, warps, stages, _ = case
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": warps, "num_stages": stages}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def triton_row(op: str, arch: int, case: Any, built: Any, listing: dict[str, str]) -> Row:
+    """Return the row of a compiled case. listing: its SASS by the kernel's name."""
+    name, kernel, signature, *_, note = case
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
         cubin.write_bytes(built.asm["cubin"])
-        (usage,) = sass.read(cubin, built.asm["ptx"], arch).values()
+        (usage,) = sass.read(cubin, built.asm["ptx"], arch, listing).values()
     names = [arg for arg in kernel.arg_names if signature.get(arg, "constexpr") != "constexpr"]
     small = frozenset(arg for arg in names if SMALL.fullmatch(arg.lower()))
     sixteen = any("16" in signature[arg] for arg in names if arg not in small)
@@ -212,16 +228,23 @@ def triton_row(op: str, number: int, arch: int) -> Row:
     return row
 
 
-def cuda_usages(op: str, arch: int, only: Sequence[str] = ()) -> tuple[dict[str, sass.Usage], list[row_loops.RowLoop]]:
-    """Return the usage of each kernel of csrc/<op>.cu by its symbol, and the row loops of those that normalise in fp16.
+def cuda_usages(op: str, wanted: dict[int, list[str]]) -> list[tuple[dict[str, sass.Usage], list[row_loops.RowLoop]]]:
+    """Return of each architecture, from the PTX of the first, the usage of each kernel of csrc/<op>.cu by its symbol.
 
-    only: see sass.compiled.
+    And the row loops of those that normalise in fp16. wanted: by architecture the kernels of a norm, or none for all there are.
     """
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = sass.compiled(ROOT / "csrc" / f"{op}.cu", arch, Path(folder), only)
-        listing = sass.disassembled(cubin)
-        usages = sass.read(cubin, ptx, arch, listing)
-        return usages, row_loops.of_kernels(launches.demangled(listing), arch) if op in row_loops.OPS else []
+        every = {kernel for kernels in wanted.values() for kernel in kernels}
+        ptx = sass.translated(ROOT / "csrc" / f"{op}.cu", min(wanted), Path(folder), every)
+        for arch, only in wanted.items():
+            listing = sass.disassembled(cubin := sass.assembled(ptx, arch))
+            names = launches.demangle(list(listing))
+            listing = {name: text for name, text in listing.items() if not only or names[name] in only}
+            usages = sass.read(cubin, ptx.read_text(encoding="utf-8"), arch, listing)
+            loops = row_loops.of_kernels(launches.demangled(listing), arch) if op in row_loops.OPS else []
+            found.append(({symbol: usages[symbol] for symbol in listing}, loops))
+    return found
 
 
 def cuda_row_loops(op: str, arch: int) -> list[row_loops.RowLoop]:
@@ -256,28 +279,32 @@ def compile_all(
 ) -> tuple[list[Row], list[row_loops.RowLoop]]:
     """Return the rows of Triton, then those of CUDA where nvcc is, and the norms' row loops; several processes compile.
 
-    every: not only what DDPM++ and NCSN++ launch. quick: for some architectures the CUDA norms alone.
+    every: not only what DDPM++ and NCSN++ launch. quick: for some architectures the CUDA norms alone, and PTX by SAME_PTX.
     """
     written = [op for op in ops if (ROOT / "csrc" / f"{op}.cu").exists()] if sass.available("nvcc") else []
     some = [arch for arch in archs if arch in QUICK] if quick else archs
+    record = cache(launches.record)
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        triton = [
-            pool.submit(triton_row, op, number, arch)
-            for op in ops for number in triton_cases(op, every) for arch in some
-        ]  # fmt: skip
+        cases = {op: numbers for op in ops if (numbers := triton_cases(op, every))}
+        triton = [[pool.submit(triton_rows, op, numbers, arch) for arch in some] for op, numbers in cases.items()]
         native = []
         for op in written:
             norm = op in row_loops.OPS
+            groups: dict[int, dict[int, dict[str, launches.Launch]]] = {}
             for arch in archs if norm else some:
-                used = launches.record(op, sass.SMS[arch].cta_shared // 1024)
-                only = [] if every or not norm else [kernel for kernel in used if kernel.startswith(op)]
-                native.append((op, arch, used, pool.submit(cuda_usages, op, arch, only)))
-        rows = [future.result() for future in triton]
+                used = record(op, sass.SMS[arch].cta_shared // 1024)
+                groups.setdefault(SAME_PTX.get(arch, arch) if quick else arch, {})[arch] = used
+            for group in groups.values():
+                part = norm and not every
+                only = {arch: [k for k in used if part and k.startswith(op)] for arch, used in group.items()}
+                native.append((op, group, pool.submit(cuda_usages, op, only)))
+        by_case = (zip(*(future.result() for future in futures), strict=True) for futures in triton)
+        rows = [row for op_cases in by_case for archs_rows in op_cases for row in archs_rows]
         loops = []
-        for op, arch, used, future in native:
-            usages, found = future.result()
-            rows += cuda_rows(op, arch, usages, used)
-            loops += found
+        for op, group, future in native:
+            for (arch, used), (usages, found) in zip(group.items(), future.result(), strict=True):
+                rows += cuda_rows(op, arch, usages, used)
+                loops += found
     return rows, loops
 
 
@@ -331,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
         "--quick",
         action="store_true",
         help=f"but for sm_{QUICK[0]} and {QUICK[1]} compile the CUDA norms alone, as `make test` does; `make kernel-report`"
-        " compiles all for every architecture",
+        " compiles all for every architecture, from its own PTX",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=sorted(sass.SMS), help="default: all six; of --rows-of-eight: 80"

@@ -112,6 +112,12 @@ def compiled(
 
     only: of a norm's kernels these alone. bits: those of fp16 or fp32.
     """
+    ptx = translated(source, arch, folder, only, bits)
+    return assembled(ptx, arch), ptx.read_text(encoding="utf-8")
+
+
+def translated(source: Path, arch: int, folder: Path, only: Collection[str] = (), bits: int | None = None) -> Path:
+    """Return the PTX of a file of csrc/; for the rest see `compiled`."""
     file = source
     if only or bits:
         file = folder / "part.cu"
@@ -122,13 +128,24 @@ def compiled(
         for kernel in sorted(only):
             text += f"template __global__ void {kernel}(const gn::{'Backward' if '_bwd_' in kernel else 'Forward'});\n"
         file.write_text(text, encoding="utf-8")
-    cubin = folder / "out.cubin"
-    command = [tool("nvcc"), "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", f"-I{source.parent}/common"]
-    command += [f"-I{source.parent}", "--keep", "--keep-dir", str(folder), str(file), "-o", str(cubin)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    ptx = folder / "out.ptx"
+    includes = (f"-I{source.parent}/common", f"-I{source.parent}")
+    _nvcc(source, arch, "-ptx", *includes, str(file), "-o", str(ptx))
+    return ptx
+
+
+def assembled(ptx: Path, arch: int) -> Path:
+    """Return the cubin for an architecture, which may be newer than the PTX's; it lies beside it."""
+    cubin = ptx.with_suffix(f".{arch}.cubin")
+    _nvcc(ptx, arch, "-cubin", str(ptx), "-o", str(cubin))
+    return cubin
+
+
+def _nvcc(source: Path, arch: int, *words: str) -> None:
+    command = [tool("nvcc"), f"-arch=sm_{arch}", "-O3", "-std=c++17", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{done.stderr}")
-    return cubin, (folder / f"{file.stem}.ptx").read_text(encoding="utf-8")
 
 
 def disassembled(cubin: Path) -> dict[str, str]:

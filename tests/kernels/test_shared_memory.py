@@ -63,6 +63,7 @@ def test_a_device_that_does_not_exist_is_an_error_once(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.unwritten  # no kernel runs, and gigabytes of inputs stay untouched
 @pytest.mark.parametrize("device", range(3))
 @pytest.mark.parametrize("op", ["group_norm_silu", "residual_group_norm_silu", "consistency_loss", "perturb"])
 def test_launches_of_the_networks_fit_their_device(op: str, device: int) -> None:

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[3]
 FLAGS = {
     "plain": ["-O2", "-fPIC", "-shared"],
     "program": ["-O2"],
-    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-fsanitize=thread"],
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O0", "-fsanitize=thread"],
     "record": ["-O0", "-fPIC", "-shared", "-include", "record_launches.h"],
 }
 
