@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -343,34 +340,3 @@ def test_refuses_fp64_by_name(backend: str, device: str) -> None:
     kwargs = inputs(16, 8, 8, 4, 4, dtype=torch.float64)(need(backend, device))
     with pytest.raises(BackendError, match="float64"):
         residual_group_norm_silu(**kwargs, backend=backend)
-
-
-CROSS_COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from lib.triton_cases import residual_group_norm_silu as compile_cases
-for name, kernel, signature, constexprs, attrs, warps, stages, _ in compile_cases():
-    if name.endswith("c=256+128 hw=1024 drop=1"):
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        options = {"num_warps": warps, "num_stages": stages}
-        ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
-        loads = [line for line in ptx.splitlines() if "ld.global" in line]
-        print(name, sum(".v4.b32" in line for line in loads), "atom" in ptx or "red.global" in ptx)
-"""
-
-
-@pytest.mark.slow
-def test_triton_cross_compiles() -> None:
-    """The compiler proper takes the kernels (the interpreter takes more), with 128-bit loads and no atomics."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", CROSS_COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.split("\n")[:-1]
-    assert len(lines) == 2
-    for line in lines:
-        *_, wide, atomics = line.split()
-        assert int(wide) >= 5 and atomics == "False", line
