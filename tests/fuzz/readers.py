@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import time
 from pathlib import Path
@@ -18,9 +19,11 @@ QUIET = dict(database=None, deadline=None, suppress_health_check=list(HealthChec
 
 
 def explore(name: str, folder: Path, examples: int, number: int | None = None) -> int:
-    """Read so many spoilt files of one kind, the same each time, or by the seed `number`. Returns how many were whole enough
-    to give a value. Raises what a
-    reader got wrong; the file that it read last is in the folder."""
+    """Read so many spoilt files of one kind, the same each time, or by the seed `number`.
+
+    Returns how many were whole enough to give a value. Raises what a reader got wrong; the file that it read last is in the
+    folder.
+    """
     module, taken = importlib.import_module(f"tests.fuzz.{name}"), 0
 
     def read(spoilt: Any) -> None:
@@ -41,6 +44,7 @@ def explore_for(name: str, folder: Path, seconds: float, number: int) -> tuple[i
     while time.monotonic() < end:
         print(f"{name}: {count:,} files read, next seed {number + count}", flush=True)
         taken += explore(name, folder, BATCH, number + count)
+        gc.collect()  # by itself it hardly walks what `bounded` has put aside for each read
         count += BATCH
     return count, taken
 
