@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 
 EVENTS = re.compile(r"events\.out\.tfevents\.\d+\..+")
-CLOCKS = {"seconds", "sec_per_kimg", "memory_bytes", "time"}
-TELEMETRY = re.compile(r"stats\.jsonl|history\.jsonl|levels\.png|nfe\d+-[\d.]+\.png")
+CLOCKS = {"seconds", "sec_per_kimg", "memory_bytes", "time", "split", "splits"}
+REPORT = {"report.html", "report.md", "curves.csv", "curves.svg"}  # which have minutes in them
+TELEMETRY = re.compile(r"stats\.jsonl|history\.jsonl|levels\.png|report\.\w+|curves\.\w+|nfe\d+-[\d.]+\.png")
 LAST = "checkpoint-000000.080"
 
 
@@ -57,7 +58,7 @@ def _content(path: Path) -> Any:
         return _without(json.loads(path.read_text()))
     if path.name == "results.md":  # the last column and the line below are of a clock
         return [line.split("|")[:-2] for line in path.read_text().splitlines() if line.startswith("|")]
-    return path.read_bytes()
+    return None if path.name in REPORT else path.read_bytes()
 
 
 def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
