@@ -17,12 +17,11 @@ CURVES = "curves.csv"
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of stats.jsonl; a damaged line is passed over. Raises OSError where they cannot be read."""
-    found = []
+    found: list[dict[str, Any]] = []
     for line in (run_dir / STATS).read_bytes().splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("nimg")) is int:
-                found.append(row)
+            found += [row] * isinstance(row, dict)
     return found
 
 
@@ -40,7 +39,9 @@ class Curves:
         """Read the rows of a run folder. Raises OSError where they cannot be read."""
         curves = cls(values={"loss": {}})
         for row in rows(run_dir):
-            nimg, seconds = row["nimg"], row.get("seconds")
+            nimg, seconds = row.get("nimg"), row.get("seconds")
+            if type(nimg) is not int:
+                continue
             for name, value in row.items():
                 if (name == "loss" or is_quality(name)) and isinstance(value, float | int):
                     curves.add(nimg, name, value, seconds)
