@@ -307,7 +307,8 @@ class Trainer:
             ) from error
         self.nimg = meta["nimg"]
         self.clock.go_on(meta)
-        self.crossings = [Crossing(**crossing) for crossing in meta.get("crossings", [])]
+        if not self.cfg.cooldown:  # a branch has its way to the target before it
+            self.crossings = [Crossing(**crossing) for crossing in meta.get("crossings", [])]
         if self.reached is not None:
             self.total_img = self.nimg
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from ect import train
 from ect.config import Config, EvalConfig
 from ect.config.target import Wanted, wanted
+from ect.doctor.__main__ import examine
 from ect.errors import UserError
 from ect.files.checkpoint import read_model
 from ect.job import Job, pretrain_config
@@ -153,6 +154,9 @@ def test_a_crossing_that_other_seeds_confirm_ends_the_run(
     assert {"nfe1-000000.048.png", "nfe2-000000.048.png"} <= {path.name for path in folder.iterdir()}
     events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["start", "target", "target", "end"]
+    lines = [*examine(folder)]
+    assert f"{'target:':<18}fdc=20 at 0.032 kimg, not confirmed, fdc=20 at 0.048 kimg, confirmed" in lines
+    assert f"{'state:':<18}finished" in lines
     report = (folder / "report.md").read_text()
     assert "FDc of at most 20 by 2 evaluations: reached. First seen after 0.032 kimg" in report
     assert "confirmed by images of other seeds after 0.048 kimg" in report

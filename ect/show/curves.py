@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ class Curves:
         return curves
 
     def add(self, nimg: int, name: str, value: float, seconds: float | None) -> None:
-        """Add a figure, and the seconds of the phase where known."""
+        """Add a figure unless it is not finite, and the seconds of the phase where known."""
+        if not math.isfinite(value):
+            return
         self.values.setdefault(name, {})[nimg] = float(value)
         if isinstance(seconds, float | int):
             self.minutes[nimg] = seconds / 60

@@ -16,7 +16,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; m
 h1 { font-size: 1.6rem; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; padding-bottom: .2rem; border-bottom: 1px solid #ddd; }
 p { margin: .5rem 0; }
-table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #eee; }
 th { font-weight: 600; border-bottom-color: #bbb; }
 .left { text-align: left; }

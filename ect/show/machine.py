@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def facts(device: torch.device, cfg: Config, world: World = World()) -> dict[str
 
 def processor() -> str:
     """Return the name of the processor, as far as the system tells it."""
-    lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.is_file() else []
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(named), platform.processor() or platform.machine())

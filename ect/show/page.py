@@ -49,7 +49,7 @@ def write(run_dir: Path, quality: Table | None = None) -> str:
         why = f"{type(error).__name__}: {error}"
         warnings.warn(f"{run_dir}: no report could be written, results.json has the figures ({why})", stacklevel=2)
         return ""
-    return "".join(f"{name}, " for name in NAMES)
+    return "".join(f"{name}, " for name in NAMES if (run_dir / name).is_file())
 
 
 class _Report:
@@ -102,12 +102,14 @@ class _Report:
         yield from self._machine()
 
     def _summary(self) -> str:
-        seconds = sum(sum(split.values()) for split in self.splits.values())
+        seconds = sum(sum(split.values()) for split in self.splits.values()) + self.results["seconds"].get(
+            "evaluation", 0.0
+        )
         curves = self.curves.get(self.main)
         kimg = (
             f"{max(curves.values['loss']) / 1000:g} kimg of {self.main}; " if curves and curves.values["loss"] else ""
         )
-        told = f"{kimg}{seconds / 60:.1f} minutes in all."
+        told = f"{kimg}{_took(seconds)} in all."
         figures = [
             f"{self.column} {row['mean'][self.column]:.4g} by {_evaluations(row['sampler']['nfe'])}"
             for row in self.rated
@@ -126,8 +128,8 @@ class _Report:
             first = target["crossings"][0]
             yield (
                 f"{target['text']}, {target['means']}: reached. First seen after {first['nimg'] / 1000:g} kimg and "
-                f"{first['seconds'] / 60:.2f} minutes{began}; confirmed by images of other seeds after "
-                f"{confirmed['nimg'] / 1000:g} kimg and {confirmed['second_seconds'] / 60:.2f} minutes."
+                f"{_took(first['seconds'])}{began}; confirmed by images of other seeds after "
+                f"{confirmed['nimg'] / 1000:g} kimg and {_took(confirmed['second_seconds'])}."
             )
         rows = [
             [f"{c['nimg'] / 1000:g}", f"{c['seconds'] / 60:.2f}", f"{c['figure']:.4g}", f"{c['second_figure']:.4g}",
@@ -238,3 +240,9 @@ def _shown(split: Mapping[str, float]) -> list[str]:
 
 def _evaluations(nfe: int) -> str:
     return f"{nfe} evaluation{'s' * (nfe > 1)}"
+
+
+def _took(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 6000 else f"{seconds / 3600:.2f} hours"
