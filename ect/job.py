@@ -230,7 +230,7 @@ class Job:
         return path if trainer.nimg >= trainer.total_img else None
 
     def finish(self, models: Sequence[Rated]) -> bool:
-        """Report on the models: samples.png (side by side), the table on the console and in results.md, results.json, report.html.
+        """Report on the models: samples.png (side by side), the table on the console, results.json, results.md, the page.
 
         Returns False if stopped before the end.
         """

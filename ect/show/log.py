@@ -160,7 +160,7 @@ class RunLog:
                 _append(file, b"\n" * (file.read(1) not in (b"", b"\n")) + line.encode())  # after one that a kill tore
 
     def ends_here(self) -> None:
-        """Take the images seen for the whole run, which has come to its end sooner than planned."""
+        """Let the images seen be all of the run, which has come to its end sooner than planned."""
         self.total_nimg = self.nimg
         if self._bar is not None:
             self._bar.update(self._task, total=self.nimg)
