@@ -19,7 +19,7 @@ Point = tuple[float, float]
 class Chart:
     """Curves over one axis.
 
-    curves: points (x, y) by name, x rising. levels: values of y by name, drawn dashed. x: name of the axis.
+    curves: points (x, y) by name, x rising; a curve alone is named by the title. levels: values of y by name, drawn dashed. x: name of the axis.
     """
 
     title: str
@@ -65,12 +65,13 @@ def _chart(chart: Chart) -> Iterator[str]:
         yield f'<path d="M{"L".join(places)}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round"/>'
         if len(places) <= 40:  # each point is worth seeing
             yield "".join('<circle cx="{}" cy="{}" r="2.6" fill="{}"/>'.format(*p.split(), colour) for p in places)
-        yield _text(names, 38, name, "start", colour)
-        names += 7 * len(name) + 16
+        if len(chart.curves) > 1:
+            yield _text(names, 38, name, "start", colour)
+            names += 7 * len(name) + 16
     for name, value in chart.levels.items():
         y = up.at(value)
         yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#555" stroke-dasharray="5 4"/>'
-        yield _text(WIDTH - RIGHT - 4, y - 5, name, "end", "#555")
+        yield _text(LEFT + 5, y - 5, name, "start", "#555")  # where curves that fall have not come yet
 
 
 def _text(x: float, y: float, text: str, anchor: str, fill: str = "#555", more: str = "") -> str:
