@@ -19,7 +19,8 @@ Point = tuple[float, float]
 class Chart:
     """Curves over one axis.
 
-    curves: points (x, y) by name, x rising; a curve alone is named by the title. levels: values of y by name, drawn dashed. x: name of the axis.
+    curves: points (x, y) by name, x rising; a curve alone is named by the title. levels: values of y by name, drawn dashed.
+    x: name of the axis.
     """
 
     title: str

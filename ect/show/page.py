@@ -47,7 +47,7 @@ def write(run_dir: Path, quality: Table | None = None) -> str:
                 temp.write_text(text, encoding="utf-8")
     except Exception as error:  # a fault of the report's own, too: hours of training do not hang on it
         why = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{run_dir}: no report could be written, results.json has the figures ({why})", stacklevel=2)
+        warnings.warn(f"{run_dir}: the report cannot be written, the run goes on without ({why})", stacklevel=2)
         return ""
     return "".join(f"{name}, " for name in NAMES if (run_dir / name).is_file())
 
