@@ -168,6 +168,12 @@ def test_a_folder_without_a_log_has_a_report_without_curves(tmp_path: Path) -> N
     assert not (tmp_path / "curves.svg").exists()
 
 
+def test_a_preset_that_is_gone_costs_the_command_alone(tmp_path: Path) -> None:
+    assert page.write(bare(tmp_path, config(preset="of an earlier version")))
+    text = (tmp_path / "report.md").read_text()
+    assert "a run of the recipe of an earlier version" in text and "python -m ect.train" not in text
+
+
 def bare(folder: Path, cfg: Config, data: str = "digits: 1,797 images", **results: Any) -> Path:
     """A run folder with its options and its results only."""
     write_config(cfg, folder, {"device": "cpu", "kernels": {"levels": "reference"}, "compile": True, "graph": False})

@@ -15,6 +15,7 @@ from typing import Any
 from ect.config import Config
 from ect.files.atomic import atomic
 from ect.files.run_folder import load, resolved
+from ect.presets import PRESETS
 from ect.presets.cifar10 import PUBLISHED
 from ect.show import chart, document
 from ect.show.chart import Chart
@@ -96,7 +97,8 @@ class _Report:
         yield Heading("Wall clock")
         yield from self._wall_clock()
         yield Heading("Recipe")
-        yield Code(command(self.cfg))
+        if self.cfg.preset in PRESETS:
+            yield Code(command(self.cfg))
         yield "All options are in config.json."
         yield Heading("Machine")
         yield from self._machine()
@@ -229,9 +231,8 @@ class _Report:
         ]
         yield Table(["", ""], rows, left=("",))
         checked: Sequence[str] = self.results["checked"]
-        yield "Self-check: " + (
-            "; ".join(line.removeprefix("self-check: ") for line in checked) or "not run, as is usual without a GPU."
-        )
+        told = "; ".join(line.removeprefix("self-check: ") for line in checked)
+        yield f"Self-check: {told or 'not run; by itself it is run on a GPU.'}"
 
 
 def _shown(split: Mapping[str, float]) -> list[str]:
