@@ -193,3 +193,14 @@ def test_a_pretraining_phase_is_not_ended_by_it(tmp_path: Path, monkeypatch: pyt
     run(cfg, tmp_path / "run")
     assert read_model(tmp_path / "run" / "pretrain").info["nimg"] == 32
     assert read_model(tmp_path / "run").info["nimg"] == 16
+
+
+@pytest.mark.slow
+def test_a_branch_has_its_way_to_the_target_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cools down from a trunk that has reached the target, and does not end where it begins."""
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    rate(monkeypatch, [19.0, 18.0])
+    run(replace(AIMED, optim=replace(AIMED.optim, decay="constant")), trunk)
+    rate(monkeypatch, [])
+    run(parse(["--resume", str(trunk), "--cooldown", "--run-dir", str(branch)]), branch)
+    assert read_model(branch).info["nimg"] == 24 and results(branch)["target"]["crossings"] == []
