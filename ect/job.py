@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,14 @@ from ect.files.run_folder import (
     write_config,
 )
 from ect.files.run_folder import load as load_config
-from ect.metrics import (
-    Evaluator,
-    QualityRow,
-    RemoteEvaluator,
-    make_evaluator,
-)
+from ect.metrics import Crossing, Evaluator, QualityRow, RemoteEvaluator, Target, make_evaluator
 from ect.models import fused
 from ect.options import preset
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
 from ect.ranks.stop import StopSignal
-from ect.show import levels, report
+from ect.show import levels, machine, page, report
 from ect.show.comparison import SEEDS, Rated, compare
 from ect.show.grid import save_png
 from ect.show.idle import idle_options
@@ -70,7 +65,7 @@ def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
         phase = preset(cfg.pretrain, "--pretrain")
         phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
     parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
-    return replace(cfg, pretrain=None, pretrain_kimg=None, **parts)
+    return replace(cfg, pretrain=None, pretrain_kimg=None, target=None, **parts)
 
 
 @dataclass
@@ -97,7 +92,10 @@ class Job:
             self.console.print(line, markup=False, highlight=False)
         self.stop = StopSignal(world=self.world)
         self.seconds: dict[str, float] = {}
+        self.splits: dict[str, dict[str, float]] = {}
         self.checked: list[str] = []
+        self.target: Target | None = None
+        self.crossings: list[Crossing] = []
         self._made: list[Path] = []
         self._trained = False  # whether a phase has done steps of its own, here and now
         if cfg.resume is not None:
@@ -117,6 +115,15 @@ class Job:
             self.evaluator = RemoteEvaluator()
         for note in self.evaluator.notes if self.evaluator is not None else []:
             self.console.print(note, markup=False, highlight=False)
+        if cfg.target is not None:
+            with leaving_nothing(self._made):
+                self.target = Target(**self.world.first(self._find_target))
+
+    def _find_target(self) -> dict[str, Any]:
+        """Return what --target means, on rank 0, which alone knows the columns."""
+        cfg, columns = self.cfg, self.evaluator.columns if self.evaluator is not None else ()
+        samplers = objective_type(cfg.objective).samplers(cfg.eval.mid_t, HEUN_STEPS[:1])
+        return asdict(Target.find(cfg.target or "", columns, samplers))
 
     def _choose_kernels(self) -> None:
         """Apply --kernels, and say which backend each op uses where the networks run on the ops."""
@@ -151,14 +158,14 @@ class Job:
             if teacher is None:
                 return False
             models += Rated.averages(
-                teacher, phase, objective_type(phase.objective).samplers(cfg.eval.mid_t, HEUN_STEPS)
+                teacher, phase, objective_type(phase.objective).samplers(cfg.eval.mid_t, HEUN_STEPS), "pretraining"
             )
             cfg = replace(cfg, init_from=teacher)
         name = "tuning" if cfg.init_from is not None else "training"
         model = self.train(name, cfg, self.run_dir)
         if model is None:
             return False
-        models += Rated.averages(model, cfg, objective_type(cfg.objective).samplers(cfg.eval.mid_t, HEUN_STEPS))
+        models += Rated.averages(model, cfg, objective_type(cfg.objective).samplers(cfg.eval.mid_t, HEUN_STEPS), name)
         return self.finish(models)
 
     def train(self, name: str, cfg: Config, run_dir: Path) -> Path | None:
@@ -180,7 +187,8 @@ class Job:
         cfg = replace(cfg, resume=resume)
         before = resolved(run_folder(resume) if cfg.cooldown else run_dir) if resume else {}
         self_check.keep(before, self.device)
-        trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world)
+        target = self.target if run_dir == self.run_dir else None
+        trainer = Trainer(cfg, run_dir, self.dataset, self.device, self.evaluator, self.stop, self.world, target=target)
         staged = objective_type(cfg.objective).staged
         if self.cfg.preset != "digits" and staged and cfg.init_from is None and not resume:
             trainer.notes.append("no --init-from: training a consistency model from scratch, not tuning a teacher")
@@ -200,10 +208,10 @@ class Job:
                     run_dir.mkdir(exist_ok=True)
                 write_config(cfg, run_dir, now)
         self.world.can_go_on(self.run_dir, lambda: trainer.path)
-        total_img, start = trainer.total_img, trainer.nimg
+        start = trainer.nimg
         resume_nimg = None if self.cfg.resume is None else start
         log = RunLog(
-            run_dir, total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
+            run_dir, trainer.total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
         )
         with log:
             for note in trainer.notes:
@@ -218,10 +226,11 @@ class Job:
             with log.surviving("levels.png"):
                 levels.plot(run_dir)
         self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
-        return path if trainer.nimg >= total_img else None
+        self.splits[name], self.crossings = trainer.clock.split(), trainer.crossings
+        return path if trainer.nimg >= trainer.total_img else None
 
     def finish(self, models: Sequence[Rated]) -> bool:
-        """Report on the models: samples.png (side by side), the table on the console, results.json and results.md.
+        """Report on the models: samples.png (side by side), the table on the console, results.json, results.md, the page.
 
         Returns False if stopped before the end.
         """
@@ -231,16 +240,31 @@ class Job:
             return False
         pictures, rows = made
         if self.world.rank == 0:
-            self._report({"data": self.dataset.images[: len(SEEDS)]} | pictures, rows, begin)
+            phases = [model.phase for model in models for _ in model.samplers] if rows else []
+            self._report({"data": self.dataset.images[: len(SEEDS)]} | pictures, rows, phases, begin)
         return True
 
-    def _report(self, pictures: dict[str, Tensor], rows: Sequence[QualityRow], begin: float) -> None:
+    def _report(
+        self, pictures: dict[str, Tensor], rows: Sequence[QualityRow], phases: Sequence[str], begin: float
+    ) -> None:
         scale = max(STRIP_WIDTH // (len(SEEDS) * self.dataset.resolution), 1)
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
         columns = self.evaluator.columns if self.evaluator is not None else ()
-        report.write(self.run_dir, rows, columns, self.seconds, self.checked)
+        crossings = [crossing for crossing in self.crossings if crossing.target == self.cfg.target]
+        about = machine.facts(self.device, self.cfg, self.world) | {"data": self.dataset.describe()}
+        more = {
+            "phases": phases, "splits": self.splits, "about": about, "target": None,
+            "missing": [] if self.evaluator is None else self.evaluator.notes,
+        }  # fmt: skip
+        if self.target is not None:
+            more["target"] = asdict(self.target) | {
+                "means": str(self.target),
+                "crossings": list(map(asdict, crossings)),
+            }
+        report.write(self.run_dir, rows, columns, self.seconds, self.checked, more)
         report.show(self.console, rows, columns, self.seconds)
+        made = page.write(self.run_dir, report.table(rows, columns) if rows else None)
         self.console.print(
-            f"In {self.run_dir}: samples.png, results.md, grids, checkpoints", markup=False, highlight=False
+            f"In {self.run_dir}: {made}samples.png, results.md, grids, checkpoints", markup=False, highlight=False
         )

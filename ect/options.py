@@ -144,6 +144,12 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     yield "cooldown", not cfg.cooldown or cfg.resume is not None, "--resume with it: the run that it branches off"
     cools = cfg.cooldown or optim.decay == "cooldown" or optim.cooldown_share == COOLDOWN_SHARE
     yield "optim.cooldown-share", cools, f"{COOLDOWN_SHARE}, its default, without --optim.decay cooldown"
+    looks = cfg.target is None or (cfg.log.eval_kimg > 0 and cfg.eval.samples > 0)
+    yield (
+        "target",
+        looks,
+        "--log.eval-kimg with it, the interval at which quality is looked at, and --eval.samples above 0",
+    )
     if cfg.pretrain is not None and cfg.resume is None:  # a resumed run has its phase's own configuration
         diffusion = preset(cfg.pretrain, "--pretrain").objective.kind == "diffusion"
         yield "pretrain", diffusion, "a preset that trains by diffusion"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from ect.files.resume import (
     refuse_changed_teacher,
 )
 from ect.files.run_folder import from_dict, to_dict
-from ect.metrics import Evaluator, quality_rows
+from ect.metrics import Crossing, Evaluator, QualityRow, Target, quality_rows
 from ect.models import EDMPrecond
 from ect.ranks import self_check
 from ect.ranks.distributed import World
 from ect.ranks.health import Health
 from ect.ranks.stop import StopSignal
 from ect.sampler import Sampler, generate
+from ect.show.clock import Clock
 from ect.show.grid import GRID_SEEDS
 from ect.show.log import RunLog, peak_memory
 
@@ -50,8 +51,9 @@ class Trainer:
 
     Args: cfg: the configuration; resume and init_from are honoured. run_dir: existing folder. dataset: images and labels.
     device: where to train. evaluator: judges samples at eval intervals; None: no evaluation. stop: shared by the phases
-    of a job. world: of several processes each trains on its part of every batch, and rank 0 alone writes. Raises UserError
-    where checkpoint, data and options do not fit. `notes` says what was left out on purpose.
+    of a job. world: of several processes each trains on its part of every batch, and rank 0 alone writes. target: ends the
+    training early where evaluations of the first average come to it. Raises UserError where checkpoint, data and options do
+    not fit. `notes` says what was left out on purpose.
     """
 
     cfg: Config
@@ -62,6 +64,7 @@ class Trainer:
     stop: StopSignal = field(default_factory=StopSignal)
     world: World = World()
     nimg: int = 0
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         cfg = self.cfg
@@ -69,7 +72,9 @@ class Trainer:
         self.objective = objective_type(cfg.objective)
         self.path: Path | None = None
         """Model file of the last checkpoint."""
-        self._seconds, self._since = 0.0, time.monotonic()
+        self.clock = Clock()
+        self.crossings: list[Crossing] = []
+        """The evaluations that came to a target, of all resumptions."""
         self.precision = precision.resolve(cfg.precision, self.device)
         precision.apply(self.precision)
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
@@ -101,16 +106,23 @@ class Trainer:
     @property
     def seconds(self) -> float:
         """Wall-clock time of this phase, over all its resumptions."""
-        return self._seconds + time.monotonic() - self._since
+        return self.clock.seconds
+
+    @property
+    def reached(self) -> Crossing | None:
+        """The evaluation that ended the training, if the target has been reached."""
+        of = self.target.text if self.target is not None else None
+        return next((crossing for crossing in self.crossings if crossing.confirmed and crossing.target == of), None)
 
     def run(self, log: RunLog) -> Path:
-        """Train to total_kimg or to a stop signal; return the last checkpoint's model file. No step can follow."""
+        """Train to total_kimg, the target or a stop signal; return the last checkpoint's model file. No step can follow."""
         with closing(self.step.stream):
             return self._run(log)
 
     def _run(self, log: RunLog) -> Path:
         self.log, cfg, every = log, self.cfg, self.cfg.log
         self._agree()
+        self.clock.started()
         if self.path is None:
             self.grids()
             self.path = self.save()
@@ -145,12 +157,16 @@ class Trainer:
         return self.nimg >= self.total_img or (interval > 0 and self.nimg // interval > before // interval)
 
     def _show(self, told: Sequence[str] = ()) -> None:
-        """Write grids and rate the averages where that is due. told: what a resumed run has already, unless a kill cost it."""
-        if self._due(self.cfg.log.sample_kimg) and not {f"nfe{sampler.nfe}" for sampler in self.samplers()} <= {*told}:
-            self.grids()
-        not_now = self.nimg >= self.total_img or self.health.bad_rows or any("/" in name for name in told)
+        """Rate the averages and write grids where that is due. told: what a resumed run has already, unless a kill cost it.
+
+        At the end the report rates them, and beside a target, which the end may have come to, so does this.
+        """
+        not_now = self.health.bad_rows or any("/" in name for name in told)
+        not_now |= self.nimg >= self.total_img and (self.target is None or self.reached is not None)
         if self._due(self.cfg.log.eval_kimg) and self.evaluator is not None and not not_now:
             self.evaluate()
+        if self._due(self.cfg.log.sample_kimg) and not {f"nfe{sampler.nfe}" for sampler in self.samplers()} <= {*told}:
+            self.grids()
 
     def _stage(self) -> int:
         return schedule.stage_at(self.nimg, self.cfg.objective)
@@ -162,7 +178,7 @@ class Trainer:
             **{f"ema{i or ''}_beta": beta for i, beta in enumerate(self.state.ema_betas)},
             "grad_norm": float(self.state.grad_norm), "grad_norm_max": self.health.grad_norm_max,
             "nonfinite": int(self.state.nonfinite),
-            "sec_per_kimg": sec_per_kimg, "memory_bytes": peak_memory(self.device),
+            "sec_per_kimg": sec_per_kimg, "seconds": self.seconds, "memory_bytes": peak_memory(self.device),
         }  # fmt: skip
         if self.gaps is not None:
             row |= self.gaps.row(self.world.gather)
@@ -182,40 +198,71 @@ class Trainer:
 
     def grids(self) -> None:
         """Write a grid of samples of the first average, for each sampler."""
-        net = self.average()
-        for sampler in self.samplers():
-            with precision.sampling(self.precision):
+        with self._timed("grids"), precision.sampling(self.precision):
+            net = self.average()
+            for sampler in self.samplers():
                 batches = generate(
                     net, GRID_SEEDS, sampler, batch=len(GRID_SEEDS), device=self.device, world=self.world
                 )
-                images = torch.cat(list(batches))
-            self.log.grid(f"nfe{sampler.nfe}", images)
+                self.log.grid(f"nfe{sampler.nfe}", torch.cat(list(batches)))
 
     def evaluate(self) -> None:
         """Rate each weight average, and write a row of statistics: a figure for each average, sampler and metric."""
-        assert self.evaluator is not None
-        cfg = self.cfg.eval
         figures: dict[str, float] = {}
         for i, entry in enumerate(self.cfg.optim.emas):
             average = f"ema{entry}/" if len(self.cfg.optim.emas) > 1 else ""
-            with precision.sampling(self.precision):
-                rows = quality_rows(
-                    self.average(i), self.evaluator, self.samplers(), samples=cfg.samples, batch=cfg.batch,
-                    device=self.device, world=self.world,
-                )  # fmt: skip
-            figures |= {
-                f"{average}nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]
-            }
+            rows = self._rate(i, self.samplers())
+            figures |= _figures(average, rows)
+            if i == 0 and self.target is not None and self.reached is None:
+                figures |= _figures(f"second/{average}", self._aim(self.target, rows))
         if figures:
-            self.log.row(self.nimg, figures)
+            self.log.row(self.nimg, {"seconds": self.seconds, **figures})
+
+    def _rate(self, average: int, samplers: Sequence[Sampler], seed: int = 0) -> list[QualityRow]:
+        """Rate a weight average, on images of which the first has this seed."""
+        assert self.evaluator is not None
+        cfg = self.cfg.eval
+        with self._timed("evaluation"), precision.sampling(self.precision):
+            return quality_rows(
+                self.average(average), self.evaluator, samplers, samples=cfg.samples, seed=seed, batch=cfg.batch,
+                device=self.device, world=self.world,
+            )  # fmt: skip
+
+    def _aim(self, target: Target, rows: Sequence[QualityRow]) -> list[QualityRow]:
+        """Rate images of other seeds where these rows meet the target, and end the training if they meet it, too."""
+        row = next(row for row in rows if row.sampler.nfe == target.nfe)
+        if not target.met(row.mean(target.column)):
+            return []
+        seconds = self.seconds
+        (second,) = self._rate(0, [row.sampler], seed=self.cfg.eval.samples)
+        figures = row.mean(target.column), second.mean(target.column)  # on all ranks the same
+        crossing = Crossing(
+            target.text, self.nimg, seconds, figures[0], figures[1], self.seconds, target.met(figures[1])
+        )
+        self.crossings.append(crossing)
+        self.log.note(str(crossing))
+        self.log.event("target", **asdict(crossing))
+        if crossing.confirmed:
+            self.total_img = self.nimg
+            self.log.ends_here()
+            self.path = self.save()
+        return [second]
 
     def save(self) -> Path:
         """Write a checkpoint; return the path of its model file. Raises Diverged rather than write what is not finite."""
         self.health.refuse_to_save(self.nimg, self.checkpoints.back)
-        healthy, tensors, meta = self.health.saved()
-        if self.gaps is not None:
-            tensors[GAPS] = self.gaps.total(self.world.gather)
-        return Path(self.world.first(lambda: str(self._write(healthy, tensors, meta))))
+        with self._timed("checkpoints"):
+            healthy, tensors, meta = self.health.saved()
+            if self.gaps is not None:
+                tensors[GAPS] = self.gaps.total(self.world.gather)
+            return Path(self.world.first(lambda: str(self._write(healthy, tensors, meta))))
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Count the block as a part of the wall clock."""
+        float(self.state.grad_norm)  # a device that is behind has steps to do, which are training
+        with self.clock.of(part):
+            yield
 
     def _write(self, healthy: bool, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
         info = {
@@ -225,7 +272,8 @@ class Trainer:
         tensors |= self.state.state_tensors()
         tensors["grad_norm"] = torch.nan_to_num(self.state.grad_norm, 0.0, 0.0, 0.0)  # inf where a step was skipped
         meta |= {
-            "nimg": self.nimg, "seconds": self.seconds,
+            "nimg": self.nimg, "seconds": self.seconds, "split": self.clock.split(),
+            "crossings": [asdict(crossing) for crossing in self.crossings],
             "config": to_dict(self.cfg), "data": self.fingerprint, "teacher": self.teacher_digest,
         }  # fmt: skip
         emas = self.cfg.optim.emas
@@ -257,4 +305,14 @@ class Trainer:
                 f"--resume {self.cfg.resume}: its training state is damaged, missing {error.args[0]}; resume from another "
                 "checkpoint of the run, or start a new one from its weights with --init-from"
             ) from error
-        self.nimg, self._seconds = meta["nimg"], meta["seconds"]
+        self.nimg = meta["nimg"]
+        self.clock.go_on(meta)
+        if not self.cfg.cooldown:  # a branch has its way to the target before it
+            self.crossings = [Crossing(**crossing) for crossing in meta.get("crossings", [])]
+        if self.reached is not None:
+            self.total_img = self.nimg
+
+
+def _figures(prefix: str, rows: Sequence[QualityRow]) -> dict[str, float]:
+    """Return figures as stats.jsonl names them: {"nfe2/FDc": 20.0}, each name after the prefix."""
+    return {f"{prefix}nfe{row.sampler.nfe}/{name}": row.mean(name) for row in rows for name in row.values[0]}

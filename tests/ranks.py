@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ect_kernels import dispatch
 from rich.console import Console
 
+from ect.config import EvalConfig
 from ect.cost import memory
 from ect.errors import UserError
 from ect.job import Job
@@ -84,6 +86,8 @@ def work(folder: Path, world: World) -> int:
         run(config(run_dir=folder / "checked", self_check=True, total_kimg=0.008))
         seen["refused"] = {"=".join(pair): why for pair, why in dispatch.refused(CPU).items()}
     dispatch.clear_refused()
+    aimed = replace(config(), eval=EvalConfig(samples=16, batch=8), log=replace(config().log, eval_kimg=0.016))
+    run(replace(aimed, run_dir=folder / "aimed", target="fdc@1=100000"))
     if world.rank == 1:
         in_step(3, lambda: signal.raise_signal(signal.SIGTERM))
     run(config(run_dir=folder / "stopped"))

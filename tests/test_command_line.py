@@ -73,6 +73,7 @@ def others(kind: Any, value: Any) -> Iterator[Any]:
             "two words, a 'quote' and \"another\", $HOME/*\\n # a=b",
             "-starts like an option",
             "digits-diffusion",
+            "fdc@1=20",
         )
     elif kind is Path:
         yield from (Path("~/with a space/and 'quote'"), Path("-dash"))
@@ -98,7 +99,8 @@ def possible(cfg: Config) -> bool:
 
 # What a field needs beside it, where no change of it alone is possible.
 BESIDE: dict[tuple[str, ...], list[tuple[tuple[str, ...], Any]]] = {
-    ("objective", "weight_floor"): [(("objective", "kind"), "consistency"), (("objective", "weighting"), "adaptive")]
+    ("objective", "weight_floor"): [(("objective", "kind"), "consistency"), (("objective", "weighting"), "adaptive")],
+    ("target",): [(("log", "eval_kimg"), 1.0), (("eval", "samples"), 100)],
 }
 
 

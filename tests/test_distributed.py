@@ -35,7 +35,7 @@ from ect.trainer import Trainer
 from tests.tiny import BATCH, STEPS, config, run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-CLOCKS = ("sec_per_kimg", "memory_bytes")
+CLOCKS = ("sec_per_kimg", "seconds", "memory_bytes")
 HALVES = config(
     batch_per_device=BATCH // 2,  # sums as two ranks do, so two ranks must give the same bits
     eval=EvalConfig(samples=64, batch=16),
@@ -190,6 +190,16 @@ def test_only_rank_0_writes(folder: Path, seen: list[dict[str, Any]]) -> None:
         f"checkpoint-{STEPS // 2 * BATCH / 1000:010.3f}{kind}"
         for kind in (".json", ".safetensors", ".state.safetensors")
     }
+
+
+@needs_gloo
+def test_a_target_ends_all_ranks_after_the_same_step(folder: Path, seen: list[dict[str, Any]]) -> None:
+    assert [found["aimed"] for found in seen] == [True, True]
+    assert (folder / "aimed" / "latest").read_text().strip() == "checkpoint-000000.016"
+    (crossing,) = json.loads((folder / "aimed" / "results.json").read_text())["target"]["crossings"]
+    assert crossing["nimg"] == 16 and crossing["confirmed"]
+    report = (folder / "aimed" / "report.md").read_text()
+    assert "reached" in report and "| device | cpu, 2 processes |" in report
 
 
 @needs_gloo

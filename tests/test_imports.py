@@ -42,6 +42,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
         "objectives",
         "options",
         "precision",
+        "presets",
         "ranks",
         "sampler",
     },

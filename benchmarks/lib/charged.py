@@ -149,7 +149,7 @@ def account(folder: Path) -> dict[str, Any]:
     charged = {row["nimg"]: row["charged"] for row in found if "charged" in row}
     rated = {row["nimg"]: row for row in found if any(name.startswith("nfe") for name in row)}
     curve = [
-        [nimg / 1000, charged[nimg], {name: value for name, value in row.items() if name != "nimg"}]
+        [nimg / 1000, charged[nimg], {name: value for name, value in row.items() if name.startswith("nfe")}]
         for nimg, row in sorted(rated.items())
     ]
     paces = [row["pace"] for row in found if "pace" in row]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ect import emas
+from ect.config import target as targets
 from ect.errors import UserError
 
 try:
@@ -119,6 +120,7 @@ FEW_EMAS = Limit(f"1 to {emas.MAX_EMAS} weight averages, each once", emas.are_fe
 NO_POWER_EMAS = Limit(
     "constant decays such as .9999; averages by a power profile (rel:) are not there yet", emas.have_no_power
 )
+TARGET = Limit(targets.EXPECTED, lambda text: targets.wanted(text) is not None)
 EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are_decays)
 
 
@@ -298,3 +300,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    target: Annotated[str | None, TARGET] = None
+    """A figure of quality at which the run ends, as in fid=2.73: once an evaluation at an interval (--log.eval-kimg) has it at
+    or below that, and images of other seeds confirm it. fid@1=4.5 is by 1 network evaluation, else by the most that the run
+    is rated at. IS, precision and recall have to be at or above it."""

@@ -53,6 +53,8 @@ def of_phase(phase: Phase) -> Iterator[tuple[str, str]]:
         yield "loss scale", loss_scale(phase.stats)
         yield "gradient norm", gradient_norm(phase.stats)
     yield "restarts", restarts(phase)
+    if said := targets(phase):
+        yield "target", said
     yield "divergence", divergence(phase)
 
 
@@ -115,6 +117,16 @@ def restarts(phase: Phase) -> str:
             f"at {kimg(event['nimg'])}" + f" after a log up to {kimg(reached or 0)} ({lost:,} images lost)" * (lost > 0)
         )
     return f"{len(resumed)}" + f": {some(told)}" * bool(told)
+
+
+def targets(phase: Phase) -> str:
+    """Return the evaluations that came to a target of quality, and whether images of other seeds confirmed it."""
+    told = []
+    for event in phase.history.found:
+        if event.get("event") == "target":
+            confirmed = "confirmed" if event.get("confirmed") is True else "not confirmed"
+            told.append(f"{plain(event.get('target'), 60)} at {kimg(event['nimg'])}, {confirmed}")
+    return some(told)
 
 
 def divergence(phase: Phase) -> str:

@@ -12,13 +12,16 @@ from ect.metrics.quality import (
     quality_rows,
     quality_table,
 )
+from ect.metrics.target import Crossing, Target
 
 __all__ = [
     "Column",
+    "Crossing",
     "Evaluator",
     "FidelityOptions",
     "QualityRow",
     "RemoteEvaluator",
+    "Target",
     "make_evaluator",
     "named",
     "quality_rows",

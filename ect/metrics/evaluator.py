@@ -17,6 +17,8 @@ class Column:
     name: str
     missing: str | None = field(default=None, kw_only=True)
     """The reason why this evaluator cannot compute it, and the remedy; None where it can."""
+    rises: bool = field(default=False, kw_only=True)
+    """True where it is better the higher it is."""
 
 
 class Evaluator(ABC):

@@ -45,6 +45,7 @@ _KEYS = {
     "recall": "recall",
     "FD-DINOv2": "frechet_inception_distance",
 }
+_RISING = {"IS", "precision", "recall"}
 _FLAGS = {"FID": "fid", "KID": "kid", "IS": "isc", "precision": "prc", "recall": "prc", "FD-DINOv2": "fid"}
 
 
@@ -125,7 +126,7 @@ class FidelityEvaluator(Evaluator):
                 self.used["torch_fidelity"] = library.__version__
             except Unavailable as error:
                 missing |= dict.fromkeys(wanted, str(error))
-        return tuple(Column(name, missing=missing.get(name)) for name in names)
+        return tuple(Column(name, missing=missing.get(name), rises=name in _RISING) for name in names)
 
     def evaluate(self, images: Iterable[Tensor]) -> dict[str, float]:
         """Return the available figures of at least 4 images; without any, the images are not even asked for."""

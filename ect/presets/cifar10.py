@@ -1,6 +1,6 @@
 """CIFAR-10: the recipes of ECT (arXiv 2406.14548), and EDM's for the teacher that they start from."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ect.config import Config, DataConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
 from ect.emas import emas_of
@@ -26,6 +26,22 @@ def _one_stage(total_kimg: float) -> Config:
     return replace(_CIFAR10, total_kimg=total_kimg, objective=objective)
 
 
+@dataclass(frozen=True)
+class Published:
+    """FIDs of 50,000 images against CIFAR-10, by network evaluations, and where they were reported."""
+
+    source: str
+    fids: dict[int, float]
+
+
+_ECT, _AYT = "Easy Consistency Tuning (arXiv 2406.14548)", "the authors of Align Your Tangent (arXiv 2510.00658)"
+PUBLISHED = {
+    "cifar10-1h": Published(_ECT, {2: 2.73}),
+    "cifar10-100k": Published(_ECT, {1: 4.54, 2: 2.20}),
+    "cifar10-400k": Published(_ECT, {1: 3.60, 2: 2.11}),
+    "cifar10-100k-one-stage": Published(_AYT, {1: 3.7}),
+    "cifar10-400k-one-stage": Published(_AYT, {1: 3.33}),
+}
 NOTES = dict.fromkeys(["cifar10-100k-one-stage", "cifar10-400k-one-stage"], "not yet measured on CIFAR-10")
 RECIPES = {
     # ECT's "1 hour" recipe: 8,000 steps of 128 at a fixed r/t = 1 - n(t)/256, and it stops.

@@ -29,12 +29,14 @@ class Rated:
     entry: str | None
     """The entry of --optim.emas that names it, where there are several."""
     samplers: Sequence[Sampler]
+    phase: str
+    """The name that the job has for the phase."""
 
     @classmethod
-    def averages(cls, path: Path, cfg: Config, samplers: Sequence[Sampler]) -> list[Rated]:
-        """Return all weight averages of the phase with this configuration and model file."""
+    def averages(cls, path: Path, cfg: Config, samplers: Sequence[Sampler], phase: str) -> list[Rated]:
+        """Return all weight averages of the phase with this configuration, model file and name."""
         emas = cfg.optim.emas
-        return [cls(path, i, entry if len(emas) > 1 else None, samplers) for i, entry in enumerate(emas)]
+        return [cls(path, i, entry if len(emas) > 1 else None, samplers, phase) for i, entry in enumerate(emas)]
 
 
 def compare(

@@ -12,15 +12,25 @@ def describe(cfg: Config) -> str:
     The last line, a comment too, is the command that a shell takes, with only what differs from the preset or the
     resumed run.
     """
-    lines, changed = [], []
     defaults = {name: value for name, value, _ in fields(base(cfg.preset, cfg.resume))}
-    for name, value, _ in fields(cfg):
-        if name == "dry-run":
-            continue
-        if value is None and defaults[name] is None:
-            lines.append(f"# --{name} is not set")
-            continue
-        lines.append(option(name, value))
-        if value != defaults[name] or name in ("preset", "resume"):
-            changed.append(lines[-1])
-    return "\n".join([*lines, "# python -m ect.train " + " ".join(changed)])
+    unset = {name for name, value, _ in fields(cfg) if value is None and defaults[name] is None}
+    lines = [
+        f"# --{name} is not set" if name in unset else option(name, value)
+        for name, value, _ in fields(cfg)
+        if name != "dry-run"
+    ]
+    return "\n".join([*lines, f"# {command(cfg)}"])
+
+
+def command(cfg: Config) -> str:
+    """Return the command that a shell takes, with only what differs from the preset or the resumed run.
+
+    Raises UserError where there is no such preset.
+    """
+    defaults = {name: value for name, value, _ in fields(base(cfg.preset, cfg.resume))}
+    changed = [
+        option(name, value)
+        for name, value, _ in fields(cfg)
+        if name != "dry-run" and (value != defaults[name] or (name in ("preset", "resume") and value is not None))
+    ]
+    return " ".join(["python -m ect.train", *changed])

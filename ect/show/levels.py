@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ect.files.atomic import atomic
 from ect.objectives.gaps import Level, means
+from ect.show.curves import rows
 
 SIZE, MARGIN = (720, 480), 60
 COLOURS = {"gap t - r": "#4269d0", "suggested, A / B": "#ff725c"}
@@ -22,13 +20,8 @@ def plot(run_dir: Path) -> Path | None:
 
     A damaged line is passed over. Raises OSError where the rows cannot be read.
     """
-    rows: list[dict[str, Any]] = []
-    for line in (run_dir / "stats.jsonl").read_bytes().splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and any(name.startswith("levels/") for name in row):
-                rows.append(row)
-    found = means(rows[len(rows) // 2 :])
+    told = [row for row in rows(run_dir) if any(name.startswith("levels/") for name in row)]
+    found = means(told[len(told) // 2 :])
     if not found:
         return None
     with atomic(run_dir / "levels.png") as temp:

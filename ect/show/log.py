@@ -148,8 +148,9 @@ class RunLog:
     def event(self, event: str, **facts: Any) -> None:
         """Append {"time": in UTC, "event": event, "nimg": images seen, **facts} to history.jsonl; facts are JSON-able.
 
-        The events are "start"; "resume", with the images that the log had `reached` before; and how it ended: "end", "stop"
-        (by a signal), "diverged" and "failed", these two with a `text`. A run that is killed writes none of the last four.
+        The events are "start"; "resume", with the images that the log had `reached` before; "target", an evaluation that
+        came to it (ect.metrics.Crossing); and how it ended: "end", "stop" (by a signal), "diverged" and "failed", these two
+        with a `text`. A run that is killed writes none of the last four.
         """
         if self._writes:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -157,6 +158,12 @@ class RunLog:
             with self.surviving(HISTORY), (self.run_dir / HISTORY).open("a+b", buffering=0) as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
                 _append(file, b"\n" * (file.read(1) not in (b"", b"\n")) + line.encode())  # after one that a kill tore
+
+    def ends_here(self) -> None:
+        """Let the images seen be all of the run, which has come to its end sooner than planned."""
+        self.total_nimg = self.nimg
+        if self._bar is not None:
+            self._bar.update(self._task, total=self.nimg)
 
     def grid(self, name: str, images: Tensor) -> Path | None:
         """Write uint8 images [N, H, W, C] as <name>-<kimg>.png, also to TensorBoard; returns the path if it wrote it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,10 +57,13 @@ def show(console: Console, rows: Sequence[QualityRow], columns: Sequence[Column]
 
 def write(
     run_dir: Path, rows: Sequence[QualityRow], columns: Sequence[Column], seconds: dict[str, float],
-    checked: Sequence[str] = (),
+    checked: Sequence[str] = (), more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:  # fmt: skip
-    """Write results.json, and results.md with the table in Markdown, atomically. checked: what the self-check found."""
-    result = {"rows": [row.as_json() for row in rows], "seconds": seconds, "checked": list(checked)}
+    """Write results.json, and results.md with the table in Markdown, atomically.
+
+    checked: what the self-check found. more: further keys of results.json, JSON-able.
+    """
+    result = {"rows": [row.as_json() for row in rows], "seconds": seconds, "checked": list(checked), **more}
     with atomic(run_dir / "results.json") as temp:
         temp.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = table(rows, columns).markdown() + "\n" if rows else ""

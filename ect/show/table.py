@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from html import escape
 
 import rich.table
 from rich.text import Text
@@ -11,7 +12,7 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Table:
-    """Cells below headers: `console.print(table)` draws them, `table.markdown()` writes them.
+    """Cells below headers: `console.print(table)` draws them, `table.markdown()` and `table.html()` write them.
 
     headers: one a column. rows: cells of any type, shown by str; a rich Text keeps its style on a console. A row may end
     early, and an empty row is a line across. title, caption: above and below the table, on a console alone. left: headers
@@ -45,6 +46,18 @@ class Table:
         rule = ["---" if self._is_left(header) else "---:" for header in self.headers]
         filled = ([*row, *[""] * (len(rule) - len(row))] for row in self.rows if row)
         return "".join(f"| {' | '.join(map(_escaped, cells))} |\n" for cells in (self.headers, rule, *filled))
+
+    def html(self) -> str:
+        """Return the table in HTML."""
+
+        def line(kind: str, cells: Sequence[object]) -> str:
+            sides = [' class="left"' if self._is_left(header) else "" for header in self.headers]
+            filled = [*cells, *[""] * (len(sides) - len(cells))]
+            pairs = zip(sides, filled, strict=True)
+            return "<tr>" + "".join(f"<{kind}{side}>{escape(str(cell))}</{kind}>" for side, cell in pairs) + "</tr>"
+
+        head = [line("th", self.headers)] * any(self.headers)
+        return "\n".join(["<table>", *head, *(line("td", row) for row in self.rows if row), "</table>\n"])
 
 
 def _escaped(cell: object) -> str:

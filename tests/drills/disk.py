@@ -57,7 +57,7 @@ def judge(place: Place, end: End, want: Path, tidy: bool) -> None:
     end.quiet()
     met = {Path(path).name for _, path, hit in end.changes if hit}
     if end.status == 0:
-        same(place.run, want, telemetry=False)
+        same(place.run, want, telemetry=False, tidy=tidy)
     else:
         assert not all(map(told, met)), f"telemetry ended it: {end.err}"
         end.refused()

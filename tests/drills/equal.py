@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 
 EVENTS = re.compile(r"events\.out\.tfevents\.\d+\..+")
-CLOCKS = {"seconds", "sec_per_kimg", "memory_bytes", "time"}
-TELEMETRY = re.compile(r"stats\.jsonl|history\.jsonl|levels\.png|nfe\d+-[\d.]+\.png")
+CLOCKS = {"seconds", "sec_per_kimg", "memory_bytes", "time", "split", "splits"}
+REPORT = {"report.html", "report.md", "curves.csv", "curves.svg"}  # which have minutes in them
+TELEMETRY = re.compile(r"stats\.jsonl|history\.jsonl|levels\.png|report\.\w+|curves\.\w+|nfe\d+-[\d.]+\.png")
+LEFT = re.compile(r"\..+\.tmp|lock")
 LAST = "checkpoint-000000.080"
 
 
@@ -22,17 +24,21 @@ def names(folder: Path) -> set[str]:
     return {name for name in found if not EVENTS.fullmatch(Path(name).name)}
 
 
-def same(got: Path, want: Path, telemetry: bool = True, last: bool = False, but: str = "") -> None:
+def same(
+    got: Path, want: Path, telemetry: bool = True, last: bool = False, but: str = "", tidy: bool = True
+) -> None:  # fmt: skip
     """Hold that two runs came to the same end, and that nothing else lies there.
 
     but: the file that may differ. telemetry: rows and grids too, which a full disk may cost. last: older checkpoints may
-    differ, since a stop writes one.
+    differ, since a stop writes one. tidy: False where the disk did not let go of what was half-written, nor of the lock.
     """
     found, wanted = names(got), names(want)
     if not telemetry:
         found, wanted = ({n for n in each if not TELEMETRY.fullmatch(Path(n).name)} for each in (found, wanted))
     if last:
         found, wanted = ({n for n in each if "checkpoint-" not in n or LAST in n} for each in (found, wanted))
+    if not tidy:
+        found = {n for n in found if not LEFT.fullmatch(Path(n).name)}
     assert found == wanted, f"missing {sorted(wanted - found)}, stray {sorted(found - wanted)}"
     for name in sorted(wanted - {but}):
         assert _content(got / name) == _content(want / name), f"{name} differs"
@@ -57,7 +63,7 @@ def _content(path: Path) -> Any:
         return _without(json.loads(path.read_text()))
     if path.name == "results.md":  # the last column and the line below are of a clock
         return [line.split("|")[:-2] for line in path.read_text().splitlines() if line.startswith("|")]
-    return path.read_bytes()
+    return None if path.name in REPORT else path.read_bytes()
 
 
 def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
