@@ -74,6 +74,7 @@ def test_idx_files_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (good[:10], "not an IDX file of 3-dimensional uint8 data"),
         (idx_bytes(noise(2, 28)), "not an IDX file of 3-dimensional uint8 data"),
         (idx_bytes(noise(0, 28, 28)), "it holds no images"),
+        (bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**32 - 1, 2**32 - 1, 0), "it holds no images"),
     ):
         path.write_bytes(content)
         assert f"{path}: " in refusal(path) and part in refusal(path)

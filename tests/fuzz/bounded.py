@@ -102,6 +102,7 @@ def bounded(read: Callable[[], Any]) -> str | None:
     something was executed."""
     start, begin = _forget(), time.process_time()
     refusal: UserError | None = None
+    gc.collect(1)  # what the reader before left: frozen once, it would be walked no more
     gc.freeze()  # what many tests before left behind is not the reader's to walk
     try:
         with executing_nothing(), warnings.catch_warnings(), _limited(), _cut():

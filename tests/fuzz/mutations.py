@@ -106,7 +106,10 @@ def anything() -> st.SearchStrategy[Any]:
 
 
 def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to each node of a value of JSON, the root's among them."""
+    """The way to each node of a value of JSON, the root's among them; not far down, or what is put there would be too deep for
+    json itself."""
+    if len(prefix) == 50:
+        return [prefix]
     inside = value.items() if isinstance(value, dict) else enumerate(value[:20]) if isinstance(value, list) else ()
     return [prefix, *(path for key, item in inside for path in paths(item, (*prefix, key)))]
 

@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from ect.sample import Options, _seeds
+from tests.fuzz.mutations import LIMIT
 
 _PARTS = [
     "0",
@@ -38,7 +39,11 @@ _PARTS = [
 ]
 TEXTS = st.lists(st.sampled_from(_PARTS) | st.text(max_size=4), max_size=8).map(",".join)
 INPUTS = st.one_of(
-    TEXTS, st.builds(lambda text, n: (text + ",") * n, TEXTS, st.sampled_from([2, 1000, 40_000])), st.text()
+    TEXTS,
+    st.builds(
+        lambda text, n: (text + ",") * min(n, LIMIT // (len(text) + 1)), TEXTS, st.sampled_from([2, 1000, 40_000])
+    ),
+    st.text(),
 )
 
 

@@ -54,8 +54,6 @@ def read(path: Path, labels: bool, resolution: int | None) -> tuple[np.ndarray, 
             raise UserError(f"--data.source {path}: several sets of images ({names}); pass the one to train on")
         path = inside[0]
     images = _read_array(path, 3)
-    if images.size == 0:
-        raise UserError(f"{path}: it holds no images (sizes {images.shape}). Use the original file")
     if resolution is None:
         check_size(images[0], path)
     return images[..., None], _read_labels(path, len(images)) if labels else None
@@ -88,6 +86,9 @@ def _read_array(path: Path, ndim: int) -> np.ndarray:
                 raise UserError(f"{path}: not an IDX file of {ndim}-dimensional uint8 data. Use the original file")
             shape = struct.unpack(f">{ndim}I", header[4:])
             size = math.prod(shape)
+            if size == 0:  # whatever its other sizes say: no array can have some of them
+                what = "images" if ndim == 3 else "labels"
+                raise UserError(f"{path}: it holds no {what} (sizes {shape}). Use the original file")
             most = min(MAX_BYTES, max(_ALWAYS, _RATIO * path.stat().st_size))
             values = file.read(min(size, most) + 1)  # one byte more than promised, to notice an excess
     except (OSError, EOFError, zlib.error) as error:
