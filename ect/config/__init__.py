@@ -230,6 +230,9 @@ class LogConfig:
     levels: bool = False
     """Say in each row, by noise level, how large the gap t - r is and how large the pairs themselves suggest that it be, and
     draw it into levels.png at the end. It costs some launches a step."""
+    weights_kimg: Annotated[float, FROM_0, KIMG] = 0.0
+    """Interval at which the weights themselves, no average, are kept in the folder `weights`, in fp16 (0: never); python -m
+    ect.merge makes averages of them."""
 
 
 @dataclass(frozen=True)

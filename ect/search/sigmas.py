@@ -1,0 +1,87 @@
+"""The noise levels of a consistency sampler, searched for: level by level, on a grid, then by the golden section.
+
+The first level is the noise itself, SIGMA_MAX, and stays. A search goes in ln sigma, since that is the scale on which
+noise levels act (EDM: Karras et al., 2022). Levels have three digits, so that a command line has what was rated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+from ect.config import SIGMA_MAX
+from ect.sampler import SIGMA_MIN
+
+GRID = 7
+"""Levels that are tried first, evenly between two neighbours in ln sigma."""
+SECTIONS = 5
+"""Golden sections after that: each leaves .62 of an interval, all of them a tenth."""
+SWEEPS = 3
+"""Times at most that all levels have their turn."""
+ENOUGH = 0.002
+"""A sweep that gains less than this part is the last."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+Levels = tuple[float, ...]
+
+
+def search(rate: Callable[[Levels], float], start: Levels) -> Levels:
+    """Return the levels, decreasing, with the least figure that was met; never a greater one than that of `start`.
+
+    Args: rate: what is to be small, of levels after the first one; it is asked once for each choice.
+    """
+    met: dict[Levels, float] = {}
+
+    def figure(levels: Levels) -> float:
+        if levels not in met:
+            met[levels] = rate(levels)
+        return met[levels]
+
+    best = _rounded(start)
+    for _ in range(SWEEPS):
+        before = figure(best)
+        for i in range(len(best)):
+            best = _along(figure, best, i)
+        if before - figure(best) <= ENOUGH * abs(before):
+            break
+    return min(met, key=lambda levels: met[levels])
+
+
+def _along(figure: Callable[[Levels], float], levels: Levels, i: int) -> Levels:
+    """Return the levels with the i-th one, which stays between its neighbours, at the best place found for it."""
+    ends = (SIGMA_MAX, *levels, min(SIGMA_MIN, levels[-1] / 2))
+    high, low = math.log(ends[i]), math.log(ends[i + 2])
+
+    def at(x: float) -> Levels:
+        return _rounded((*levels[:i], math.exp(x), *levels[i + 1 :]))
+
+    def value(x: float) -> float:
+        return figure(at(x)) if _fall(at(x)) else math.inf
+
+    step = (high - low) / (GRID + 1)
+    places = sorted([low + step * k for k in range(1, GRID + 1)] + [math.log(levels[i])])
+    best = min(places, key=value)
+    place = places.index(best)
+    low, high = (places[place - 1] if place else low), (places[place + 1] if best != places[-1] else high)
+    inner, outer = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    for _ in range(SECTIONS):
+        if value(inner) <= value(outer):
+            high, outer, inner = outer, inner, outer - _GOLDEN * (outer - low)
+        else:
+            low, inner, outer = inner, outer, inner + _GOLDEN * (high - inner)
+    return at(min((best, inner, outer), key=value))
+
+
+def one_more(levels: Levels) -> Levels:
+    """Return the levels with another one below, at about a third of the last, to begin a search with."""
+    last = levels[-1] if levels else SIGMA_MAX
+    return _rounded((*levels, max(last / 3, math.sqrt(last * SIGMA_MIN))))
+
+
+def _rounded(levels: Levels) -> Levels:
+    return tuple(float(f"{sigma:.3g}") for sigma in levels)
+
+
+def _fall(levels: Levels) -> bool:
+    return all(a > b > 0 for a, b in pairwise((SIGMA_MAX, *levels)))
