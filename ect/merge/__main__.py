@@ -19,12 +19,12 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from ect.config import BATCH, FROM_1, IMAGES, SEED, SIGMA_MAX, THREADS, Limit, at_most, refuse_beyond
+from ect.config import BATCH, FROM_1, IMAGES, SEED, SIGMA_MAX, SOME, THREADS, Limit, at_most, refuse_beyond
 from ect.errors import UserError
 from ect.files import kept
 from ect.files.kept import Kept
 from ect.files.run_folder import load
-from ect.merge import search
+from ect.merge import lcsc, search
 from ect.merge.blend import Blend, Coefficients, parts_of
 from ect.merge.profiles import uniform
 from ect.precision import PRECISIONS, sampling
@@ -54,22 +54,21 @@ class Options:
     out: Path = Path("merged.safetensors")
     """File to write."""
     range: str | None = None
-    """With --search: FROM-TO, in kimg, where the weights are from. Default: the later half of those that were kept."""
+    """FROM-TO, in kimg: the weights that --search combines. Default: the later half of those that were kept."""
     nfe: int = 2
-    """With --search: network evaluations an image with which the network will be used; coefficients found for one number are
-    not the best for another."""
+    """Network evaluations an image that --search is for; coefficients found for one number are not the best for another."""
     mid_t: tuple[float, ...] | None = None
-    """With --search: noise levels of the evaluations after the first, decreasing. Default: the model's own."""
+    """Noise levels of the evaluations after the first, decreasing. Default: the model's own."""
     metric: str | None = None
-    """With --search: the figure to lower, a column of ect.evaluate. Default: FDc, or else FID."""
+    """The figure that --search lowers, a column of ect.evaluate. Default: FDc, or else FID."""
     data: str | None = None
-    """With --search: reference images as for ect.train. Default: those of the run."""
+    """Reference images of --search, as for ect.train. Default: those of the run."""
     samples: int = 2000
-    """With --search: images by which a combination is rated."""
+    """Images by which --search rates a combination."""
     ratings: int = 400
-    """With --search: combinations that are tried, about."""
+    """Number of combinations that --search tries, about."""
     seed: int = 0
-    """With --search: seed of its steps."""
+    """Seed of the steps of --search."""
     batch: int = 256
     """Images computed at a time."""
     device: str = "auto"
@@ -104,13 +103,16 @@ def merge(options: Options, console: Console, world: World = World()) -> None:
         blend = Blend(parts_of(within(weights, options.uniform, "--uniform")), device)
         coefficients = uniform(len(blend.parts))
     else:
+        lcsc.library()  # before the minutes of rating
         half = f"{weights[-1].nimg / 2000}-{weights[-1].nimg / 1000}"
         blend = Blend(search.parts(run, load(run), within(weights, options.range or half, "--range")), device)
         coefficients, told = _search(blend, options, device, console, world)
         about |= told
     if world.rank == 0:
         blend.save(out, coefficients, about)
-        console.print(f"wrote {out}, of {int((coefficients != 0).sum())} sets of weights", highlight=False, markup=False)
+        console.print(
+            f"wrote {out}, of {int((coefficients != 0).sum())} sets of weights", highlight=False, markup=False
+        )
 
 
 def _search(
@@ -156,14 +158,13 @@ def _range(asked: str, option: str) -> tuple[float, float]:
 
 
 _EVALUATIONS = Limit("from 1 to 1,000 network evaluations", lambda nfe: 1 <= nfe <= 1000)
-_SOME = Limit("at least 2 images", lambda samples: samples >= 2)
 
 
 def _check(options: Options) -> None:
     """Raise UserError where an option is impossible, alone or beside others."""
     refuse_beyond(
         {
-            "nfe": (options.nfe, _EVALUATIONS), "samples": (options.samples, _SOME, IMAGES), "seed": (options.seed, SEED),
+            "nfe": (options.nfe, _EVALUATIONS), "samples": (options.samples, SOME, IMAGES), "seed": (options.seed, SEED),
             "ratings": (options.ratings, FROM_1, at_most(10**6)), "batch": (options.batch, FROM_1, BATCH),
             "threads": (options.threads, FROM_1, THREADS),
         }

@@ -12,13 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ect.errors import UserError
 from ect.files.checkpoint import load_model, read_model
-from ect.files.edm_pickle import Snapshot
 from ect.files.fit import check_finite, check_names
 from ect.files.kept import Kept
 from ect.files.model_file import save_model
-from ect.models import build
 
 Coefficients = NDArray[np.float64]
 

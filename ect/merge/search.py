@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from ect.config import Config
+from ect.files.kept import Kept
 from ect.merge import lcsc
 from ect.merge.blend import Blend, Coefficients, Part, parts_of
 from ect.merge.profiles import averages
-from ect.files.kept import Kept
 from ect.sampler import Sampler
 from ect.search.judge import Judge, gains, minutes
 
@@ -46,14 +46,13 @@ def search(
     """Return the coefficients that were found, and what is to be told of them; print the report.
 
     Args: samplers: the one that is searched for, then those of the report beside it. ratings: of combinations, about; those
-    of the averages and the finals come on top. seed: of the search's steps. Raises UserError without the library cma.
+    of the averages and the finals come on top. seed: of the search's steps.
     """
-    lcsc.library()
     began, sampler = time.monotonic(), samplers[0]
 
     def rate(coefficients: Coefficients, finals: bool = False) -> float:
         blend.load(coefficients)
-        return judge.rate(blend.net, sampler, finals)
+        return judge.rate(blend.net, sampler, finals=finals)
 
     known = single(blend)
     best = min(known, key=(rated := {name: rate(c) for name, c in known.items()}).__getitem__)
@@ -72,7 +71,9 @@ def search(
     for before, after in zip(report[0][1], report[1][1], strict=True):
         gains(before, after, console)
     if found is start:
-        console.print("the search found nothing better than that average, which is what the file holds", highlight=False)
+        console.print(
+            "the search found nothing better than that average, which is what the file holds", highlight=False
+        )
     return found, {
         "way": "search", "metric": judge.metric, "sampler": str(sampler), "samples": judge.samples, "seed": seed,
         "ratings": judge.ratings, "minutes": round(seconds / 60, 2), "best_single": best, "single": rated,

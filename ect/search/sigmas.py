@@ -7,11 +7,16 @@ noise levels act (EDM: Karras et al., 2022). Levels have three digits, so that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from rich.console import Console
+
 from ect.config import SIGMA_MAX
-from ect.sampler import SIGMA_MIN
+from ect.models import EDMPrecond
+from ect.sampler import SIGMA_MIN, Consistency
+from ect.search.judge import Judge, gains, minutes
 
 GRID = 7
 """Levels that are tried first, evenly between two neighbours in ln sigma."""
@@ -24,6 +29,34 @@ ENOUGH = 0.002
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 Levels = tuple[float, ...]
+
+
+def find(net: EDMPrecond, judge: Judge, own: Levels, numbers: Sequence[int], console: Console) -> list[Levels]:
+    """Return the levels after the first one for each number of network evaluations, and print what they gain.
+
+    Args: own: the levels with which the model is sampled. numbers: from 2 on, increasing. Levels that lose to those that their
+    search began with, on images that it has not seen, give way to them.
+    """
+    found: list[Levels] = []
+    began, report = time.monotonic(), list[Levels]()
+    for nfe in numbers:
+        start = own[: nfe - 1] if len(own) >= nfe - 1 or not found else found[-1]
+        while len(start) < nfe - 1:
+            start = one_more(start)
+        best = search(lambda levels: judge.rate(net, _sampler(levels)), start)
+        found.append(min((_rounded(start), best), key=lambda levels: judge.rate(net, _sampler(levels), finals=True)))
+        report += [start, found[-1]]
+    console.print(minutes(time.monotonic() - began, judge.ratings, judge.samples), highlight=False)
+    rows = [judge.report(net, [_sampler(levels)]) for levels in report]
+    names = [" ".join(f"{sigma:g}" for sigma in levels) for levels in report]
+    console.print(judge.table(list(zip(names, rows, strict=True)), "On images that no search has seen"))
+    for (before,), (after,) in zip(rows[::2], rows[1::2], strict=True):
+        gains(before, after, console)
+    return found
+
+
+def _sampler(levels: Levels) -> Consistency:
+    return Consistency((SIGMA_MAX, *levels))
 
 
 def search(rate: Callable[[Levels], float], start: Levels) -> Levels:
