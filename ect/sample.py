@@ -109,8 +109,8 @@ def sample(options: Options, world: World = World()) -> None:
     seeds, out = _seeds(options), options.out.expanduser()
     _check_levels(options)
     if options.data is not None or options.samples != Options.samples:
-        given = f"--data {options.data}" if options.data is not None else f"--samples {options.samples}"
-        raise UserError(f"{given}: it is of --search-sigmas; leave it out, or say that too")
+        unused = f"--data {options.data}" if options.data is not None else f"--samples {options.samples}"
+        raise UserError(f"{unused}: it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)

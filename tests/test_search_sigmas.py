@@ -40,7 +40,7 @@ def test_the_search_finds_the_best_levels_wherever_it_starts(best: tuple[float, 
         found = sigmas.search(rate, start)
         assert apart(found, best) < 1.02 and apart(found, best) == min(map(apart, asked, [best] * len(asked)))
         assert len(asked) == len(set(asked)) <= 50 * len(best)
-        assert all(80 > a > b > 0 for levels in asked for a, b in zip((80, *levels), levels, strict=False))
+        assert all(80 >= a > b > 0 for levels in asked for a, b in zip((80, *levels), levels, strict=False))
         assert found == sigmas.search(lambda levels: apart(levels, best), start)
 
 
