@@ -36,6 +36,7 @@ from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.run_folder import leaving_nothing
 from ect.models import ECMPrecond, EDMPrecond
+from ect.options import option
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
@@ -47,6 +48,8 @@ from ect.search.judge import data_of, judge
 from ect.show import images
 
 _WIDTH = 120  # columns of a table
+NAMES = {"mid_t": "mid-t", "class_idx": "class"}
+"""Options whose fields have other names."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,7 @@ def sample(options: Options, world: World = World()) -> None:
     """
     seeds, out = _seeds(options), options.out.expanduser()
     _check_levels(options)
-    if options.data is not None or options.samples != Options.samples:
-        unused = f"--data {options.data}" if options.data is not None else f"--samples {options.samples}"
-        raise UserError(f"{unused}: it is of --search-sigmas; leave it out, or say that too")
+    _refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
@@ -148,12 +149,8 @@ def search_sigmas(options: Options, world: World = World()) -> None:
     """
     numbers = _numbers(options)
     _check_levels(replace(options, nfe=None))
-    given = {"seeds": options.seeds, "heun": options.heun, "mid-t": options.mid_t, "class": options.class_idx}
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(
-                f"--{name} {value}: --search-sigmas makes no images, and finds its own levels; leave it out"
-            )
+    idle = ("seeds", "seed", "count", "mid_t", "heun", "class_idx", "out")
+    _refuse_idle(options, idle, "--search-sigmas makes no images, and finds its own levels; leave it out")
     refuse_beyond({"nfe": (max(numbers), at_most(10)), "samples": (options.samples, SOME)})
     if min(numbers) < 2:
         raise UserError(f"--nfe {options.nfe}: a search is for levels after the first; expected numbers from 2 on")
@@ -162,14 +159,23 @@ def search_sigmas(options: Options, world: World = World()) -> None:
     set_threads(options.threads, world)
     model = options.checkpoint.expanduser()
     net, info = load_model(model, device=device, ema=options.ema)
+    for line in self_check.of_sampling(net, device, world):
+        print(line)
     data, folder = data_of(net, info, model, options.data)
     rater = judge(data, folder, None, options.samples, options.batch, device, world)
     with sampling(PRECISIONS[options.precision]):
         found = sigmas.find(net, rater, levels_after_first(None, info), numbers, Console(width=_WIDTH))
+    ema = "" if options.ema is None else f" --ema {options.ema}"
     for levels in found:
-        print(
-            f"python -m ect.sample {shlex.quote(str(options.checkpoint))} --mid-t {' '.join(f'{t:g}' for t in levels)}"
-        )
+        shown = " ".join(f"{sigma:g}" for sigma in levels)
+        print(f"python -m ect.sample {shlex.quote(str(options.checkpoint))}{ema} --mid-t {shown}")
+
+
+def _refuse_idle(options: Options, names: Sequence[str], why: str) -> None:
+    """Raise UserError where one of these options was given, which does nothing here."""
+    for name in names:
+        if (value := getattr(options, name)) != getattr(Options, name):
+            raise UserError(f"{option(NAMES.get(name, name), value)}: {why}")
 
 
 def _numbers(options: Options) -> list[int]:

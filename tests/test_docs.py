@@ -61,6 +61,7 @@ SHORT = [  # what is run in earnest: it needs seconds, and nothing that is not h
     "python benchmarks/digits_quality.py --report",
     "python benchmarks/precision_quality.py --report",
     "python benchmarks/long_haul.py --report",
+    "python benchmarks/merge_gain.py --report",
     "python benchmarks/first_hour.py --help",
 ]
 

@@ -89,6 +89,7 @@ COMMANDS = {
             ("long_haul", ["haul", "show"], {}, ""),
             ("kernel_report", ["compile_all", "compile_row_loops"], {}, ""),
             ("machine_facts", ["facts"], {"file": "x.json"}, ""),
+            ("merge_gain", ["train", "show"], {}, ""),
             ("ops", ["_load_emulator"], {}, "--device cpu"),
             ("plots", ["render"], {}, ""),
             ("precision", ["measure"], {"checkpoint": MODEL}, "--device cpu"),

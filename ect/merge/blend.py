@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ect.files.checkpoint import load_model, read_model
+from ect.files.checkpoint import load_model, read_model, read_spec
 from ect.files.fit import check_finite, check_names
 from ect.files.kept import Kept
 from ect.files.model_file import save_model
@@ -44,7 +44,7 @@ class Blend:
     def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
         self.parts, last = list(parts), parts[-1]
         self.net, self.info = load_model(last.path, device=device, ema=last.ema)
-        self.spec, self._names = read_model(last.path, last.ema).spec, [name for name, _ in self.net.named_parameters()]
+        self.spec, self._names = read_spec(last.path), [name for name, _ in self.net.named_parameters()]
         self._thetas = [self._flat(part).to(device) for part in parts]
 
     def _flat(self, part: Part) -> Tensor:

@@ -1,4 +1,4 @@
-"""The search for a linear combination of saved weights, LCSC (Liu et al., "Linear combination of saved checkpoints", 2024).
+"""The search for a linear combination of saved weights, LCSC (Liu et al., ICLR 2025, arXiv 2404.02241).
 
     theta(a) = theta_1 + sum_{i >= 2} a_i (theta_i - theta_1),    a unconstrained
 

@@ -55,7 +55,8 @@ def search(
         return judge.rate(blend.net, sampler, finals=finals)
 
     known = single(blend)
-    best = min(known, key=(rated := {name: rate(c) for name, c in known.items()}).__getitem__)
+    rated = {name: rate(c) for name, c in known.items()}
+    best = min(rated, key=lambda name: rated[name])
     start = known[best]
     mean, met = lcsc.search(rate, start, ratings, seed)
     finals = [start, mean, met, (start + mean) / 2]

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from ect.config import EvalConfig
 from ect.data import Dataset
 from ect.errors import UserError
+from ect.files.kept import FOLDER
 from ect.files.run_folder import CONFIG, load
 from ect.metrics import Evaluator, QualityRow, RemoteEvaluator, make_evaluator, quality_rows, quality_table, reference
 from ect.models import EDMPrecond
@@ -112,19 +113,25 @@ def _metric(evaluator: Evaluator, asked: str | None) -> str:
 
 
 def run_of(model: Path) -> Path | None:
-    """Return the folder of the run that a model file lies in, or that is meant itself; None elsewhere."""
-    return next((folder for folder in (model, *model.parents[:2]) if (folder / CONFIG).is_file()), None)
+    """Return the folder of the run that a model file of a run lies in, or that is meant itself; None of any other file."""
+    folder = model.parent.parent if model.parent.name == FOLDER else model.parent
+    if model.is_dir():
+        folder = model
+    elif not model.name.startswith(("checkpoint-", "weights-")):
+        return None
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def data_of(net: EDMPrecond, info: dict[str, object], model: Path, source: str | None) -> tuple[Dataset, Path]:
     """Return the images that a model is compared with, and the folder for the caches of metrics.
 
-    They are those of `source`, else of the run that the model lies in, else those that the model file means. Raises UserError
-    where there are none, or they do not fit.
+    They are those of `source`, in the size of the model's, else of the run that the model lies in, else those that the model
+    file means. Raises UserError where there are none, or they do not fit.
     """
     run = run_of(model)
     if run is None:
-        return reference(net, dict(info), str(model), source), Path("runs") / f"evaluation-{model.stem}"
+        size = None if source is None else net.img_resolution
+        return reference(net, dict(info), str(model), source, size), Path("runs") / f"evaluation-{model.stem}"
     data = load(run).data
     return reference(net, dict(info), str(model), source or data.source, data.resolution, data.convert), run
 
