@@ -249,9 +249,9 @@ def test_the_judge_takes_the_data_and_the_metric_of_the_run(trained: Path) -> No
     assert judge(data, trained, None, 4, 4, CPU, cli.World()).metric == "FDc"
     assert judge(data, trained, "FDp", 4, 4, CPU, cli.World()).metric == "FDp"
     one = kept.listed(trained)[0].path
-    assert (
-        run_of(trained) == run_of(one) == run_of(trained / "latest") == trained and run_of(Path("ect/models")) is None
-    )
+    last = trained / "checkpoint-000000.080.safetensors"
+    assert run_of(trained) == run_of(one) == run_of(last) == trained and run_of(Path("ect/models")) is None
+    assert run_of(trained / "of-another.safetensors") is None  # whose config.json need not be ours
 
 
 @pytest.mark.slow
