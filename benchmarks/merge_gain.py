@@ -1,4 +1,4 @@
-"""What does a search of saved weights gain on the digits? Several runs, and python -m ect.merge --search on each.
+"""Does a search of saved weights pay on the digits? Several runs, and python -m ect.merge --search on each.
 
     python benchmarks/merge_gain.py                 # 5 seeds: a run of 3 minutes and two searches of about as many each
     python benchmarks/merge_gain.py --check         # and exit 1 unless the claim holds
@@ -75,7 +75,7 @@ def train(seed: int, folder: Path) -> None:
 
 
 def gain(run: Path, nfe: int, options: Options) -> dict[str, Any]:
-    """Search the later half of a run's weights at so many evaluations; return the figures before and after, and the cost."""
+    """Return the figures before and after a search of the later half of a run's weights, at so many evaluations, and its cost."""
     cfg, weights = load(run), listed(run)
     set_threads(cfg.threads)
     blend = Blend(parts(run, cfg, [one for one in weights if 2 * one.nimg >= weights[-1].nimg]), CPU)

@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     install(leave)
 
-import shlex
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,27 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
-from ect.config import (
-    BATCH,
-    COUNT,
-    FROM_1,
-    HEUN_STEPS,
-    IMAGES,
-    MAX_STEPS,
-    MID_T,
-    SIGMA_MAX,
-    SOME,
-    THREADS,
-    at_most,
-    refuse_beyond,
-)
+from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.run_folder import leaving_nothing
 from ect.models import ECMPrecond, EDMPrecond
-from ect.options import option
+from ect.options import refuse_idle
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
@@ -44,12 +29,7 @@ from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
 from ect.search import sigmas
-from ect.search.judge import data_of, judge
 from ect.show import images
-
-_WIDTH = 120  # columns of a table
-NAMES = {"mid_t": "mid-t", "class_idx": "class"}
-"""Options whose fields have other names."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +91,7 @@ def sample(options: Options, world: World = World()) -> None:
     """
     seeds, out = _seeds(options), options.out.expanduser()
     _check_levels(options)
-    _refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
+    refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
@@ -149,33 +129,16 @@ def search_sigmas(options: Options, world: World = World()) -> None:
     """
     numbers = _numbers(options)
     _check_levels(replace(options, nfe=None))
-    idle = ("seeds", "seed", "count", "mid_t", "heun", "class_idx", "out")
-    _refuse_idle(options, idle, "--search-sigmas makes no images, and finds its own levels; leave it out")
-    refuse_beyond({"nfe": (max(numbers), at_most(10)), "samples": (options.samples, SOME)})
-    if min(numbers) < 2:
-        raise UserError(f"--nfe {options.nfe}: a search is for levels after the first; expected numbers from 2 on")
+    idle = ("seeds", "seed", "count", "mid-t", "heun", "class", "out")
+    refuse_idle(options, idle, "--search-sigmas makes no images, and finds its own levels; leave it out")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
-    model = options.checkpoint.expanduser()
-    net, info = load_model(model, device=device, ema=options.ema)
-    for line in self_check.of_sampling(net, device, world):
-        print(line)
-    data, folder = data_of(net, info, model, options.data)
-    rater = judge(data, folder, None, options.samples, options.batch, device, world)
     with sampling(PRECISIONS[options.precision]):
-        found = sigmas.find(net, rater, levels_after_first(None, info), numbers, Console(width=_WIDTH))
-    ema = "" if options.ema is None else f" --ema {options.ema}"
-    for levels in found:
-        shown = " ".join(f"{sigma:g}" for sigma in levels)
-        print(f"python -m ect.sample {shlex.quote(str(options.checkpoint))}{ema} --mid-t {shown}")
-
-
-def _refuse_idle(options: Options, names: Sequence[str], why: str) -> None:
-    """Raise UserError where one of these options was given, which does nothing here."""
-    for name in names:
-        if (value := getattr(options, name)) != getattr(Options, name):
-            raise UserError(f"{option(NAMES.get(name, name), value)}: {why}")
+        sigmas.find(
+            options.checkpoint, options.ema, numbers, data=options.data, samples=options.samples, batch=options.batch,
+            device=device, world=world,
+        )  # fmt: skip
 
 
 def _numbers(options: Options) -> list[int]:
@@ -220,12 +183,7 @@ def _seeds(options: Options) -> list[int]:
 
 def _check_levels(options: Options) -> None:
     """Raise UserError where --nfe, --mid-t and --heun are impossible, alone or together."""
-    refuse_beyond(
-        {
-            "batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS),
-            "samples": (options.samples, FROM_1, IMAGES),
-        }
-    )  # fmt: skip
+    refuse_beyond({"batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS)})
     nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
     if heun is not None and (nfe is not None or mid_t is not None):
         raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")

@@ -77,7 +77,7 @@ def searches(run: Path, world: World) -> dict[str, Any]:
     blend = Blend(parts_of(listed(run)), CPU)
     data, folder = data_of(blend.net, blend.info, run, None)
     rater = judge(data, folder, None, 16, 4, CPU, world)
-    found: dict[str, Any] = {"levels": sigmas.find(blend.net, rater, (0.821,), [2], Console(quiet=True))}
+    found: dict[str, Any] = {"levels": sigmas.best(blend.net, rater, (0.821,), [2], Console(quiet=True))}
     if importlib.util.find_spec("cma") is not None:
         coefficients, told = search(blend, rater, [Consistency((80.0,))], 8, 0, Console(quiet=True))
         found |= {"coefficients": coefficients.tolist(), "finals": told["finals"]}

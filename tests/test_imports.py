@@ -26,7 +26,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "data": {"config", "errors", "files"},
     "doctor": {"config", "errors", "files", "ranks", "show"},
     "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets"},
-    "merge": {"config", "errors", "files", "precision", "ranks", "sampler", "search"},
+    "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "search", "show"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"config", "errors"},
     "objectives": {"data", "objective"},  # its `weights` import nothing of ect: ect.objective imports them

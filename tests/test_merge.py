@@ -122,6 +122,7 @@ def test_sampling_and_evaluation_take_the_file(
         (["--uniform", "5-6"], "--uniform 5-6: no weights were kept there; the run has some from 0.008 to 0.08 kimg"),
         (["--search", "--range", "5-6"], "--range 5-6: no weights were kept there"),
         (["--uniform", "0-1", "--range", "0-1"], "--range 0-1: it is of --search"),
+        (["--uniform", "0-1", "--nfe", "1"], "--nfe 1: it is of --search"),
         (["--search", "--nfe", 3], "--nfe 3: also give its 2 later noise levels, --mid-t"),
         (["--search", "--nfe", 0], "--nfe 0: expected from 1 to 1,000"),
         (["--search", "--samples", 1], "--samples 1: expected at least 2"),

@@ -100,7 +100,7 @@ def test_the_command_prints_levels_that_it_takes_itself(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--nfe", "1,2"], "--nfe 1,2: a search is for levels after the first; expected numbers from 2 on"),
+        (["--nfe", "1,2"], "--nfe 1: a search is for levels after the first; expected numbers from 2 on"),
         (["--nfe", "2,x"], "--nfe 2,x: expected a number of network evaluations, or several such as 2,3,4"),
         (["--nfe", "99"], "--nfe 99: expected at most 10"),
         (["--seeds", "0-3"], "--seeds 0-3: --search-sigmas makes no images"),

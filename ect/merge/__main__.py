@@ -27,6 +27,7 @@ from ect.files.run_folder import load
 from ect.merge import lcsc, search
 from ect.merge.blend import Blend, Coefficients, parts_of
 from ect.merge.profiles import uniform
+from ect.options import refuse_idle
 from ect.precision import PRECISIONS, sampling
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
@@ -34,6 +35,7 @@ from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Consistency, levels_after_first
 from ect.search.judge import data_of, judge
+from ect.show.log import Screen
 
 _WIDTH = 120  # columns, where there is no terminal that has a width
 
@@ -83,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 and one message where the user can mend it."""
 
     def work(options: Options, world: World) -> int:
-        merge(options, Console(width=None if sys.stdout.isatty() else _WIDTH), world)
+        merge(options, Screen(width=None if sys.stdout.isatty() else _WIDTH), world)
         return 0
 
     if status := launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.merge"), work):
@@ -177,8 +179,9 @@ def _check(options: Options) -> None:
         raise UserError(f"--out {options.out}: name a file NAME.safetensors in a folder that is there")
     if (options.uniform is not None) == options.search:
         raise UserError(f"{options.run}: give --uniform FROM-TO or --search, one of the two")
-    if options.range is not None and not options.search:
-        raise UserError(f"--range {options.range}: it is of --search; --uniform has its own")
+    if not options.search:
+        idle = ("range", "nfe", "mid-t", "metric", "data", "samples", "ratings", "seed", "batch")
+        refuse_idle(options, idle, "it is of --search; leave it out")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,24 @@ noise levels act (EDM: Karras et al., 2022). Levels have three digits, so that a
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from ect.config import SIGMA_MAX
+from ect.config import IMAGES, SIGMA_MAX, SOME, at_most, refuse_beyond
+from ect.errors import UserError
+from ect.files.checkpoint import load_model
 from ect.models import EDMPrecond
-from ect.sampler import SIGMA_MIN, Consistency
-from ect.search.judge import Judge, gains, minutes
+from ect.ranks import self_check
+from ect.ranks.distributed import World
+from ect.sampler import SIGMA_MIN, Consistency, levels_after_first
+from ect.search.judge import Judge, data_of, gains, judge, minutes
+from ect.show.log import Screen
 
 GRID = 7
 """Levels that are tried first, evenly between two neighbours in ln sigma."""
@@ -26,12 +34,40 @@ SWEEPS = 3
 """Times at most that all levels have their turn."""
 ENOUGH = 0.002
 """A sweep that gains less than this part is the last."""
+MOST = 10
+"""The largest number of network evaluations that levels are searched for."""
+_WIDTH = 120  # columns of a table
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 Levels = tuple[float, ...]
 
 
-def find(net: EDMPrecond, judge: Judge, own: Levels, numbers: Sequence[int], console: Console) -> list[Levels]:
+def find(
+    model: Path, ema: int | None, numbers: Sequence[int], *, data: str | None, samples: int, batch: int,
+    device: torch.device, world: World,
+) -> None:  # fmt: skip
+    """Print the best levels of a model for each number of network evaluations, as commands, and what they gain.
+
+    Args: model, ema: as for `load_model`. numbers: increasing. data: None: that of the run that the model lies in. samples,
+    batch: images of a rating, and of a forward pass. Raises UserError on numbers that are impossible, and as `load_model` and
+    `data_of`.
+    """
+    refuse_beyond({"nfe": (max(numbers), at_most(MOST)), "samples": (samples, SOME, IMAGES)})
+    if numbers[0] < 2:
+        raise UserError(f"--nfe {numbers[0]}: a search is for levels after the first; expected numbers from 2 on")
+    path = model.expanduser()
+    net, info = load_model(path, device=device, ema=ema)
+    for line in self_check.of_sampling(net, device, world):
+        print(line)
+    images, folder = data_of(net, info, path, data)
+    rater = judge(images, folder, None, samples, batch, device, world)
+    own = levels_after_first(None, info)
+    which = shlex.quote(str(model)) + ("" if ema is None else f" --ema {ema}")
+    for levels in best(net, rater, own, numbers, Screen(width=_WIDTH)):
+        print(f"python -m ect.sample {which} --mid-t {_shown(levels)}")
+
+
+def best(net: EDMPrecond, judge: Judge, own: Levels, numbers: Sequence[int], console: Console) -> list[Levels]:
     """Return the levels after the first one for each number of network evaluations, and print what they gain.
 
     Args: own: the levels with which the model is sampled. numbers: from 2 on, increasing. Levels that lose to those that their
@@ -43,16 +79,19 @@ def find(net: EDMPrecond, judge: Judge, own: Levels, numbers: Sequence[int], con
         start = own[: nfe - 1] if len(own) >= nfe - 1 or not found else found[-1]
         while len(start) < nfe - 1:
             start = one_more(start)
-        best = search(lambda levels: judge.rate(net, _sampler(levels)), start)
-        found.append(min((_rounded(start), best), key=lambda levels: judge.rate(net, _sampler(levels), finals=True)))
+        ends = (_rounded(start), search(lambda levels: judge.rate(net, _sampler(levels)), start))
+        found.append(min(ends, key=lambda levels: judge.rate(net, _sampler(levels), finals=True)))
         report += [start, found[-1]]
     console.print(minutes(time.monotonic() - began, judge.ratings, judge.samples), highlight=False)
     rows = [judge.report(net, [_sampler(levels)]) for levels in report]
-    names = [" ".join(f"{sigma:g}" for sigma in levels) for levels in report]
-    console.print(judge.table(list(zip(names, rows, strict=True)), "On images that no search has seen"))
+    console.print(judge.table(list(zip(map(_shown, report), rows, strict=True)), "On images that no search has seen"))
     for (before,), (after,) in zip(rows[::2], rows[1::2], strict=True):
         gains(before, after, console)
     return found
+
+
+def _shown(levels: Levels) -> str:
+    return " ".join(f"{sigma:g}" for sigma in levels)
 
 
 def _sampler(levels: Levels) -> Consistency:
