@@ -75,7 +75,7 @@ def train(seed: int, folder: Path) -> None:
 
 
 def gain(run: Path, nfe: int, options: Options) -> dict[str, Any]:
-    """Return the figures before and after a search of the later half of a run's weights, at so many evaluations, and its cost."""
+    """Return the figures before and after a search of a run's weights, those of its later half, at so many evaluations."""
     cfg, weights = load(run), listed(run)
     set_threads(cfg.threads)
     blend = Blend(parts(run, cfg, [one for one in weights if 2 * one.nimg >= weights[-1].nimg]), CPU)
