@@ -91,6 +91,14 @@ def option(name: str, value: Any) -> str:
     return f"--{name}{'=' if dash else ' '}{shlex.quote(text)}"
 
 
+def refuse_idle(options: Any, names: Sequence[str], why: str) -> None:
+    """Raise UserError, which says why, where one of these options of a command was given, which does nothing there."""
+    for name in names:
+        field = {"class": "class_idx"}.get(name, name.replace("-", "_"))
+        if (value := getattr(options, field)) != getattr(type(options), field):
+            raise UserError(f"{option(name, value)}: {why}")
+
+
 def check(cfg: Config) -> None:
     """Raise UserError naming the first option whose value is impossible: by itself, then beside other options."""
     check_each(cfg)

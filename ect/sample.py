@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,12 +21,14 @@ from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.run_folder import leaving_nothing
 from ect.models import ECMPrecond, EDMPrecond
+from ect.options import refuse_idle
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
+from ect.search import sigmas
 from ect.show import images
 
 
@@ -44,8 +46,9 @@ class Options:
     """First seed."""
     count: int = 64
     """Number of images."""
-    nfe: int | None = None
-    """Network evaluations an image: 1, or 2 with the model's own mid_t (else that of ECT's CIFAR-10 models). Default: 2."""
+    nfe: str | None = None
+    """Network evaluations an image: 1, or 2 with the model's own mid_t (else that of ECT's CIFAR-10 models). Default: 2. With
+    --search-sigmas the numbers to search for, such as 2,3,4."""
     mid_t: tuple[float, ...] | None = None
     """Noise levels of the evaluations after the first, decreasing, between 0 and 80."""
     heun: int | None = None
@@ -62,13 +65,19 @@ class Options:
     """Convolutions and matrix products on a GPU: in TF32, as training samples unless it is in fp32; or in true fp32."""
     threads: int | None = None
     """CPU threads. None: as many as CPUs that this process may use."""
+    search_sigmas: bool = False
+    """Make no images: search for the noise levels after the first, the best for each number of --nfe, and print them."""
+    data: str | None = None
+    """Reference images of --search-sigmas, as for ect.train. Default: those of the run that the model lies in."""
+    samples: int = 2000
+    """Images by which --search-sigmas rates a choice of levels."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 and one message where the user can mend it."""
 
     def work(options: Options, world: World) -> int:
-        sample(options, world)
+        (search_sigmas if options.search_sigmas else sample)(options, world)
         return 0
 
     if status := launch(lambda: tyro.cli(Options, args=args, prog="python -m ect.sample"), work):
@@ -81,8 +90,8 @@ def sample(options: Options, world: World = World()) -> None:
     All ranks of `world` make images, rank 0 writes them. Raises UserError on options that do not fit.
     """
     seeds, out = _seeds(options), options.out.expanduser()
-    refuse_beyond({"batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS)})
     _check_levels(options)
+    refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
@@ -112,6 +121,42 @@ def sample(options: Options, world: World = World()) -> None:
         print(f"wrote {count} images to {out} in {seconds:.1f} s ({rate})")
 
 
+def search_sigmas(options: Options, world: World = World()) -> None:
+    """Print the noise levels that suit the model best, for each number of --nfe, with what they gain and their use.
+
+    All ranks of `world` make images, rank 0 rates them. Raises UserError on options that do not fit, or without images to
+    compare with.
+    """
+    numbers = _numbers(options)
+    _check_levels(replace(options, nfe=None))
+    idle = ("seeds", "seed", "count", "mid-t", "heun", "class", "out")
+    refuse_idle(options, idle, "--search-sigmas makes no images, and finds its own levels; leave it out")
+    device = resolve(options.device, world)
+    self_check.choose(device)
+    set_threads(options.threads, world)
+    with sampling(PRECISIONS[options.precision]):
+        sigmas.find(
+            options.checkpoint, options.ema, numbers, data=options.data, samples=options.samples, batch=options.batch,
+            device=device, world=world,
+        )  # fmt: skip
+
+
+def _numbers(options: Options) -> list[int]:
+    """Return the numbers of --nfe, increasing; 2 without it."""
+    parts = (options.nfe or "2").split(",")
+    if not all(part.strip().isdecimal() and len(part) < 5 for part in parts):
+        raise UserError(f"--nfe {options.nfe:.60}: expected a number of network evaluations, or several such as 2,3,4")
+    return sorted({int(part) for part in parts})
+
+
+def _nfe(options: Options) -> int | None:
+    """Return the number of --nfe; None without it. Raises UserError where there are several, which are for a search."""
+    numbers = _numbers(options)
+    if len(numbers) > 1:
+        raise UserError(f"--nfe {options.nfe}: expected one number; several are for --search-sigmas")
+    return None if options.nfe is None else numbers[0]
+
+
 def _seeds(options: Options) -> list[int]:
     if options.seeds is None:
         refuse_beyond({"count": (options.count, FROM_1, COUNT)})
@@ -138,7 +183,8 @@ def _seeds(options: Options) -> list[int]:
 
 def _check_levels(options: Options) -> None:
     """Raise UserError where --nfe, --mid-t and --heun are impossible, alone or together."""
-    nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
+    refuse_beyond({"batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS)})
+    nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
     if heun is not None and (nfe is not None or mid_t is not None):
         raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")
     if heun is not None and not 1 <= heun <= MAX_STEPS:
@@ -155,7 +201,7 @@ def _check_levels(options: Options) -> None:
 
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
     """Return the sampler that the options ask for, or else the one that suits the model."""
-    nfe, mid_t, heun = options.nfe, options.mid_t, options.heun
+    nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
     if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
         heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur
     if heun is not None:

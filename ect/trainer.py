@@ -21,7 +21,7 @@ from ect.config import HEUN_STEPS, Config
 from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.errors import UserError
-from ect.files import checkpoint, origin
+from ect.files import checkpoint, kept, origin
 from ect.files.resume import (
     data_fingerprint,
     refuse_bad_numbers,
@@ -146,6 +146,8 @@ class Trainer:
                 if (said := self.health.judge(self.nimg, last, self.checkpoints.back)) is not None:
                     self.log.note(said)
             self.log.step(self.nimg, **shown)
+            if self._passed(every.weights_kimg):  # before the checkpoint: a kill in between loses none
+                self.keep_weights()
             if self._due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
             self._show()
@@ -153,8 +155,12 @@ class Trainer:
 
     def _due(self, kimg: float) -> bool:
         """Return whether the last update was the last of all, or of an interval."""
+        return self.nimg >= self.total_img or self._passed(kimg)
+
+    def _passed(self, kimg: float) -> bool:
+        """Return whether the last update came to the end of an interval; 0: there is none."""
         interval, before = round(kimg * 1000), self.nimg - self.cfg.batch
-        return self.nimg >= self.total_img or (interval > 0 and self.nimg // interval > before // interval)
+        return interval > 0 and self.nimg // interval > before // interval
 
     def _show(self, told: Sequence[str] = ()) -> None:
         """Rate the averages and write grids where that is due. told: what a resumed run has already, unless a kill cost it.
@@ -264,11 +270,19 @@ class Trainer:
         with self.clock.of(part):
             yield
 
-    def _write(self, healthy: bool, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-        info = {
+    def keep_weights(self) -> None:
+        """Keep the weights of now, which are no average, beside the checkpoints."""
+        if self.world.rank == 0:
+            kept.keep(self.run_dir, self.nimg, self.net, self.spec, self._info())
+
+    def _info(self) -> dict[str, Any]:
+        """Return what the model files of now say of themselves."""
+        return {
             "preset": self.cfg.preset, "objective": self.cfg.objective.kind, "nimg": self.nimg,
             "data": self.dataset.name, "mid_t": list(self.cfg.eval.mid_t),
         }  # fmt: skip
+
+    def _write(self, healthy: bool, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
         tensors |= self.state.state_tensors()
         tensors["grad_norm"] = torch.nan_to_num(self.state.grad_norm, 0.0, 0.0, 0.0)  # inf where a step was skipped
         meta |= {
@@ -276,7 +290,7 @@ class Trainer:
             "crossings": [asdict(crossing) for crossing in self.crossings],
             "config": to_dict(self.cfg), "data": self.fingerprint, "teacher": self.teacher_digest,
         }  # fmt: skip
-        emas = self.cfg.optim.emas
+        emas, info = self.cfg.optim.emas, self._info()
         (model, about), *more = [(self.state.ema_state_dict(i), {**info, "ema": emas[i]}) for i in range(len(emas))]
         return self.checkpoints.save(self.nimg, model, self.spec, about, tensors, meta, more, healthy)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
@@ -17,11 +18,17 @@ from rich.console import Console
 from ect.config import EvalConfig
 from ect.cost import memory
 from ect.errors import UserError
+from ect.files.kept import listed
 from ect.job import Job
+from ect.merge.blend import Blend, parts_of
+from ect.merge.search import search
 from ect.options import parse
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
 from ect.sample import Options, sample
+from ect.sampler import Consistency
+from ect.search import sigmas
+from ect.search.judge import data_of, judge
 from ect.step import TrainStep
 from tests import predictions
 from tests.planted import plant, raises, sound
@@ -67,6 +74,18 @@ def crash() -> None:
     raise LookupError("a planted failure")
 
 
+def searches(run: Path, world: World) -> dict[str, Any]:
+    """The levels that a search finds for a run, and the combination of its raw weights."""
+    blend = Blend(parts_of(listed(run)), CPU)
+    data, folder = data_of(blend.net, blend.info, run, None)
+    rater = judge(data, folder, None, 16, 4, CPU, world)
+    found: dict[str, Any] = {"levels": sigmas.best(blend.net, rater, (0.821,), [2], Console(quiet=True))}
+    if importlib.util.find_spec("cma") is not None:
+        coefficients, told = search(blend, rater, [Consistency((80.0,))], 8, 0, Console(quiet=True))
+        found |= {"coefficients": coefficients.tolist(), "finals": told["finals"]}
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
 def work(folder: Path, world: World) -> int:
     memory.predict = predictions.shared
     seen: dict[str, Any] = exchanges(world)
@@ -81,6 +100,7 @@ def work(folder: Path, world: World) -> int:
     branch = ["--cooldown", "--total-kimg", "0.096", "--eval.samples", "0", "--run-dir", str(folder / "cooled")]
     run(parse(["--resume", str(folder / "resumed"), *branch]))
     sample(Options(folder / "resumed", seeds="3,7,1-9", batch=4, out=folder / "samples.npz"), world)
+    seen["searches"] = searches(folder / "resumed", world)
     with pytest.MonkeyPatch.context() as patch:  # a backend that works on one of two machines
         plant(patch, "radam_ema", raises if world.rank == 1 else sound)
         run(config(run_dir=folder / "checked", self_check=True, total_kimg=0.008))

@@ -23,6 +23,7 @@ from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_
 from ect.config import Config
 from ect.errors import UserError
 from ect.files.run_folder import to_dict
+from ect.merge import __main__ as merge
 from ect.options import check, parse
 from ect.presets import PRESETS
 from ect.show.dry_run import describe
@@ -173,6 +174,7 @@ COMMANDS = {
     "ect.sample": sample.Options,
     "ect.evaluate": evaluate.Options,
     "ect.convert": convert.Options,
+    "ect.merge": merge.Options,
 }
 SWITCHES = [
     (command, path)

@@ -32,6 +32,7 @@ from ect.sample import Options, sample
 from ect.show.log import RunLog
 from ect.step import TrainStep
 from ect.trainer import Trainer
+from tests.ranks import searches
 from tests.tiny import BATCH, STEPS, config, run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -39,7 +40,7 @@ CLOCKS = ("sec_per_kimg", "seconds", "memory_bytes")
 HALVES = config(
     batch_per_device=BATCH // 2,  # sums as two ranks do, so two ranks must give the same bits
     eval=EvalConfig(samples=64, batch=16),
-    log=replace(config().log, eval_kimg=0.048, levels=True),
+    log=replace(config().log, eval_kimg=0.048, levels=True, weights_kimg=0.024),
     optim=replace(config().optim, decay="constant"),  # a trunk
 )
 
@@ -167,6 +168,18 @@ def test_samples_are_those_of_one_process(folder: Path, seen: list[dict[str, Any
     sample(Options(folder / "resumed", seeds="3,7,1-9", batch=4, threads=1, out=tmp_path / "one.npz"))
     one, two = np.load(tmp_path / "one.npz"), np.load(folder / "samples.npz")
     assert two["seeds"].tolist() == [3, 7, *range(1, 10)] and np.array_equal(one["images"], two["images"])
+
+
+@needs_gloo
+def test_raw_weights_and_searches_are_those_of_one_process(folder: Path, seen: list[dict[str, Any]]) -> None:
+    names = ["weights-000000.024.safetensors", "weights-000000.048.safetensors", "weights-000000.072.safetensors"]
+    got, want = (
+        {path.name: load_file(path) for path in (folder / name / "weights").iterdir()} for name in ("resumed", "halves")
+    )
+    assert sorted(got) == sorted(want) == names
+    assert all(torch.equal(got[name][key], tensor) for name in names for key, tensor in want[name].items())
+    alone = searches(folder / "halves", World())
+    assert [found["searches"] for found in seen] == [alone, alone] and len(alone["levels"]) == 1
 
 
 @needs_gloo

@@ -25,12 +25,12 @@ import torch.distributed.run
 import tyro
 
 from benchmarks.readme import PLACES, insert
-from ect import convert, evaluate, sample
 from ect.config import Config
 from ect.files.run_folder import to_dict
 from ect.options import parse
 from ect.presets import PRESETS
 from tests.extending.loaded import forgotten
+from tests.test_command_line import COMMANDS as ENTRIES
 from tests.test_command_line import fields
 
 if sys.version_info >= (3, 11):
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeW
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README = 130
-OPTIONS = {"ect.sample": sample.Options, "ect.evaluate": evaluate.Options, "ect.convert": convert.Options}
+OPTIONS = {name: kind for name, kind in ENTRIES.items() if name != "ect.train"}
 PLACED = {  # what a command wants without an option
     "halved_images.py": ["digits", "a folder"],
     "readme.py": ["a file"],
@@ -57,6 +57,7 @@ SHORT = [  # what is run in earnest: it needs seconds, and nothing that is not h
     "python benchmarks/digits_quality.py --report",
     "python benchmarks/precision_quality.py --report",
     "python benchmarks/long_haul.py --report",
+    "python benchmarks/merge_gain.py --report",
     "python benchmarks/first_hour.py --help",
 ]
 

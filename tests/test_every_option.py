@@ -73,6 +73,7 @@ COMMANDS = {
         "ect.convert", ("ect.convert.save_model",), {"source": SNAPSHOT, "destination": "x.safetensors"}
     ),
     "ect.doctor": Command("ect.doctor.__main__", ("ect.doctor.__main__._line",), {"run": RUN}),
+    "ect.merge": Command("ect.merge.__main__", ("ect.files.kept.listed",), {"run": RUN}, "--search --device cpu"),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),
     "ledger": Command(
         "ledger", ("ledger.train", "ledger.show", "ledger.check", "ledger.smoke", "lib.ledger_pilot.pilot")
@@ -88,6 +89,7 @@ COMMANDS = {
             ("long_haul", ["haul", "show"], {}, ""),
             ("kernel_report", ["compile_all", "compile_row_loops"], {}, ""),
             ("machine_facts", ["facts"], {"file": "x.json"}, ""),
+            ("merge_gain", ["train", "show"], {}, ""),
             ("ops", ["_load_emulator"], {}, "--device cpu"),
             ("plots", ["render"], {}, ""),
             ("precision", ["measure"], {"checkpoint": MODEL}, "--device cpu"),

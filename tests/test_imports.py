@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert", "ect.doctor.__main__"}
+ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert", "ect.doctor.__main__", "ect.merge.__main__"}
 LIGHT = {
     "ect.config",
     "ect.emas",
@@ -26,12 +26,14 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "data": {"config", "errors", "files"},
     "doctor": {"config", "errors", "files", "ranks", "show"},
     "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets"},
+    "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "search", "show"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"config", "errors"},
     "objectives": {"data", "objective"},  # its `weights` import nothing of ect: ect.objective imports them
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "optim", "precision", "step"},
+    "search": {"config", "data", "errors", "files", "metrics", "models", "ranks", "sampler", "show"},
     "show": {
         "config",
         "data",

@@ -104,6 +104,7 @@ SEED = Limit("from 0 to 2^31 - 1", lambda seed: 0 <= seed < 2**31)
 FROM_0 = Limit("0 or greater", lambda value: value >= 0)
 FROM_1 = Limit("at least 1", lambda value: value >= 1)
 BELOW_1 = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
+SOME = Limit("at least 2", lambda count: count >= 2)
 FOURS = Limit("a multiple of 4", lambda value: value >= 4 and value % 4 == 0)
 NUMBER = at_most(10**6)
 SIZES = Limit("up to 15 sizes from 1 to 4,096", lambda sizes: len(sizes) <= 15 and all(1 <= n <= 4096 for n in sizes))
@@ -232,6 +233,9 @@ class LogConfig:
     levels: bool = False
     """Say in each row, by noise level, how large the gap t - r is and how large the pairs themselves suggest that it be, and
     draw it into levels.png at the end. It costs some launches a step."""
+    weights_kimg: Annotated[float, FROM_0, KIMG] = 0.0
+    """Interval at which the weights themselves, no average, are kept in the folder `weights`, in fp16 (0: never); python -m
+    ect.merge makes averages of them."""
 
 
 @dataclass(frozen=True)

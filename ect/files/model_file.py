@@ -31,8 +31,9 @@ _SEAL = "ect_sha256"
 def save_model(path: Path, state: dict[str, Tensor], spec: dict[str, Any], info: dict[str, Any]) -> None:
     """Write a model file, atomically.
 
-    Args: state: net.state_dict(), fp32, any device and memory format. spec: what `ect.models.build` takes. info: free,
-    JSON-able ("preset", "nimg", "data", "mid_t", ...). Raises UserError where `path` cannot be written.
+    Args: state: net.state_dict(), fp32 (fp16 the parameters of raw weights), any device and memory format. spec: what
+    `ect.models.build` takes. info: free, JSON-able ("preset", "nimg", "data", "mid_t", ...).
+    Raises UserError where `path` cannot be written.
     """
     header = json.dumps({"format": FORMAT, "spec": spec, "info": info})
     seals = {_SEAL: hashlib.sha256(header.encode()).hexdigest(), _CHECKSUM: _digest(state)}

@@ -23,9 +23,9 @@ SOURCE = Path(__file__).with_name("preload.c")
 NET = "--net.model-channels 8 --net.channel-mult 1 --net.num-blocks 1 --net.attn-resolutions --net.dropout .1"
 TINY = (
     f"--device cpu --threads 1 --batch 8 --total-kimg .08 {NET} --objective.n-stages 4 --objective.stage-kimg .024 "
-    "--log.stats-kimg .016 --log.sample-kimg .032 --log.checkpoint-kimg .032 --optim.emas .9999 .999"
+    "--log.stats-kimg .016 --log.sample-kimg .032 --log.checkpoint-kimg .032 --log.weights-kimg .024 --optim.emas .9999 .999"
 ).split()
-"""Ten steps, four stages, two averages, four checkpoints of which three are kept."""
+"""Ten steps, four stages, two averages, four checkpoints of which three are kept, and raw weights of three steps."""
 PLAIN = [*TINY, "--pretrain", "None", "--eval.samples", "0"]
 WHOLE = [*TINY, "--pretrain", "digits-diffusion", "--pretrain-kimg", ".032"]
 WHOLE += ["--eval.samples", "2", "--eval.batch", "2", "--log.eval-kimg", ".048"]
