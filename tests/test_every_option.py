@@ -74,6 +74,7 @@ COMMANDS = {
     ),
     "ect.doctor": Command("ect.doctor.__main__", ("ect.doctor.__main__._line",), {"run": RUN}),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),
+    "ect.tangent": Command("ect.tangent.__main__", ("ect.tangent.__main__.train",), before="--device cpu --out x.npz"),
     "ledger": Command(
         "ledger", ("ledger.train", "ledger.show", "ledger.check", "ledger.smoke", "lib.ledger_pilot.pilot")
     ),
