@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from ect_kernels.consistency_loss import pseudo_huber
+from ect_kernels.consistency_loss import by_image, pseudo_huber
 from torch import Tensor
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ def direction(distance: Distance, D_t: Tensor, target: Tensor) -> Tensor:
         x = D_t.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(distance(x, target.detach()).sum(), x)
     norm = gradient.flatten(1).norm(dim=1)
-    return gradient / torch.where(norm == 0, 1, norm).view(-1, 1, 1, 1)
+    return gradient / by_image(torch.where(norm == 0, 1, norm))
 
 
 def along(distance: Distance, D_t: Tensor, target: Tensor, c: float) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from ect_kernels.consistency_loss import by_image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
@@ -66,10 +67,10 @@ class Augmentation(nn.Module):
         brightness, contrast = drawn(torch.randn(n, **rows)), drawn(torch.randn(n, **rows))
         blur, mixup, noise = (drawn(torch.rand(n, **rows)) for _ in range(3))
         mixup = 0.5 * mixup
-        x = x * _by_image((0.5 * contrast).exp2()) + _by_image(0.2 * brightness)
-        x = torch.lerp(x, avg_pool2d(x, 3, 1, 1, count_include_pad=False), _by_image(blur))
-        x = torch.lerp(x, x.flip(0), _by_image(mixup))
-        x = x + _by_image(0.5 * noise) * torch.randn(x.shape, **rows)
+        x = x * by_image((0.5 * contrast).exp2()) + by_image(0.2 * brightness)
+        x = torch.lerp(x, avg_pool2d(x, 3, 1, 1, count_include_pad=False), by_image(blur))
+        x = torch.lerp(x, x.flip(0), by_image(mixup))
+        x = x + by_image(0.5 * noise) * torch.randn(x.shape, **rows)
         return x, torch.cat([labels, torch.stack([brightness, contrast, blur, mixup, noise, *more], 1)], 1)
 
 
@@ -82,9 +83,5 @@ def colour(x: Tensor, flip: Tensor, turn: Tensor, saturation: Tensor) -> Tensor:
     grey = x.mean(1, keepdim=True)
     rest = x - grey
     across = (rest.roll(1, 1) - rest.roll(-1, 1)) / math.sqrt(3)  # the cross product of the axis and the rest
-    rest = _by_image(turn.cos()) * rest + _by_image(turn.sin()) * across
-    return _by_image(1 - 2 * flip) * grey + _by_image(saturation.exp2()) * rest
-
-
-def _by_image(v: Tensor) -> Tensor:
-    return v.view(-1, 1, 1, 1)
+    rest = by_image(turn.cos()) * rest + by_image(turn.sin()) * across
+    return by_image(1 - 2 * flip) * grey + by_image(saturation.exp2()) * rest
