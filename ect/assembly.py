@@ -20,6 +20,7 @@ from ect.objectives.posterior import PosteriorMean, PosteriorTarget
 from ect.optim import FlatState
 from ect.ranks.distributed import World
 from ect.step import TrainStep
+from ect.tangent.network import Features
 
 COMPILE_PAYS_STEPS = 25_000
 """Steps from which a run on a GPU compiles its network, where the configuration leaves it open. An estimate, not measured: a
@@ -97,21 +98,30 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
 
 
 def train_step(
-    cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World(), teacher: EDMPrecond | None = None
+    cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World(), teacher: EDMPrecond | None = None,
+    features: Features | None = None,
 ) -> TrainStep:  # fmt: skip
     """Make the configured update of `state`, on images of `stream`.
 
-    teacher: made by `frozen`, for an objective that wants one. Raises ValueError where `batch_per_device` is still 'auto', and
+    teacher: made by `frozen`, for an objective that wants one. features: of the images, on their device, for
+    --objective.direction features. Raises ValueError where `batch_per_device` is still 'auto' or the features are missing, and
     UserError where the objective wants all images on a device that has not the room.
     """
     device = state.params.device
     if cfg.batch_per_device == "auto":
         raise ValueError("batch_per_device is 'auto'; ect.cost.memory.plan finds the number")
+    if (cfg.objective.direction == "features") != (features is not None):
+        raise ValueError(
+            f"--objective.direction {cfg.objective.direction}: {'without' if features is None else 'with'} features"
+        )
     objective = build_objective(cfg.objective, state.compute.sigma_data)
     if cfg.log.levels and isinstance(objective, ConsistencyObjective):
         objective = replace(objective, gaps=Gaps(device))
     elif cfg.log.levels and objective.staged:
         raise UserError(f"--log.levels: the objective {cfg.objective.kind} does not count its pairs; leave it out")
+    if features is not None:
+        assert isinstance(objective, ConsistencyObjective)  # ect.options refuses others
+        objective = replace(objective, distance=features.distance)
     posterior = posterior_mean(cfg, stream) if objective.wants_data else None
     return TrainStep(
         objective, state, stream, seed=cfg.seed, batch=cfg.batch,

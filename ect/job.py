@@ -47,6 +47,7 @@ from ect.show.comparison import SEEDS, Rated, compare
 from ect.show.grid import save_png
 from ect.show.idle import idle_options
 from ect.show.log import RunLog, Screen
+from ect.tangent import file as features
 from ect.trainer import Trainer
 
 STRIP_WIDTH = 900  # pixels, about
@@ -104,6 +105,8 @@ class Job:
             refuse_new_start(begun.init_from, cfg.init_from, cfg.objective.target)
             if cfg.cooldown:
                 self.cfg = cfg = cooled(cfg, begun)
+        if cfg.objective.direction == "features":
+            features.find(self.dataset.images, cfg.data)  # or a teacher would be trained first, for nothing
         self._starts = cfg.resume is None or cfg.cooldown  # and has a folder of its own
         goes_on = None if self._starts else cfg.resume
         self.run_dir = Path(self.world.first(self._new_run_dir)) if goes_on is None else run_folder(goes_on)

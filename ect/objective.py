@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ect.config import STAGED, ObjectiveConfig, admit, refuse_taken
 from ect.data.stream import to_float
+from ect.objectives.direction import Distance, along
 from ect.objectives.gaps import Gaps
 from ect.objectives.weights import ADAPTIVE, WEIGHTINGS, adaptive_weight
 from ect.sampler import Heun, Sampler, consistency_samplers
@@ -156,6 +157,7 @@ class ConsistencyObjective(Objective):
 
     loss = w (sqrt(||D_t - D_r||^2 + c^2) - c). Noise levels follow ln t ~ N(P_mean, P_std^2). w is one of WEIGHTINGS, or
     'adaptive': ect.objectives.weights.adaptive_weight, with this c and `floor`. gaps: what the pairs are counted in, if at all.
+    distance: where there is one, D_t is drawn along its gradient (ect.objectives.direction), and the loss keeps its value.
     """
 
     mapping: Mapping = Mapping()
@@ -166,6 +168,7 @@ class ConsistencyObjective(Objective):
     P_std: float = 2.0
     floor: float = 0.05
     gaps: Gaps | None = field(default=None, compare=False)
+    distance: Distance | None = field(default=None, compare=False)
 
     precond = "ECMPrecond"
     staged = True
@@ -211,7 +214,10 @@ class ConsistencyObjective(Objective):
         weight, D_t = self.weight(t, r, target, y), denoiser(x_t, t)
         if self.gaps is not None and y is not None:
             self.gaps.add(t, r, D_t.detach(), target, y)
-        return weight * pseudo_huber(D_t - target, self.c)
+        apart = (
+            pseudo_huber(D_t - target, self.c) if self.distance is None else along(self.distance, D_t, target, self.c)
+        )
+        return weight * apart
 
     def loss(
         self, denoiser: Denoiser, y: Tensor, t: Tensor, r: Tensor, eps: Tensor, *, share_rng: bool = True
@@ -236,8 +242,9 @@ class ConsistencyObjective(Objective):
 
         Two lead from uint8 images to the U-Net's inputs, one from its outputs to loss and gradient. The formulas of a subclass
         are its own, and the ops do not know them. A least gap, the adaptive weight and `gaps` take some small launches more.
+        None with `distance`, too: its passes through another network are many launches, beside which these are few.
         """
-        if type(self) is not ConsistencyObjective or type(self.mapping) is not Mapping:
+        if type(self) is not ConsistencyObjective or type(self.mapping) is not Mapping or self.distance is not None:
             return None
         levels_of = (self.P_mean, self.P_std, *self.mapping.curve)
         t, r, label_t, label_r, flip = levels(key, stage, n0, len(images), *levels_of)

@@ -146,6 +146,12 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     yield "objective.weighting", not adaptive or staged, without
     floored = adaptive or objective.weight_floor == WEIGHT_FLOOR
     yield "objective.weight-floor", floored, f"{WEIGHT_FLOOR}, its default, without --objective.weighting adaptive"
+    drawn = objective.direction == "difference" or objective.kind == "consistency"
+    yield (
+        "objective.direction",
+        drawn,
+        f"difference with --objective.kind {objective.kind}: features are for consistency alone",
+    )
     pairs = not cfg.log.levels or staged
     yield "log.levels", pairs, f"--log.no-levels with --objective.kind {objective.kind}, which has no pairs"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"

@@ -26,6 +26,7 @@ from ect.files.resume import (
     data_fingerprint,
     refuse_bad_numbers,
     refuse_changed_data,
+    refuse_changed_features,
     refuse_changed_maths,
     refuse_changed_teacher,
 )
@@ -80,7 +81,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)  # initial weights; everything later is counter-based
         saved = None if cfg.resume is None else checkpoint.Checkpoints.load(cfg.resume)
         start = origin.find(cfg, self.objective, self.dataset, self.device, saved)
-        self.spec, self.net, self.teacher_digest = start.spec, start.net, start.teacher_digest
+        self.spec, self.net = start.spec, start.net
+        self.digests = {"teacher": start.teacher_digest, "features": start.features_digest}
         checking, ops = self_check.wanted(cfg.self_check, self.device), Recorder()
         with ops if checking else nullcontext():
             plan = memory.plan(cfg, self.spec, self.dataset, self.device, self.world.size)
@@ -89,7 +91,7 @@ class Trainer:
         self.ema_net = copy.deepcopy(self.net).eval().requires_grad_(False)
         stream = ImageStream(self.dataset, cfg.seed, self.device, cfg.batch)
         cfg_of_step = replace(cfg, batch_per_device=plan.batch_per_device)
-        self.step = train_step(cfg_of_step, self.state, stream, self.world, start.teacher)
+        self.step = train_step(cfg_of_step, self.state, stream, self.world, start.teacher, start.features)
         self.notes = [*start.notes, str(plan), self.state.note(), stream.note]
         self.gaps = getattr(self.step.objective, "gaps", None)
         self.health = Health(self.step, self.world)
@@ -288,7 +290,7 @@ class Trainer:
         meta |= {
             "nimg": self.nimg, "seconds": self.seconds, "split": self.clock.split(),
             "crossings": [asdict(crossing) for crossing in self.crossings],
-            "config": to_dict(self.cfg), "data": self.fingerprint, "teacher": self.teacher_digest,
+            "config": to_dict(self.cfg), "data": self.fingerprint, **self.digests,
         }  # fmt: skip
         emas, info = self.cfg.optim.emas, self._info()
         (model, about), *more = [(self.state.ema_state_dict(i), {**info, "ema": emas[i]}) for i in range(len(emas))]
@@ -299,7 +301,7 @@ class Trainer:
         state = self.state
         arenas = state.saved_arenas().values() if self.world.size > 1 else ()
         sums = [int(arena.view(torch.int32).sum(dtype=torch.int64)) for arena in arenas]
-        options, weights = json.dumps(to_dict(self.cfg)), str([*sums, self.teacher_digest])
+        options, weights = json.dumps(to_dict(self.cfg)), str([*sums, *self.digests.values()])
         self.world.agree({"options": options, "images": self.fingerprint, "weights": weights, "nimg": str(self.nimg)})
 
     def _resume(self, saved: checkpoint.Saved) -> None:
@@ -307,7 +309,8 @@ class Trainer:
         refuse_bad_numbers(tensors, self.path)
         refuse_changed_maths(to_dict(from_dict(meta["config"])), to_dict(self.cfg))
         refuse_changed_data(meta["data"], self.fingerprint, self.cfg.data.source)
-        refuse_changed_teacher(meta.get("teacher"), self.teacher_digest, self.cfg.init_from)
+        refuse_changed_teacher(meta.get("teacher"), self.digests["teacher"], self.cfg.init_from)
+        refuse_changed_features(meta.get("features"), self.digests["features"])
         try:
             self.state.load_state_tensors(tensors)
             self.state.grad_norm.copy_(tensors["grad_norm"])

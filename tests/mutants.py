@@ -37,6 +37,7 @@ AREAS: dict[str, list[str]] = {
         "test_gaps",
         "test_posterior",
         "test_fast_form",
+        "test_direction",
         "test_distillation",
         "test_step",
     ],

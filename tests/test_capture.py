@@ -15,11 +15,13 @@ from ect.data import ImageStream, load
 from ect.models import build
 from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
 from ect.step import TrainStep
+from ect.tangent.network import Features
 from tests.audit import Audit, faults, watch_references
 from tests.tiny import NET
 
 DATA = load(DataConfig(labels=True))
 BATCH = 8
+FEATURES = Features(8, 1).requires_grad_(False)
 
 
 WHOLE = replace(NET, channel_mult=(1, 2), attn_resolutions=(4,), label_dropout=0.2)
@@ -48,6 +50,11 @@ STEPS: dict[str, dict[str, Any]] = {
     "augmented": {"augment": 0.5, "xflip": True},
     "diffusion": {"objective": DiffusionObjective()},
     "diffusion, augmented, fp16": {"objective": DiffusionObjective(), "augment": 0.5, "precision": "fp16"},
+    "along features, flips, accumulation": {
+        "objective": ConsistencyObjective(distance=FEATURES.distance),
+        "xflip": True,
+        "micro_batch": 4,
+    },
     "plain": {"on_ops": False},
     "plain, augmented": {"on_ops": False, "augment": 0.5, "micro_batch": 4},
 }

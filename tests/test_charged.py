@@ -14,7 +14,7 @@ import torch
 from lib import charged, ledger_pilot, ledger_run, recipes
 from torch import Tensor
 
-from ect.config import EvalConfig
+from ect.config import DataConfig, EvalConfig
 from ect.data import load
 from ect.errors import UserError
 from ect.files.checkpoint import read_model
@@ -137,8 +137,8 @@ def test_what_a_recipe_rests_on_is_run_once_and_charged_to_each_line(
     )
     rated = bench.line(recipes.TEACHER, 1.0, 0)
     assert rated["seconds"] == 0 and rated["curve"][0][2].keys() == {"nfe35/FDc", "nfe35/FDp", "nfe35/imbalance"}
-    other = f"{script} {log} {{data}} all-seeds"
-    assert bench._before(other, "digits", Path("one")) == bench._before(other, "digits", Path("two")) >= 0.3
+    other, digits = f"{script} {log} {{data}} all-seeds", DataConfig()
+    assert bench._before(other, digits, Path("one")) == bench._before(other, digits, Path("two")) >= 0.3
     assert log.read_text().count("all-seeds") == 1
     monkeypatch.setitem(recipes.RECIPES, "broken", recipes.Recipe(before=("-c exit(3)",)))
     with pytest.raises(UserError, match=r"python -c 'exit\(3\)': ended with status 3"):

@@ -18,9 +18,10 @@ import pytest
 import torch
 import tyro
 
-from ect import convert, evaluate, sample
+from ect import evaluate, sample
 from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_last
 from ect.config import Config
+from ect.convert import __main__ as convert
 from ect.errors import UserError
 from ect.files.run_folder import to_dict
 from ect.merge import __main__ as merge

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ect import models
-from ect.convert import Options, convert, main
+from ect.convert.__main__ import Options, convert, main
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.edm_pickle import Snapshot, UnsafePickle

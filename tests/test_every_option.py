@@ -70,11 +70,14 @@ COMMANDS = {
     ),
     "ect.evaluate": Command("ect.evaluate", ("ect.evaluate.make_evaluator",), {"model": MODEL}, "--device cpu"),
     "ect.convert": Command(
-        "ect.convert", ("ect.convert.save_model",), {"source": SNAPSHOT, "destination": "x.safetensors"}
+        "ect.convert.__main__",
+        ("ect.convert.__main__.save_model",),
+        {"source": SNAPSHOT, "destination": "x.safetensors"},
     ),
     "ect.doctor": Command("ect.doctor.__main__", ("ect.doctor.__main__._line",), {"run": RUN}),
     "ect.merge": Command("ect.merge.__main__", ("ect.files.kept.listed",), {"run": RUN}, "--search --device cpu"),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),
+    "ect.tangent": Command("ect.tangent.__main__", ("ect.tangent.__main__.train",), before="--device cpu --out x.npz"),
     "ledger": Command(
         "ledger", ("ledger.train", "ledger.show", "ledger.check", "ledger.smoke", "lib.ledger_pilot.pilot")
     ),

@@ -21,8 +21,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ect import convert, evaluate, sample, train
+from ect import evaluate, sample, train
 from ect.config import DataConfig
+from ect.convert import __main__ as convert
 from ect.data import load
 from ect.data.readers import cifar10
 from ect.errors import UserError

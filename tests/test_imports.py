@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate", "ect.convert", "ect.doctor.__main__", "ect.merge.__main__"}
+ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate"}
+ENTRY_POINTS |= {f"ect.{name}.__main__" for name in ("convert", "doctor", "merge", "tangent")}
 LIGHT = {
     "ect.config",
     "ect.emas",
@@ -22,10 +23,23 @@ LIGHT = {
 }  # import no torch
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
     "config": {"emas", "errors"},
-    "cost": {"assembly", "config", "data", "errors", "models", "objective", "optim", "precision", "show", "step"},
+    "cost": {
+        "assembly",
+        "config",
+        "data",
+        "errors",
+        "models",
+        "objective",
+        "optim",
+        "precision",
+        "show",
+        "step",
+        "tangent",
+    },
+    "convert": {"errors", "files", "ranks"},
     "data": {"config", "errors", "files"},
     "doctor": {"config", "errors", "files", "ranks", "show"},
-    "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets"},
+    "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets", "tangent"},
     "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "search", "show"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"config", "errors"},
@@ -48,8 +62,9 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
         "ranks",
         "sampler",
     },
+    "tangent": {"config", "data", "errors", "files", "ranks"},
 }
-DENOISER_ONLY = {"ect.objective"}  # take a callable, not a network
+DENOISER_ONLY = {"ect.objective", "ect.objectives.direction"}  # take a callable, not a network
 MAX_LINES = 400
 
 

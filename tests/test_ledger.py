@@ -316,6 +316,7 @@ def test_each_way_to_train_has_a_recipe() -> None:
     hints = typing.get_type_hints(ObjectiveConfig)
     assert {cfg.objective.target for cfg in configs} == set(typing.get_args(hints["target"]))
     assert {"inverse_gap", "adaptive"} <= {cfg.objective.weighting for cfg in configs}
+    assert {cfg.objective.direction for cfg in configs} == set(typing.get_args(hints["direction"]))
     assert {"linear", "constant", "cooldown"} <= {cfg.optim.decay for cfg in configs}
 
 

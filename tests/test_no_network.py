@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ect import convert, evaluate, sample, train
+from ect import evaluate, sample, train
+from ect.convert import __main__ as convert
 from ect.files.model_file import save_model
 from ect.models import build
 from tests import edm_files as edm

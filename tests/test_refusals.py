@@ -46,6 +46,8 @@ REFUSED = [  # command, arguments; {model}: a model of coloured images, {file}: 
     ("metrics.features", "--out {new}/a.npz"),
     ("metrics.features", "--out {file}"),
     ("metrics.features", "--out a.npz --seed -1"),
+    ("tangent", "--out {new}/a.npz"),
+    ("tangent", "--data.source {new} --out a.npz"),
 ]
 
 

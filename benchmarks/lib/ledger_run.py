@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ect.config import DataConfig
 from ect.data import Dataset, load
 from ect.errors import UserError
 from ect.files.atomic import atomic
@@ -70,7 +71,7 @@ class Bench:
             if again:
                 shutil.rmtree(folder, ignore_errors=True)
             cfg = recipes.config(self.data, recipe, length, seed, self.threads)
-            before = sum(self._before(command, cfg.data.source, teacher) for command in RECIPES[recipe].before)
+            before = sum(self._before(command, cfg.data, teacher) for command in RECIPES[recipe].before)
             cfg = replace(cfg, init_from=teacher, pretrain=None)
             charged.train(cfg, folder, self.dataset, self.device, self.evaluator)
             found = charged.account(folder)
@@ -110,12 +111,13 @@ class Bench:
         cost = charged.account(self._of(seed) / "teacher")["seconds"]
         return {"weights_sha256": weights_fingerprint(net)[:16], "kimg": info["nimg"] / 1000, "seconds": cost}
 
-    def _before(self, command: str, source: str, teacher: Path) -> float:
+    def _before(self, command: str, data: DataConfig, teacher: Path) -> float:
         """Run a command of python that a recipe rests on, unless it has been run here; return what it cost.
 
         Raises UserError where it fails.
         """
-        words = [word.format(data=source, teacher=teacher) for word in shlex.split(command)]
+        places = {"data": data.source, "resolution": data.resolution, "teacher": teacher}
+        words = [word.format(**places) for word in shlex.split(command)]
         path = self.folder / f"before-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]}.json"
         if path.is_file():
             return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])

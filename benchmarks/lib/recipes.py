@@ -37,9 +37,9 @@ class Recipe:
     """A way to tune a teacher.
 
     options: of ect.train, after the data set's. before: commands of python whose work the tuning rests on, such as features
-    of the data; {data} in them is the data set's --data.source, {teacher} the teacher's file. Each is run once (one that names
-    the teacher, once a seed), and charged to every line that needs it. A result that is there already, made by hand, would be
-    found by such a command at no cost: remove it first.
+    of the data; in them {data} is the data set's --data.source, {resolution} its --data.resolution, {teacher} the teacher's
+    file. Each is run once (one that names the teacher, once a seed), and charged to every line that needs it. A result that is
+    there already, made by hand, would be found by such a command at no cost: remove it first.
     """
 
     options: str = ""
@@ -55,6 +55,8 @@ SETS = {
     "smoke": DataSet("--preset digits --eval.samples 300", teacher=0.05, tuning=0.05, points=2, seeds=1),
 }
 ONE_STAGE = "--objective.n-stages 1 --objective.q"
+FEATURES = "--objective.direction features"
+TANGENT = ("-m ect.tangent --data.source {data} --data.resolution {resolution}",)
 RECIPES = {
     TEACHER: Recipe(),
     BASE: Recipe(),  # the preset's six stages of q = 2, weight 1/(t - r)
@@ -76,6 +78,9 @@ RECIPES = {
     "q64-adaptive": Recipe(f"{ONE_STAGE} 64 --objective.weighting adaptive"),
     "q64-adaptive-c43": Recipe(f"{ONE_STAGE} 64 --objective.weighting adaptive --objective.c 0.0043"),
     "q256-adaptive": Recipe(f"{ONE_STAGE} 256 --objective.weighting adaptive"),
+    "features": Recipe(FEATURES, TANGENT),
+    "q64-features": Recipe(f"{ONE_STAGE} 64 {FEATURES}", TANGENT),
+    "q64-adaptive-features": Recipe(f"{ONE_STAGE} 64 --objective.weighting adaptive {FEATURES}", TANGENT),
 }
 
 

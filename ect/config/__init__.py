@@ -193,6 +193,9 @@ class ObjectiveConfig:
     """The gap 1 - r/t stops closing at this value, such as .001. 0: it closes to that of the last stage."""
     weight_floor: Annotated[float, ABOVE_0, NUMBER] = WEIGHT_FLOOR
     """The least distance that 'adaptive' divides by. Where r = 0 the distance is 0, and the weight 1/weight_floor."""
+    direction: Literal["difference", "features"] = "difference"
+    """The way of D_t to its target: along their difference (ECT), or along the gradient of their distance in features of the
+    data set, which python -m ect.tangent trains before ('features'; Align Your Tangent, arXiv 2510.00658)."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ect.data.stream import RESIDENT_SHARE
 from ect.errors import UserError
 from ect.models import build, fused
 from ect.show.grid import GRID_SEEDS
+from ect.tangent.network import Features
 
 GB = 1e9
 CUDA_CONTEXT = 600_000_000  # the driver's, and the code of torch, cuBLAS and cuDNN as far as it is loaded
@@ -40,9 +41,10 @@ CGROUP = Path("/sys/fs/cgroup")  # of a Linux container
 class Prediction:
     """Peak memory of a run, in bytes.
 
-    state: parameters, gradients, moments, averages, the averaged network, a frozen teacher, images. update: the most that an
-    update has alive beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the update's
-    memory meanwhile. allowance: for what lies outside of tensors. launches: no memory, but counted on the way: of an update.
+    state: parameters, gradients, moments, averages, the averaged network, a frozen teacher, features, images. update: the most
+    that an update has alive beside them. between: the most that sampling or a checkpoint has; a captured graph keeps the
+    update's memory meanwhile. allowance: for what lies outside of tensors. launches: no memory, but counted on the way: of an
+    update.
     """
 
     batch_per_device: int
@@ -94,13 +96,16 @@ def predict(
     )  # fmt: skip
     on_ops = gpu or fused.wanted(None, torch.empty(0))
     with torch.device("meta"):
-        net, teacher = build(spec).train(), None
+        net, teacher, features = build(spec).train(), None, None
         net.model.on_ops = on_ops
         if objective_type(cfg.objective).wants_teacher:
             teacher = frozen(traced, copy.deepcopy(net))
+        if cfg.objective.direction == "features":
+            features = Features(dataset.resolution, dataset.channels).requires_grad_(False)
     state = flat_state(traced, net)
     stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
-    update = Footprint.of(trace(train_step(traced, state, stream, teacher=teacher).update, device.type))
+    step = train_step(traced, state, stream, teacher=teacher, features=features)
+    update = Footprint.of(trace(step.update, device.type))
     with torch.no_grad():
         images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from ect.files.model_file import check_fits, load_weights
 from ect.files.resume import weights_fingerprint
 from ect.models import ECMPrecond, EDMPrecond, build
 from ect.objective import Objective
+from ect.tangent import file as features_file
+from ect.tangent.network import Features
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Origin:
     """The network to train, and the frozen one beside it where the objective wants a teacher.
 
     spec: the network's description for ect.models.build. net: in train mode, on the device. teacher_digest: of its weights,
-    by which a resume knows it. notes: lines for the log.
+    by which a resume knows it. features: of the images, for --objective.direction, with a digest likewise. notes: for the log.
     """
 
     spec: dict[str, Any]
@@ -31,6 +33,8 @@ class Origin:
     notes: list[str]
     teacher: EDMPrecond | None = None
     teacher_digest: str | None = None
+    features: Features | None = None
+    features_digest: str | None = None
 
 
 def find(
@@ -39,7 +43,7 @@ def find(
     """Return the networks of a phase. saved: the checkpoint that it resumes from.
 
     Raises UserError where the network of --init-from does not fit the data, the teacher is none, or the data have no classes
-    for an objective that wants them.
+    for an objective that wants them, or no features for a direction that does.
     """
     if objective.wants_data and dataset.labels is not None and not dataset.has_classes:
         raise UserError(
@@ -48,11 +52,17 @@ def find(
         )
     spec, net, notes = _network(cfg, objective, dataset, saved)
     net = net.to(device).train()
-    if not objective.wants_teacher:
-        return Origin(spec, net, notes)
-    teacher = _teacher(cfg, device)
-    notes.append(f"the frozen teacher is {cfg.init_from}")
-    return Origin(spec, net, notes, frozen(cfg, teacher), weights_fingerprint(teacher))
+    found = Origin(spec, net, notes)
+    if objective.wants_teacher:
+        teacher = _teacher(cfg, device)
+        notes.append(f"the frozen teacher is {cfg.init_from}")
+        found = replace(found, teacher=frozen(cfg, teacher), teacher_digest=weights_fingerprint(teacher))
+    if cfg.objective.direction == "features":
+        features = features_file.find(dataset.images, cfg.data).to(device)
+        digest = weights_fingerprint(features)
+        notes.append(f"D_t is drawn along features of {dataset.name} (SHA-256 {digest[:12]})")
+        found = replace(found, features=features, features_digest=digest)
+    return found
 
 
 def _network(

@@ -110,6 +110,15 @@ def refuse_changed_teacher(saved: str | None, new: str | None, source: Path | No
         )
 
 
+def refuse_changed_features(saved: str | None, new: str | None) -> None:
+    """Raise UserError unless both fingerprints of the weights of --objective.direction's features agree."""
+    if saved != new:
+        raise UserError(
+            "--objective.direction features: the features of these images are not those that the run was started with; put "
+            "their file back, or start a new run"
+        )
+
+
 def refuse_bad_numbers(tensors: dict[str, Tensor], model: Path) -> None:
     """Raise UserError, naming it, where a weight, moment or average of a training state is not finite. model: its file."""
     check_finite({name: tensor for name, tensor in tensors.items() if name not in _SHOWN}, str(model))

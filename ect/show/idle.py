@@ -20,3 +20,5 @@ def idle_options(cfg: Config, dataset: Dataset) -> Iterator[str]:
     objective = cfg.objective
     if 0 < objective.min_gap <= (last := objective.q**-objective.n_stages):
         yield f"--objective.min-gap {objective.min_gap}: no stage comes so close; the gap of the last one is {last:.3g}"
+    if objective.direction == "features" and objective.c > 0 and objective.weighting != "adaptive":
+        yield f"--objective.c {objective.c}: along features the loss has a gradient without it; it changes what is logged alone"

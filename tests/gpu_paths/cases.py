@@ -14,6 +14,7 @@ from ect.data import Dataset, ImageStream
 from ect.models import EDMPrecond, build
 from ect.presets import PRESETS
 from ect.step import TrainStep
+from ect.tangent.network import Features
 from tests.gpu_paths.pairwise import Case, product
 
 BATCH, RESOLUTION = 4, 16
@@ -67,10 +68,11 @@ def configuration(**case: Any) -> Config:
     weighting: Any = "adaptive" if case.get("objective") == "adaptive" else "inverse_gap"
     least = 0.01 if case.get("objective") == "adaptive" else 0.0  # another option of the pair, along with it
     levels = case.get("objective") in ("adaptive", "posterior")
+    direction: Any = "features" if case.get("objective") == "distillation" else "difference"  # along with it, likewise
     return replace(
         base, net=net, precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
         log=replace(base.log, levels=levels),
-        objective=replace(base.objective, target=target, weighting=weighting, min_gap=least),
+        objective=replace(base.objective, target=target, weighting=weighting, min_gap=least, direction=direction),
         batch_per_device=BATCH // 2 if case.get("accumulation") else None,
         data=replace(base.data, augment=0.12 if case.get("augment") else 0.0, xflip=bool(case.get("xflip"))),
         optim=replace(base.optim, clip=1.0 if case.get("clip") else None),
@@ -95,4 +97,8 @@ def step(**case: Any) -> TrainStep:
     teacher = frozen(cfg, network(cfg, data, device)) if objective_type(cfg.objective).wants_teacher else None
     state = flat_state(cfg, network(cfg, data, device))
     resident = {"resident": True, "streamed": False}.get(case.get("images", ""))
-    return train_step(cfg, state, ImageStream(data, cfg.seed, device, cfg.batch, resident), teacher=teacher)
+    features = (
+        Features(RESOLUTION, 3).to(device).requires_grad_(False) if cfg.objective.direction == "features" else None
+    )
+    stream = ImageStream(data, cfg.seed, device, cfg.batch, resident)
+    return train_step(cfg, state, stream, teacher=teacher, features=features)

@@ -1,0 +1,1 @@
+"""EDM and ECT snapshots become the files that everything here reads."""
