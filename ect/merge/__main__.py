@@ -105,7 +105,6 @@ def merge(options: Options, console: Console, world: World = World()) -> None:
         blend = Blend(parts_of(within(weights, options.uniform, "--uniform")), device)
         coefficients = uniform(len(blend.parts))
     else:
-        lcsc.library()  # before the minutes of rating
         half = f"{weights[-1].nimg / 2000}-{weights[-1].nimg / 1000}"
         blend = Blend(search.parts(run, load(run), within(weights, options.range or half, "--range")), device)
         coefficients, told = _search(blend, options, device, console, world)
@@ -130,6 +129,7 @@ def _search(
         console.print(line, markup=False, highlight=False)
     data, folder = data_of(blend.net, blend.info, options.run.expanduser(), options.data)
     rater = judge(data, folder, options.metric, options.samples, options.batch, device, world)
+    lcsc.library()  # before the minutes of rating
     with sampling(PRECISIONS[options.precision]), Progress(console=console, transient=True) as rater.progress:
         rater.progress.add_task("rating", total=options.ratings + len(search.single(blend)))
         return search.search(blend, rater, samplers, options.ratings, options.seed, console)
