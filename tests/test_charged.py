@@ -167,5 +167,5 @@ def test_what_a_recipe_rests_on_is_charged_in_the_unit_of_its_line(tmp_path: Pat
     for device, folder in (("cpu", "a"), ("cuda", "b")):
         bench.device, bench.folder = torch.device(device), tmp_path / folder
         bench.folder.mkdir()
-        cost = bench._before("-S -c 'import time; time.sleep(0.5)'", "digits", Path("teacher"))
+        cost = bench._before("-S -c 'import time; time.sleep(0.5)'", DataConfig(), Path("teacher"))
         assert (cost >= 0.5) == (device == "cuda")
