@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ect import convert, evaluate, sample, train
+from ect import evaluate, sample, train
+from ect.convert import __main__ as convert
 from ect.doctor import __main__ as doctor
 from ect.files.run_folder import evaluation_dir, leaving_nothing
 from tests.test_sample import write_model

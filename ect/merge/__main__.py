@@ -111,9 +111,9 @@ def merge(options: Options, console: Console, world: World = World()) -> None:
         about |= told
     if world.rank == 0:
         blend.save(out, coefficients, about)
-        console.print(
-            f"wrote {out}, of {int((coefficients != 0).sum())} sets of weights", highlight=False, markup=False
-        )
+        print(
+            f"wrote {out}, of {int((coefficients != 0).sum())} sets of weights"
+        )  # a path is not to be broken into lines
 
 
 def _search(
