@@ -129,6 +129,8 @@ class Trainer:
             self.grids()
             self.path = self.save()
         elif self.nimg:
+            if self.nimg >= self.total_img and self.world.rank == 0:
+                self.checkpoints.tidy(self.path)
             self._show(self.world.first(lambda: sorted(log.told())))
         step_seconds, row_nimg, shown = 0.0, self.nimg, {}
         stopping = self.stop.heard()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -314,6 +315,18 @@ def test_bad_device_is_named(tmp_path: Path) -> None:
 def test_pretraining_is_the_same_trainer_with_another_objective() -> None:
     cfg = pretrain_config(PRESETS["digits"])
     assert cfg.objective.kind == "diffusion" and cfg.optim.lr == 4e-3 and cfg.pretrain is None
+
+
+@pytest.mark.slow
+def test_a_resume_at_the_end_removes_what_a_kill_left_of_the_last_prune(tmp_path: Path) -> None:
+    folder = run(config(), tmp_path / "run").run_dir
+    before = {path.name for path in folder.iterdir()}
+    for kind in (".safetensors", ".state.safetensors"):  # its manifest went first
+        shutil.copy(folder / f"checkpoint-000000.080{kind}", folder / f"checkpoint-000000.000{kind}")
+    run(config(resume=folder), folder)
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} == {
+        name for name in before if not name.startswith("events.")
+    }
 
 
 @pytest.mark.slow

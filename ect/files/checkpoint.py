@@ -188,6 +188,10 @@ class Checkpoints:
         self._point(stem)
         return self.run_dir / f"{stem}{_MODEL}"
 
+    def tidy(self, model: Path) -> None:
+        """Remove what a kill left of the checkpoints before this last one, as the next save would if there were one."""
+        self._prune(model.name.removesuffix(_MODEL))
+
     def _point(self, stem: str) -> None:
         with atomic(self.run_dir / "latest") as temp:
             temp.write_text(f"{stem}\n")
