@@ -10,7 +10,6 @@ benchmarks/results/merge_gain.jsonl; --report reads that file instead of trainin
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import torch
-from lib.history import append
+from lib import history
 from lib.measure import machine
 from lib.options import command, tyro_options
 from rich.console import Console
@@ -127,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.report:
         if not options.results.is_file():
             raise UserError(f"--results {options.results}: no such file; leave --report out to make one")
-        found = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+        found = history.lines(options.results)
         latest = {(line["seed"], line["nfe"]): line for line in found if line["seed"] in options.seeds}
         if not latest:
             raise UserError(f"--results {options.results}: has none of --seeds {options.seeds}; leave --report out")
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 train(seed, run)
             for nfe in (1, 2):
                 lines.append({"seed": seed, **facts, **gain(run, nfe, options)})
-                append(options.results, lines[-1])
+                history.append(options.results, lines[-1])
     return 0 if show(lines, options.markdown) or not options.check else 1
 
 

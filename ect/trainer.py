@@ -245,10 +245,8 @@ class Trainer:
             return []
         seconds = self.seconds
         (second,) = self._rate(0, [row.sampler], seed=self.cfg.eval.samples)
-        figures = row.mean(target.column), second.mean(target.column)  # on all ranks the same
-        crossing = Crossing(
-            target.text, self.nimg, seconds, figures[0], figures[1], self.seconds, target.met(figures[1])
-        )
+        figure, again = row.mean(target.column), second.mean(target.column)  # on all ranks the same
+        crossing = Crossing(target.text, self.nimg, seconds, figure, again, self.seconds, target.met(again))
         self.crossings.append(crossing)
         self.log.note(str(crossing))
         self.log.event("target", **asdict(crossing))
