@@ -61,14 +61,16 @@ def forked(ground: Ground, number: int, count: int) -> None:
 def ended(place: Place, end: End, which: int) -> None:
     """Hold that a run ended as it says it does, and left nothing half-written.
 
-    Before the first line of ect runs, the signals do what they do to any process of Python.
+    Before the first line of ect runs, and after its last, the signals do what they do to any process of Python.
     """
-    if end.status == -which or (which == signal.SIGINT and "Traceback" in end.err and "/ect/" not in end.err):
+    python = end.status == -which or (which == signal.SIGINT and "Traceback" in end.err and "/ect/" not in end.err)
+    over = "Stopped; all is saved" in end.out or "Wall clock" in end.out
+    if python and not over:
         assert not end.out and not place.run.exists()
         return
-    assert end.status in (0, 128 + which), (end.status, end.err[-2000:])
+    assert python or end.status in (0, 128 + which), (end.status, end.err[-2000:])
     assert all(line in SAID for line in end.err.splitlines() if line.strip()), end.err[-2000:]
-    assert end.status or "Stopped; all is saved" in end.out or "Wall clock" in end.out, end.out
+    assert over or end.status > 0, end.out
     left = names(place.run) if place.run.is_dir() else set()
     assert not [name for name in left if "tmp" in name or "lock" in name], left
 
