@@ -133,7 +133,7 @@ def main(args: Sequence[str] | None = None) -> int:
     where = next(net.parameters()).device
     images, labels = dataset.images[: options.samples].to(where), None
     if net.label_dim and dataset.labels is not None:
-        labels = dataset.labels[: options.samples].to(where)
+        labels = dataset.labels[: options.samples].to(where, torch.float32)
     arithmetic = "emulated" if where.type == "cpu" else "measured on the device"
     print(f"{options.checkpoint.name}, {len(images)} images of {dataset.name}, {arithmetic}; {header(where)}")
     found = measure(net, images, labels)

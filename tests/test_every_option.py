@@ -74,6 +74,11 @@ COMMANDS = {
         ("ect.convert.__main__.save_model",),
         {"source": SNAPSHOT, "destination": "x.safetensors"},
     ),
+    "ect.data.imagenet": Command(
+        "ect.data.imagenet.__main__",
+        ("ect.data.imagenet.__main__.find",),
+        {"source": "tests/fixtures", "destination": "x.zip"},
+    ),
     "ect.doctor": Command("ect.doctor.__main__", ("ect.doctor.__main__._line",), {"run": RUN}),
     "ect.merge": Command("ect.merge.__main__", ("ect.files.kept.listed",), {"run": RUN}, "--search --device cpu"),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate"}
-ENTRY_POINTS |= {f"ect.{name}.__main__" for name in ("convert", "doctor", "merge", "tangent")}
+ENTRY_POINTS |= {f"ect.{name}.__main__" for name in ("convert", "data.imagenet", "doctor", "merge", "tangent")}
 LIGHT = {
     "ect.config",
     "ect.emas",
@@ -37,7 +37,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
         "tangent",
     },
     "convert": {"errors", "files", "ranks"},
-    "data": {"config", "errors", "files"},
+    "data": {"config", "errors", "files", "ranks"},
     "doctor": {"config", "errors", "files", "ranks", "show"},
     "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets", "tangent"},
     "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "search", "show"},

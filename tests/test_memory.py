@@ -14,9 +14,9 @@ from ect_kernels import dispatch
 
 from ect.assembly import network_spec
 from ect.config import Config, DataConfig
-from ect.cost import memory
 from ect.cost.memory import GB, Prediction, available, fit, predict
 from ect.data import Dataset, load
+from ect.data.readers import space
 from ect.errors import UserError
 from ect.presets import PRESETS
 from tests.tiny import NET
@@ -71,8 +71,8 @@ def test_a_prediction_leaves_the_choice_of_kernels_as_it_was() -> None:
 
 
 def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(space, "CGROUP", tmp_path)
+    monkeypatch.setattr(space, "MEMORY_INFO", tmp_path / "meminfo")
     with pytest.raises(UserError, match="give a number"):
         available(CPU)
     (tmp_path / "meminfo").write_text("MemTotal: 2000 kB\nMemAvailable:    1000 kB\n")

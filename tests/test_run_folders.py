@@ -101,7 +101,7 @@ def test_runs_that_is_a_file_or_cannot_be_written_is_refused(tmp_path: Path, mon
 @pytest.mark.slow
 def test_two_new_runs_that_found_the_same_folder_empty(tmp_path: Path) -> None:
     first, second = (Job(config(run_dir=tmp_path / "run"), Console(quiet=True)) for _ in range(2))
-    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process trains in this folder"):
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process works in this folder"):
         second.run()
     assert first.run()
     with pytest.raises(UserError, match="not an empty folder"):

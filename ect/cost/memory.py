@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ect.config import Config
 from ect.cost.footprint import Footprint
 from ect.cost.trace import trace
 from ect.data import Dataset, ImageStream
+from ect.data.readers.space import free_memory
 from ect.data.stream import RESIDENT_SHARE
 from ect.errors import UserError
 from ect.models import build, fused
@@ -33,8 +33,6 @@ FRAGMENTATION = 0.1  # of the update's tensors: what the caching allocator canno
 # what a prediction and a network make torch import, another 0.06 by the first updates, grids and checkpoint.
 PROCESS = 780_000_000
 COMPILER = 170_000_000  # measured likewise: torch.compile on a CPU, beside PROCESS
-MEMORY_INFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")  # of a Linux container
 
 
 @dataclass(frozen=True)
@@ -165,13 +163,7 @@ def available(device: torch.device) -> int:
     """Return the free bytes of a device; for a CPU what the machine has left, or the container where that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = []
-    if MEMORY_INFO.is_file():
-        rows = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
-        free.append(int(rows["MemAvailable"].split()[0]) * 1024)
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free.append(int(limit.read_text()) - int(used.read_text()))
-    if not free:
+    free = free_memory()
+    if free is None:
         raise UserError("--batch-per-device auto: this system does not tell its free memory; give a number")
-    return min(free)
+    return free

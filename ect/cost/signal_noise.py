@@ -44,7 +44,7 @@ def note(net: EDMPrecond, precision: str, dataset: Dataset) -> str:
     """Return what a precision costs on the first images of a data set, as a line for a run's log; net as for `signal_noise`."""
     device, labels = next(net.parameters()).device, dataset.labels
     images = dataset.images[:NOTE_IMAGES].to(device)
-    labels = None if labels is None else labels[:NOTE_IMAGES].to(device)
+    labels = None if labels is None else labels[:NOTE_IMAGES].to(device, torch.float32)
     noise = signal_noise(net, precision, images, labels, against=torch.float32)
     found = ", ".join(f"{100 * error:.0f} % at t = {t:g}" for t, error in noise.items())
     return f"noise of {precision} on the signal D(x_t, t) - D(x_r, r) at its smallest: {found}"

@@ -23,7 +23,7 @@ class Dataset:
 
     name: short name for logs and model files
     images: uint8 [N, H, W, C], contiguous; H = W is a multiple of 4, C = 1 (grey) or 3 (RGB)
-    labels: float32 [N, L], one-hot rows or vectors, or None
+    labels: [N, L], uint8 one-hot rows or float32 vectors, or None
     notes: what was left out or changed while reading, as lines for the log
     """
 
@@ -51,7 +51,9 @@ class Dataset:
     def has_classes(self) -> bool:
         """True where each label is one class, a row of zeros with a single one."""
         labels = self.labels
-        return labels is not None and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
+        if labels is None or labels.dtype == torch.uint8:
+            return labels is not None
+        return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
 
     def describe(self) -> str:
         """Say what it is, in a line: name, images, size, colour, and the classes with their counts."""

@@ -122,7 +122,7 @@ class ImageStream:
         if n0 < 0 or n < 1 or n0 + n > self.batch_size:
             raise ValueError(f"expected n0 >= 0, n >= 1 and n0 + n <= {self.batch_size}, found {n0} and {n}")
         which = self.index[n0 : n0 + n] if self.resident else slice(n0, n0 + n)
-        return self.images[which], None if self.labels is None else self.labels[which]
+        return self.images[which], None if self.labels is None else self.labels[which].float()
 
     def close(self) -> None:
         """Stop the thread and wait for its end; no seek can follow."""

@@ -76,7 +76,7 @@ def _acquire(path: Path) -> int | None:
                 time.sleep(0.05)
                 continue
             raise UserError(
-                f"{path.parent}: another process trains in this folder ({holder}); wait for it, stop it, or give another folder"
+                f"{path.parent}: another process works in this folder ({holder}); wait for it, stop it, or give another folder"
             ) from error
         except OSError as error:
             os.close(descriptor)

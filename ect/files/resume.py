@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ect.emas import spelled
@@ -22,6 +23,8 @@ _COOLS = {"optim.decay", "optim.cooldown_share", "total_kimg", "pretrain", "pret
 """The options that ect.files.branch sets."""
 _SHOWN = {"grad_norm", "tally_loss"}
 """Tensors of the state that are shown and teach nothing; version 0.1 wrote them as they were."""
+_ROWS = 4096
+"""Images or labels of a fingerprint that are copied at a time."""
 
 
 class ChangedMaths(UserError):
@@ -73,12 +76,16 @@ def _show(config: dict[str, Any], name: str) -> str:
 
 
 def data_fingerprint(images: Tensor, labels: Tensor | None) -> str:
-    """Return the SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes."""
+    """Return the SHA-256 of a data set: uint8 images [N, H, W, C] and labels [N, L] or None, with their shapes.
+
+    Labels count as float32, some rows at a time, in whatever type they are kept.
+    """
     digest = hashlib.sha256()
-    for tensor in (images, labels):
+    for tensor, dtype in ((images, torch.uint8), (labels, torch.float32)):
         if tensor is not None:
-            digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+            digest.update(f"{tuple(tensor.shape)} {dtype};".encode())
+            for rows in tensor.detach().split(_ROWS):
+                digest.update(rows.cpu().to(dtype).contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -163,7 +163,7 @@ def make(options: TrainOptions) -> str:
     )
     data = load(DataConfig(options.data, resolution=options.resolution, labels=True))
     images, labels = data.images, data.labels
-    if labels is None or not bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()):
+    if labels is None or not data.has_classes:
         raise UserError(f"--data {options.data}: expected one class for each image, for a classifier to learn")
     if len(images) - held_out(len(images)) < BATCH:
         raise UserError(f"--data {options.data}: {len(images)} images are too few; expected at least {2 * BATCH}")

@@ -35,7 +35,7 @@ _DAMAGED = (
 
 
 class Read(NamedTuple):
-    """The result of a reader: uint8 [N, H, W, C], float32 [N, L] or None, and lines for the log."""
+    """The result of a reader: uint8 [N, H, W, C], labels [N, L] or None, and lines for the log."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -49,7 +49,7 @@ def read_folder(root: Path, labels: bool, resolution: int | None, convert: Conve
     are as for pictures.decode_all. Files and folders whose names begin with a dot, and __MACOSX, are no data. Raises
     UserError naming the first file that does not fit.
     """
-    names = [Path(folder, file).relative_to(root).as_posix() for folder, files in _walk(root) for file in files]
+    names = [Path(folder, file).relative_to(root).as_posix() for folder, files in walk(root) for file in files]
     source = _pictures(
         Source(root, sorted(names), lambda name: (root / name).read_bytes(), lambda name: (root / name).stat().st_size)
     )
@@ -63,7 +63,7 @@ def read_folder(root: Path, labels: bool, resolution: int | None, convert: Conve
     return Read(images, vectors, notes)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """Walk as os.walk through links too, each real folder once on a way down.
 
     A link to a folder above it would never end.
@@ -110,7 +110,7 @@ def read_zip(path: Path, labels: bool, resolution: int | None, convert: Convert 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the files by their names below the folder that holds dataset.json, if that one folder counts."""
     infos = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
-    infos = {name: info for name, info in infos.items() if not name.endswith("/") and not _hidden(name)}
+    infos = {name: info for name, info in infos.items() if not name.endswith("/") and not hidden(name)}
     tops = {name.split("/")[0] for name in infos}
     top = min(tops, default="")
     if len(tops) == 1 and f"{top}/{LABELS}" in infos:
@@ -141,14 +141,14 @@ def _read_member(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo) ->
     return archive.read(info)
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _pictures(source: Source) -> Source:
     """Return the files with an extension that PIL can open, but none that is hidden."""
     known = extensions()
-    names = [name for name in source.names if splitext(name)[1].lower() in known and not _hidden(name)]
+    names = [name for name in source.names if splitext(name)[1].lower() in known and not hidden(name)]
     if not names:
         raise UserError(
             f"{source.path}: no images in it. Expected .png, .jpg or other files that PIL reads; check --data.source"

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ect.data.readers import space
 from ect.errors import UserError
 
 Convert = Literal["rgb", "grey"]
@@ -107,21 +108,17 @@ def decode_all(source: Source, resolution: int | None, convert: Convert | None) 
 
 
 def _array(source: Source, first: np.ndarray, resolution: int | None) -> np.ndarray:
-    """Return the array of all images, with the first in it. Raises UserError where there is no memory for so many of its size.
+    """Return the array of all images, with the first in it. Raises UserError where there is no room for so many of its size.
 
     Without `resolution` that is also where the files are too small to hold them.
     """
-    size = len(source.names) * first.nbytes
+    count, size = len(source.names), len(source.names) * first.nbytes
     if resolution is None and size > most_bytes(sum(map(source.size, source.names))):
         where = source.path / source.names[0]
         raise UserError(
             f"{where}: {first.nbytes:,} bytes of pixels, which the other files are too small to have. Remove it"
         )
-    try:
-        images = np.empty((len(source.names), *first.shape), np.uint8)
-    except MemoryError as error:
-        what = f"{len(source.names):,} images of {first.shape[1]}x{first.shape[0]} need {size / 1e9:,.0f} GB of memory"
-        raise UserError(f"{source.path}: {what}. Choose a smaller --data.resolution") from error
+    images = space.empty((count, *first.shape), f"{source.path}: {count:,} images of {first.shape[1]}x{first.shape[0]}")
     images[0] = first
     return images
 
