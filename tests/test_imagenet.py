@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 
 from ect.config import DataConfig
-from ect.data import load
+from ect.data import ImageStream, load
 from ect.data.imagenet import __main__ as imagenet
 from ect.data.imagenet import shards
 from ect.data.imagenet.crops import dhariwal
-from ect.data.readers import space
+from ect.data.readers import labels, space
+from ect.files.resume import data_fingerprint
 
 ROOT = Path(__file__).parents[1]
 COUNTS = {"n02": 3, "n01": 2, "n10": 4}
@@ -83,9 +84,9 @@ def test_the_zip_has_edms_layout(made: bytes) -> None:
         names = [member.filename for member in members]
         assert names == [f"00000/img{i:08d}.png" for i in range(9)] + ["dataset.json"]
         assert {member.compress_type for member in members} == {zipfile.ZIP_STORED}
-        labels = json.loads(archive.read("dataset.json"))["labels"]
+        numbered = json.loads(archive.read("dataset.json"))["labels"]
         # The classes are numbered by their sorted names.
-        assert labels == [[name, number] for name, number in zip(names, [0, 0, 1, 1, 1, 2, 2, 2, 2], strict=False)]
+        assert numbered == [[name, number] for name, number in zip(names, [0, 0, 1, 1, 1, 2, 2, 2, 2], strict=False)]
         for name in names[:-1]:
             with Image.open(archive.open(name)) as picture:
                 assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (8, 8))
@@ -258,3 +259,20 @@ def test_pixels_that_fit_nowhere_are_refused(made: bytes, tree: Path, monkeypatc
     monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: shutil_usage(1000))
     with pytest.raises(space.UserError, match=r"9 images of 8x8 take .*TMPDIR"):
         load(DataConfig(str(tree.parent / "made.zip")))
+
+
+def test_very_many_labels_are_bytes_and_mean_the_same(made: bytes, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = DataConfig(str(tree.parent / "made.zip"), labels=True)
+    floats = load(source)
+    monkeypatch.setattr(labels, "_FLOATS", 26)
+    few = load(source)
+    assert floats.labels is not None and few.labels is not None
+    assert (floats.labels.dtype, few.labels.dtype) == (torch.float32, torch.uint8)
+    assert floats.describe() == few.describe() and few.has_classes
+    assert data_fingerprint(floats.images, floats.labels) == data_fingerprint(few.images, few.labels)
+    for resident in (True, False):
+        streams = [ImageStream(data, 3, batch=4, resident=resident) for data in (floats, few)]
+        for stream in streams:
+            stream.seek(4)
+        (_, want), (_, got) = (stream.batch(1, 3) for stream in streams)
+        assert got is not None and want is not None and got.dtype == torch.float32 and torch.equal(got, want)

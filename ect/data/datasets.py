@@ -23,7 +23,7 @@ class Dataset:
 
     name: short name for logs and model files
     images: uint8 [N, H, W, C], contiguous; H = W is a multiple of 4, C = 1 (grey) or 3 (RGB)
-    labels: [N, L], uint8 one-hot rows or float32 vectors, or None
+    labels: float32 [N, L], one-hot rows or vectors, or None; very many one-hot rows are uint8
     notes: what was left out or changed while reading, as lines for the log
     """
 

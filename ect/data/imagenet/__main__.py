@@ -48,7 +48,7 @@ class Options:
     resolution: int = 64
     """Width of a picture in pixels."""
     crop: Crop = "dhariwal"
-    """From picture to square: 'dhariwal', as for EDM2's and ADM's models, or 'center', as for EDM's."""
+    """'dhariwal': squares as those of EDM2's and ADM's models; 'center': as those of EDM's."""
     jobs: int = 0
     """Classes at a time; 0: as many as there are processors."""
 

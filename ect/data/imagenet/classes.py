@@ -1,4 +1,4 @@
-"""Where the pictures of each class lie: a folder for each, or the tar files in which ImageNet is published."""
+"""The classes of a data set and their pictures: in a folder each, or in the tar files in which ImageNet is published."""
 
 from __future__ import annotations
 

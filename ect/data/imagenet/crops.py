@@ -1,4 +1,4 @@
-"""From a picture of any size to a small square, as the data sets of the field are made."""
+"""Small squares of pictures of any size, as the data sets of the field have them."""
 
 from __future__ import annotations
 

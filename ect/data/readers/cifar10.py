@@ -54,7 +54,7 @@ def claims(path: Path) -> bool:
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the 50,000 training images.
 
-    Images are uint8 [50000, 32, 32, 3] in the order of the batches, labels uint8 one-hot [50000, 10]. The checksum is
+    Images are uint8 [50000, 32, 32, 3] in the order of the batches, labels float32 one-hot [50000, 10]. The checksum is
     not enforced (the archive may have been packed anew), the structure is. Raises UserError.
     """
     if not path.exists():

@@ -41,7 +41,7 @@ def _named(path: Path) -> bool:
 
 
 def read(path: Path, labels: bool, resolution: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return images uint8 [N, H, W, 1], and if `labels` uint8 one-hot [N, L].
+    """Return images uint8 [N, H, W, 1], and if `labels` float32 one-hot [N, L].
 
     path: the image file, or the folder that holds it (MNIST's training set, where it has that and the test set). The label
     file lies beside it. Images must be squares whose side is a multiple of 4, unless the caller will crop and resize them to

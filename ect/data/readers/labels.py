@@ -1,4 +1,4 @@
-"""Labels from EDM's dataset.json or from folder names: classes as one-hot uint8 [N, L], vectors as float32 [N, L]."""
+"""Class labels from EDM's dataset.json or from folder names, as [N, L]."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ MAX_CLASSES = 32_768  # a larger class index is a mistake, and its one-hot rows 
 _SMALL, _MAX_NUMBERS, _SHARE = 10**7, 180_000_000, 64
 """A file of labels below so many bytes may make so many numbers, a larger one so many for each of its bytes: a large index in
 a small file must not fill the memory. ImageNet's has 30 for each byte."""
+_FLOATS = 2**26
+"""One-hot labels of more numbers are bytes: ImageNet's have 1.3 GB so, and would have 5."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def one_hot(indices: np.ndarray, classes: int) -> np.ndarray:
-    """Turn integer class indices [N] in [0, classes) into uint8 [N, classes]: ImageNet's are 1.3 GB so, not 5."""
-    labels = np.zeros((len(indices), classes), np.uint8)
+    """Turn integer class indices [N] in [0, classes) into float32 [N, classes], or uint8 where those would be many."""
+    labels = np.zeros((len(indices), classes), np.float32 if len(indices) * classes <= _FLOATS else np.uint8)
     labels[np.arange(len(indices)), indices] = 1
     return labels
 
