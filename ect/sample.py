@@ -27,7 +27,7 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
-from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
+from ect.sampler import SEEDS, Consistency, Heun, Sampler, draw, generate, levels_after_first
 from ect.search import sigmas
 from ect.show import images
 
@@ -161,8 +161,8 @@ def _seeds(options: Options) -> list[int]:
     if options.seeds is None:
         refuse_beyond({"count": (options.count, FROM_1, COUNT)})
         first, last = options.seed, options.seed + options.count - 1
-        if not 0 <= first <= last < 2**63:
-            raise UserError(f"--seed {first}: expected a number from 0 on, below 2^63")
+        if not 0 <= first <= last < SEEDS:
+            raise UserError(f"--seed {first}: expected a number from 0 on, and all seeds below 2^32")
         return list(range(first, last + 1))
     if options.seed != Options.seed or options.count != Options.count:
         raise UserError("--seeds says it all; leave out --seed and --count")
@@ -170,8 +170,8 @@ def _seeds(options: Options) -> list[int]:
     for part in options.seeds.split(","):
         low, dash, high = part.strip().partition("-")
         high = high if dash else low
-        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high) < 2**63):
-            what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100"
+        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high) < SEEDS):
+            what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100, below 2^32"
             raise UserError(f"--seeds {options.seeds:.60}: {what}")
         if not COUNT.holds(len(seeds) + int(high) - int(low) + 1):
             raise UserError(

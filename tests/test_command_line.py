@@ -22,6 +22,7 @@ from ect import evaluate, sample
 from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_last
 from ect.config import Config
 from ect.convert import __main__ as convert
+from ect.data.imagenet import __main__ as imagenet
 from ect.errors import UserError
 from ect.files.run_folder import to_dict
 from ect.merge import __main__ as merge
@@ -102,6 +103,7 @@ def possible(cfg: Config) -> bool:
 # What a field needs beside it, where no change of it alone is possible.
 BESIDE: dict[tuple[str, ...], list[tuple[tuple[str, ...], Any]]] = {
     ("objective", "weight_floor"): [(("objective", "kind"), "consistency"), (("objective", "weighting"), "adaptive")],
+    ("data", "teacher_samples"): [(("data", "source"), "teacher"), (("init_from",), Path("teacher.pkl"))],
     ("target",): [(("log", "eval_kimg"), 1.0), (("eval", "samples"), 100)],
 }
 
@@ -175,6 +177,7 @@ COMMANDS = {
     "ect.sample": sample.Options,
     "ect.evaluate": evaluate.Options,
     "ect.convert": convert.Options,
+    "ect.data.imagenet": imagenet.Options,
     "ect.merge": merge.Options,
 }
 SWITCHES = [

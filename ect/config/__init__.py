@@ -90,6 +90,8 @@ COOLDOWN_SHARE = 0.2
 """The part of a run that cools down: the longer of those that Hagele et al. recommend (arXiv 2405.18392)."""
 WEIGHT_FLOOR = 0.05
 """The floor of the adaptive weight as it was tried on the digits, images of 64 values in [-1, 1]."""
+DRAWN = 10**8
+"""The most images that a teacher draws for a run."""
 MAX_STEPS = 1000
 """The Heun sampler takes at most so many steps."""
 COUNT = at_most(10**6)
@@ -129,7 +131,7 @@ EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are
 class DataConfig:
     source: str = "digits"
     """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, folder of IDX files (Fashion-MNIST), EDM
-    zip, folder of images."""
+    zip, folder of images. 'teacher': images that the diffusion model of --init-from draws, so no data is needed."""
     resolution: Annotated[int | None, FOURS, at_most(4096)] = None
     """Resize and centre-crop a folder of images to this size (pixels). None: all images must already agree."""
     convert: Literal["rgb", "grey"] | None = None
@@ -141,6 +143,8 @@ class DataConfig:
     """Flip each image horizontally with probability 1/2."""
     augment: Annotated[float, Limit("a probability", lambda p: 0 <= p <= 1)] = 0.0
     """Probability of each of EDM's geometric augmentations (EDM pretraining: 0.12). 0 switches the pipe off."""
+    teacher_samples: Annotated[int, FROM_1, at_most(DRAWN)] = 50_000
+    """Images that --data.source teacher draws, of 35 network evaluations each."""
 
 
 @dataclass(frozen=True)

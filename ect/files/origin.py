@@ -54,7 +54,7 @@ def find(
     net = net.to(device).train()
     found = Origin(spec, net, notes)
     if objective.wants_teacher:
-        teacher = _teacher(cfg, device)
+        teacher, _ = load_teacher(cfg, device, "--objective.target teacher")
         notes.append(f"the frozen teacher is {cfg.init_from}")
         found = replace(found, teacher=frozen(cfg, teacher), teacher_digest=weights_fingerprint(teacher))
     if cfg.objective.direction == "features":
@@ -100,20 +100,20 @@ def _network(
     )
 
 
-def _teacher(cfg: Config, device: torch.device) -> EDMPrecond:
-    """Load the network of --init-from, which a resume reads again.
+def load_teacher(cfg: Config, device: torch.device, asked_by: str) -> tuple[EDMPrecond, dict[str, Any]]:
+    """Load the network of --init-from, which a resume reads again, and the info of its file.
 
-    Raises UserError where there is none, or a consistency model.
+    Raises UserError, in the words of the option `asked_by`, where there is none, or a consistency model.
     """
     if cfg.init_from is None:
         raise UserError(
-            "--objective.target teacher: there is no teacher; give a diffusion model with --init-from, or train one "
-            "before, with --pretrain PRESET"
+            f"{asked_by}: there is no teacher; give a diffusion model with --init-from, or train one before, with --pretrain "
+            "PRESET"
         )
-    net, _ = load_model(cfg.init_from, device=device)
+    net, info = load_model(cfg.init_from, device=device)
     if isinstance(net, ECMPrecond):
         raise UserError(
-            f"--objective.target teacher: --init-from {cfg.init_from} is a consistency model, whose answers give no ODE; "
-            "give a diffusion model, or tune this one with --objective.target self"
+            f"{asked_by}: --init-from {cfg.init_from} is a consistency model, whose answers give no ODE; give a diffusion "
+            "model, or tune this one with --objective.target self"
         )
-    return net
+    return net, info
