@@ -24,6 +24,7 @@ from ect.files import drawn
 from ect.files.branch import cooled
 from ect.files.drawn import Drawn
 from ect.files.lock import locked
+from ect.files.phases import pretrain_config
 from ect.files.resume import data_fingerprint, refuse_changed_maths, refuse_new_start
 from ect.files.run_folder import (
     CONFIG,
@@ -41,7 +42,6 @@ from ect.files.run_folder import (
 from ect.files.run_folder import load as load_config
 from ect.metrics import Crossing, Evaluator, QualityRow, RemoteEvaluator, Target, make_evaluator
 from ect.models import fused
-from ect.options import preset
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
@@ -55,22 +55,6 @@ from ect.tangent import file as features
 from ect.trainer import Trainer
 
 STRIP_WIDTH = 900  # pixels, about
-
-
-def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
-    """Return the diffusion phase as a configuration of its own.
-
-    --pretrain's preset gives length, objective and optimizer, `cfg` the rest. run_dir: the folder of the phase; once it has
-    begun there, it goes on as it began, whatever became of the preset.
-    """
-    assert cfg.pretrain is not None
-    if run_dir is not None and (run_dir / CONFIG).is_file():
-        phase = load_config(run_dir)
-    else:
-        phase = preset(cfg.pretrain, "--pretrain")
-        phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
-    parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
-    return replace(cfg, pretrain=None, pretrain_kimg=None, target=None, **parts)
 
 
 @dataclass

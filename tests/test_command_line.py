@@ -113,7 +113,9 @@ def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:
     the fields that never changed."""
     candidates: dict[tuple[str, ...], list[Any]] = {}
     for path, kind in fields(Config):
-        if path not in {("preset",), ("dry_run",), ("resume",), ("cooldown",)}:  # tests/test_cooldown.py has the last
+        if path not in {
+            (name,) for name in ("preset", "dry_run", "plan", "resume", "cooldown")
+        }:  # test_cooldown.py has the last
             values = list(others(kind, get(start, path)))
             candidates[path] = [v for v in values if possible(changed(start, path, v))] or values
     rounds = []

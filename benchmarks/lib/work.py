@@ -17,9 +17,8 @@ import torch
 from ect_kernels.consistency_loss import consistency_loss
 from ect_kernels.perturb import perturb
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from ect.cost.flops import flops
 from ect.cost.trace import Event, TensorMeta, trace
 from ect.models import EDMPrecond, MaskKey, build
 from lib import instructions
@@ -56,28 +55,6 @@ def _rows(kernel: str, tensors: list[TensorMeta]) -> dict[str, Any]:
     """Return the fields of Work for a kernel of ours: it handles its largest tensor once."""
     largest = max(tensors, key=lambda t: nbytes([t]))
     return {"kernel": kernel, "rows": largest.shape.numel() / 8, "bits": 8 * largest.dtype.itemsize}
-
-
-@register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
-def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) -> int:
-    """Count two operations for each pixel and weight."""
-    n, _, h, w = a
-    return 2 * n * h * w * weight[0] * weight[1]
-
-
-def flop_formula(func: Any) -> Any:
-    """Return torch's formula of an operation that multiplies, None for others; one that writes in place has its twin's."""
-    name = func.overloadpacket.__name__
-    twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if func.namespace == "aten" else None
-    return flop_registry.get(func.overloadpacket) or flop_registry.get(twin)
-
-
-def flops(event: Event) -> float:
-    """Count by torch's formula; 0 for an operation that does not multiply."""
-    if (formula := flop_formula(event.op)) is None:
-        return 0.0
-    args, kwargs, out = tree_map_only(TensorMeta, lambda t: t.shape, (event.args, event.kwargs, event.result))
-    return float(formula(*args, **kwargs, out_val=out))
 
 
 @dataclass(frozen=True)

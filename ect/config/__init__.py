@@ -305,6 +305,8 @@ class Config:
     fails. None: on a GPU."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
+    plan: bool = False
+    """Print what the run would cost on six GPUs, counted and predicted, and stop: FLOPs, hours, memory."""
     data: DataConfig = DataConfig()
     net: NetConfig = NetConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -5,6 +5,9 @@ from dataclasses import replace
 
 from ect.config import Config
 from ect.presets import cifar10, digits, fashion
+from ect.presets.shapes import SHAPES, Shape
+
+__all__ = ["NOTES", "PRESETS", "SHAPES", "Shape", "by_name"]
 
 
 def by_name(*families: Mapping[str, Config]) -> dict[str, Config]:
