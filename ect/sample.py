@@ -170,13 +170,15 @@ def _seeds(options: Options) -> list[int]:
     for part in options.seeds.split(","):
         low, dash, high = part.strip().partition("-")
         high = high if dash else low
-        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high) < SEEDS):
-            what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100, below 2^32"
+        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high)):
+            what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100"
             raise UserError(f"--seeds {options.seeds:.60}: {what}")
         if not COUNT.holds(len(seeds) + int(high) - int(low) + 1):
             raise UserError(
                 f"--seeds {options.seeds:.60}: expected {COUNT.expected} images; sample the rest afterwards"
             )
+        if int(high) >= SEEDS:
+            raise UserError(f"--seeds {options.seeds:.60}: expected numbers below 2^32; beyond, images repeat")
         seeds.extend(range(int(low), int(high) + 1))
     return seeds
 
