@@ -1,4 +1,4 @@
-"""What a configuration will cost before any device has run it, on six GPUs: --plan. Every figure is counted or predicted.
+"""The cost of a configuration on six GPUs before any device has run it: --plan. Every figure is counted or predicted.
 
 The update is traced on the meta device, so neither a GPU nor the data need be there: of data that are absent the size is known
 by the preset. Nothing here is measured.

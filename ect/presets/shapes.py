@@ -17,4 +17,4 @@ SHAPES = {
     "datasets/cifar-10-python.tar.gz": Shape(50_000, 32, 3, 10),
     "datasets/fashion-mnist": Shape(60_000, 28, 1, 10),
 }
-"""By the --data.source of the presets."""
+"""The sizes, by the --data.source of the presets."""
