@@ -93,7 +93,7 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
         channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip
     if arithmetic.half is not None:
-        state.compute.model.on_ops = True  # half precision is for the ops, which sum in fp32
+        state.compute.model.run_in(arithmetic.half)
     return state
 
 
