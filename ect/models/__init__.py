@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from ect.config import admit, refuse_taken
+from ect.config import NetConfig, admit, refuse_taken
 from ect.errors import UserError
 from ect.models import spec as bounds
 from ect.models.adm_unet import DhariwalUNet
@@ -16,7 +17,7 @@ from ect.models.unet import UNet
 
 __all__ = [
     "DhariwalUNet", "ECM2Precond", "ECMPrecond", "EDM2Precond", "EDM2UNet", "EDMPrecond", "MaskKey", "SongUNet", "UNet",
-    "build", "describe", "known_architectures", "preconditioning", "register",
+    "build", "describe", "fitting", "known_architectures", "preconditioning", "register",
 ]  # fmt: skip
 
 _UNETS: dict[str, type[UNet]] = {}
@@ -46,6 +47,33 @@ def register(unet: type[_Net]) -> type[_Net]:
 register(SongUNet)
 register(DhariwalUNet)
 register(EDM2UNet)
+
+
+def fitting(cfg: NetConfig, augment_dim: int) -> NetConfig:
+    """Return the options with the widths and depths that the architecture's name stands for, if for any.
+
+    Raises UserError where one of these options has another value, which is not its default, and where the network has no
+    labels of augmentation but augment_dim > 0.
+    """
+    known = known_architectures()
+    if cfg.arch not in known:
+        return cfg  # which describe() refuses
+    if augment_dim and not known[cfg.arch].takes_augment_labels:
+        raise UserError(
+            f"--net.arch {cfg.arch}: this network has no labels of augmentation; take --data.augment 0 or another network"
+        )
+    fixed: dict[str, Any] = {
+        name: own for name, own in known[cfg.arch].architectures[cfg.arch].items() if name in vars(cfg)
+    }
+    fixed = {name: tuple(own) if isinstance(own, list) else own for name, own in fixed.items()}
+    for name, own in fixed.items():
+        given = getattr(cfg, name)
+        if given not in (own, getattr(NetConfig, name)):
+            told, wanted = (" ".join(map(str, v)) if isinstance(v, tuple) else v for v in (given, own))
+            raise UserError(
+                f"--net.{name.replace('_', '-')} {told}: expected {wanted}, for which --net.arch {cfg.arch} stands"
+            )
+    return replace(cfg, **fixed)
 
 
 def describe(arch: str, precond: str, sigma_data: float, kwargs: dict[str, Any]) -> dict[str, Any]:

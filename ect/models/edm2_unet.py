@@ -1,6 +1,6 @@
-"""EDM2UNet: the magnitude-preserving U-Net of Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion
-models" (EDM2, arXiv 2312.02696), configuration G, with the dropout that ECT gives it.
+"""EDM2UNet: the magnitude-preserving U-Net of EDM2, configuration G, with the dropout that ECT gives it.
 
+Source: Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion models" (arXiv 2312.02696).
 Every layer keeps the magnitude of what it is given, so there are no norms with parameters and no biases. A weight counts by
 its direction alone, and training keeps its length at 1: `begin_step`. Factors of SiLU and sums ride on the weights of the
 convolution beside them.
@@ -76,7 +76,7 @@ class EDM2UNet(UNet):
         if not self.in_channels or not self.out_channels:
             raise ValueError("neither img_channels nor in_channels and out_channels are given")
         if augment_dim:
-            raise ValueError(f"augment_dim is {augment_dim}; EDM2 has no augmentation labels")
+            raise ValueError(f"augment_dim is {augment_dim}; EDM2 has no such labels: train it with --data.augment 0")
         self.label_dropout, self.label_balance, self.concat_balance = label_dropout, label_balance, concat_balance
         self.by_step = False
         widths = [model_channels * mult for mult in channel_mult]
@@ -197,7 +197,8 @@ class EDM2Block(nn.Module):
         up: bool = False, down: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.in_channels, self.out_channels, self.encodes, self.up, self.down = in_channels, out_channels, encodes, up, down
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.encodes, self.up, self.down = encodes, up, down
         self.layer, self.dropout, self.clip = layer, dropout, clip
         self.res_balance, self.attn_balance = res_balance, attn_balance
         self.num_heads = out_channels // channels_per_head if attention else 0
@@ -278,7 +279,7 @@ class MPFourier(nn.Module):
 
 
 def magnitude(x: Tensor, dim: Sequence[int] | None = None) -> Tensor:
-    """Return 1e-4 and the root mean square of x over dimensions `dim` (None: all but the first), kept as 1; at least in fp32."""
+    """Return 1e-4 plus the root mean square of x over dimensions `dim` (None: all but the first), kept as 1; not in half."""
     dim = list(range(1, x.dim())) if dim is None else list(dim)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return 1e-4 + norm * math.sqrt(norm.numel() / x.numel())

@@ -26,7 +26,7 @@ class EDMPrecond(nn.Module):
 
     def __init__(self, net: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()
-        self.add_module(self.unet_name, net)
+        setattr(self, self.unet_name, net)
         self.sigma_data = sigma_data
 
     @property
