@@ -33,7 +33,8 @@ class EDM2UNet(UNet):
 
     Keyword arguments, parameter names and values are those of the public EDM2 checkpoints, whose `img_channels` stands for
     in_channels and out_channels. channel_mult_noise, channel_mult_emb: 0 for the first and the largest of channel_mult. The
-    balances are the weight t of the second part in a sum ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2).
+    balances are the weight t of the second part in a sum ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2). bandwidth: standard
+    deviation of the frequencies that a new network draws, in periods of ln(sigma) / 4; a checkpoint has its own.
 
     A pass in train mode first sets all weights to unit magnitude, in place; where `begin_step` is called before the passes of
     each update, that alone does it. Raises ValueError with augment_dim: this network has no such labels.
@@ -41,7 +42,8 @@ class EDM2UNet(UNet):
 
     architectures: ClassVar[dict[str, dict[str, Any]]] = {
         "edm2": {},
-        "edm2-narrow": {"channels_per_head": 16},  # for networks of fewer than 64 channels
+        # For fewer than 64 channels and short runs: noise levels that are rarely seen get the embedding of those beside them.
+        "edm2-narrow": {"channels_per_head": 16, "bandwidth": 0.25},
         **{f"edm2-{name}": {"model_channels": width, **_PUBLIC} for name, width in _SIZES.items()},
     }
     preconds: ClassVar[dict[str, str]] = {"EDMPrecond": "EDM2Precond", "ECMPrecond": "ECM2Precond"}
@@ -68,6 +70,7 @@ class EDM2UNet(UNet):
         res_balance: float = 0.3,
         attn_balance: float = 0.3,
         clip_act: float = 256.0,
+        bandwidth: float = 1.0,
         img_channels: int = 0,
     ) -> None:
         super().__init__(
@@ -82,7 +85,7 @@ class EDM2UNet(UNet):
         widths = [model_channels * mult for mult in channel_mult]
         emb_channels = model_channels * (channel_mult_emb or max(channel_mult))
         noise_channels = model_channels * (channel_mult_noise or channel_mult[0])
-        self.emb_fourier = MPFourier(noise_channels)
+        self.emb_fourier = MPFourier(noise_channels, bandwidth)
         self.emb_noise = MPConv(noise_channels, emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
 
@@ -269,9 +272,9 @@ class MPFourier(nn.Module):
     freqs: Tensor
     phases: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, bandwidth: float) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("freqs", 2 * math.pi * bandwidth * torch.randn(channels))
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,7 +284,8 @@ class MPFourier(nn.Module):
 def magnitude(x: Tensor, dim: Sequence[int] | None = None) -> Tensor:
     """Return 1e-4 plus the root mean square of x over dimensions `dim` (None: all but the first), kept as 1; not in half."""
     dim = list(range(1, x.dim())) if dim is None else list(dim)
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
     return 1e-4 + norm * math.sqrt(norm.numel() / x.numel())
 
 
