@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,9 @@ from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.models import ECM2Precond, EDM2Precond, EDM2UNet, MaskKey, build, describe, fitting
 from ect.models.edm2_unet import EDM2Block, MPConv, MPFourier, magnitude
+from ect.options import check
+from ect.presets import PRESETS
+from ect.schedule import lr_at, stage_at
 from ect.step import TrainStep
 from tests import tiny
 from tests.golden_data import MANIFEST, part, rel_l2
@@ -300,6 +304,21 @@ def test_named_sizes_take_no_others() -> None:
         fitting(NetConfig(arch="edm2-m", num_blocks=2), 0)
     with pytest.raises(UserError, match=r"--net\.channel-mult 1 2: expected 1 2 3 4"):
         fitting(NetConfig(arch="edm2-m", channel_mult=(1, 2)), 0)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("imagenet64-")])
+def test_recipes_for_imagenet(name: str) -> None:
+    """Learning rate, gap and lengths at the start and the end are the published ones."""
+    cfg = PRESETS[name]
+    size, total_img = name.split("-")[1], round(cfg.total_kimg * 1000)
+    lr = {"s": 1.0e-3, "m": 0.9e-3, "l": 0.8e-3, "xl": 0.7e-3}[size]
+    assert fitting(cfg.net, 0).arch == f"edm2-{size}" and total_img == cfg.batch * 100_000
+    assert lr_at(2000 * cfg.batch, cfg.batch, total_img, cfg.optim) == pytest.approx(lr)
+    falls = 1.0 if name.endswith("fast") else 1 / math.sqrt(50)
+    assert lr_at(total_img, cfg.batch, total_img, cfg.optim) == pytest.approx(lr * falls)
+    assert [stage_at(share * total_img // 8, cfg.objective) for share in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert cfg.objective.q**cfg.objective.n_stages == 256
+    check(cfg)
 
 
 def test_augmentation_labels_are_refused() -> None:
