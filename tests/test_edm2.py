@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ect.assembly import flat_state, network_spec, train_step
 from ect.config import Config, DataConfig, NetConfig
+from ect.cost.signal_noise import signal_noise
 from ect.data import ImageStream, load
 from ect.errors import UserError
 from ect.models import ECM2Precond, EDM2Precond, EDM2UNet, MaskKey, build, describe, fitting
@@ -224,6 +225,22 @@ def test_blocks_are_in_half_and_weights_embedding_and_ends_are_not(half: torch.d
     step.gradients()
     assert furthest(step.net) < 2e-4
     assert seen_dtypes(step.state.net, lambda: step.state.net(torch.zeros(1, 1, 8, 8), 1.0)).keys() == dtypes.keys()
+
+
+@pytest.mark.slow
+def test_fp16_puts_little_more_noise_on_the_signal_than_tf32() -> None:
+    """Of a network with gains, as of DDPM++ (benchmarks/precision.py has a trained one); the sums of blocks are in fp32."""
+    net = made(config()).net
+    noise = {p: signal_noise(net, p, DIGITS.images[:64], levels=(0.3, 1.0, 10.0)) for p in ("fp32", "tf32", "fp16")}
+    for t, tf32 in noise["tf32"].items():
+        assert 0 < noise["fp32"][t] < 0.01 * tf32 and noise["fp16"][t] <= 1.3 * tf32, t
+    dtypes: set[torch.dtype] = set()
+    step = made(replace(config(), precision="fp16"))
+    for block in step.net.modules():
+        if isinstance(block, EDM2Block):
+            block.register_forward_hook(lambda _, args, out: dtypes.update((args[0].dtype, out.dtype)))
+    step(0, 1)
+    assert dtypes == {torch.float32}
 
 
 def test_the_network_that_is_sampled_stays_in_fp32() -> None:

@@ -169,22 +169,26 @@ class EDM2UNet(UNet):
         augment_labels: Tensor | None = None,
         mask: MaskKey | None = None,
     ) -> Tensor:
-        """Return F_x as UNet.forward says. The first and the last convolution and the embedding are never in half."""
+        """Return F_x as UNet.forward says.
+
+        In half are the convolutions and attention of the blocks; the sums that they add to are not, for their rounding would be
+        most of the noise on the signal (docs/precision.md).
+        """
         if self.training and not self.by_step:
             self.normalize_weights()
         mask = default_mask(self, mask, x.device)
         emb = self.embed(noise_labels, class_labels, mask)
-        wide, skips = x.dtype, []
+        half, skips = self.half_dtype or x.dtype, []
         h = F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0)  # a channel of ones, in place of biases
         for layer in self.enc.values():
-            h = layer(h, emb, mask) if isinstance(layer, EDM2Block) else layer(h).to(self.half_dtype or wide)
+            h = layer(h, emb, mask, half) if isinstance(layer, EDM2Block) else layer(h)
             skips.append(h)
         for layer in self.dec.values():
             assert isinstance(layer, EDM2Block)
             if h.shape[1] != layer.in_channels:
                 h = joined(h, skips.pop(), self.concat_balance)
-            h = layer(h, emb, mask)
-        return self.out_conv(h.to(wide), self.out_gain)
+            h = layer(h, emb, mask, half)
+        return self.out_conv(h, self.out_gain)
 
 
 class EDM2Block(nn.Module):
@@ -216,22 +220,25 @@ class EDM2Block(nn.Module):
             self.attn_qkv = MPConv(out_channels, out_channels * 3, 1)
             self.attn_proj = MPConv(out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor, mask: MaskKey | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, mask: MaskKey | None, half: torch.dtype) -> Tensor:
+        """Return the block of x [N, in_channels, H, W], in its dtype; half: the dtype of what convolutions read and write."""
+        wide = x.dtype
         x = halved(x) if self.down else doubled(x) if self.up else x
-        if self.encodes:
-            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dim=[1])
+        if self.conv_skip is not None and self.encodes:
+            x = self.conv_skip(x.to(half)).to(wide)
+        x = normalize(x, dim=[1]) if self.encodes else x
         scale = self.emb_linear(emb, self.emb_gain) + 1
-        h = self.conv_res0(F.silu(x), 1 / SILU)
-        h = F.silu(h * scale[:, :, None, None]).to(x.dtype)  # the scale is in fp32, and so is their product
+        h = self.conv_res0(F.silu(x).to(half), 1 / SILU)
+        h = F.silu(h * scale[:, :, None, None]).to(half)  # the scale is wide, and so is their product
         if mask is not None and self.dropout > 0:
             h = philox.dropout(h, self.dropout, mask.seed, self.layer, mask.n0)
-        if not self.encodes and self.conv_skip is not None:
-            x = self.conv_skip(x)
+        if self.conv_skip is not None and not self.encodes:
+            x = self.conv_skip(x.to(half)).to(wide)
         a, b = balanced(self.res_balance)
         x = torch.add(self.conv_res1(h, b / SILU), x, alpha=a)
         if self.num_heads:
             a, b = balanced(self.attn_balance)
-            x = torch.add(self.attn_proj(self.attend(x), b), x, alpha=a)
+            x = torch.add(self.attn_proj(self.attend(x.to(half)), b), x, alpha=a)
         return x.clamp(-self.clip, self.clip)
 
     def attend(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 the update as ect.cost.footprint counts it. Prints a table, and the totals as one JSON object.
 
     python -m tests.gpu_paths.compiled_step '{"images": 128}'
-    python -m tests.gpu_paths.compiled_step '{"preset": "imagenet64-s", "blocks": 1}'    (EDM2-S with a block at each resolution)
+    python -m tests.gpu_paths.compiled_step '{"preset": "imagenet64-s", "blocks": 1}'    (EDM2-S, a block a resolution)
 
 A convolution, product or attention is one launch, whatever its library makes of it; all else as launched. The traffic of an op
 is its inputs and outputs, that of Inductor's own kernels what its scheduler says that they read and write. Nothing is measured.
