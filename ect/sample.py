@@ -20,7 +20,7 @@ from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.run_folder import leaving_nothing
-from ect.models import ECMPrecond, EDMPrecond
+from ect.models import EDMPrecond
 from ect.options import refuse_idle
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
@@ -204,7 +204,7 @@ def _check_levels(options: Options) -> None:
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
     """Return the sampler that the options ask for, or else the one that suits the model."""
     nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
-    if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
+    if heun is None and nfe is None and mid_t is None and not net.is_consistency:
         heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur
     if heun is not None:
         return Heun(heun)

@@ -32,7 +32,9 @@ MAX_BLOCKS, MAX_LEVELS = 24, 8
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
 
-Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
+Architecture = Literal[
+    "ddpmpp", "ncsnpp", "adm", "edm2", "edm2-narrow", "edm2-xs", "edm2-s", "edm2-m", "edm2-l", "edm2-xl", "edm2-xxl"
+]
 Kind = Literal["consistency", "diffusion"]
 STAGED = {"consistency"}
 """The kinds that have pairs, which close up in stages; `ect.objective.register` adds to them."""
@@ -150,7 +152,9 @@ class DataConfig:
 @dataclass(frozen=True)
 class NetConfig:
     arch: Architecture = "ddpmpp"
-    """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
+    """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021), EDM2 is Karras et
+    al., 2024: with heads of 64 channels, -narrow of 16. edm2-xs to edm2-xxl are its published sizes, in place of the widths,
+    blocks and attention below."""
     model_channels: Annotated[int, FOURS, at_most(4096)] = 128
     """Channels at the first resolution, times channel_mult at the others."""
     channel_mult: Annotated[tuple[int, ...], FACTORS, FEW_LEVELS] = (2, 2, 2)

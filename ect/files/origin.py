@@ -14,7 +14,7 @@ from ect.errors import UserError
 from ect.files.checkpoint import Saved, load_model, read_model, read_spec
 from ect.files.model_file import check_fits, load_weights
 from ect.files.resume import weights_fingerprint
-from ect.models import ECMPrecond, EDMPrecond, build
+from ect.models import EDMPrecond, build, preconditioning
 from ect.objective import Objective
 from ect.tangent import file as features_file
 from ect.tangent.network import Features
@@ -83,7 +83,8 @@ def _network(
     check_fits(snapshot, str(cfg.init_from))
     kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": dataset.label_dim}
     kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}
-    spec = {**snapshot.spec, "precond": objective.precond, "kwargs": kwargs}
+    precond = preconditioning(snapshot.spec["unet"], objective.precond)
+    spec = {**snapshot.spec, "precond": precond, "kwargs": kwargs}
     expected = (kwargs["img_resolution"], kwargs["in_channels"])
     if expected != (dataset.resolution, dataset.channels):
         raise UserError(
@@ -111,7 +112,7 @@ def load_teacher(cfg: Config, device: torch.device, asked_by: str) -> tuple[EDMP
             "PRESET"
         )
     net, info = load_model(cfg.init_from, device=device)
-    if isinstance(net, ECMPrecond):
+    if net.is_consistency:
         raise UserError(
             f"{asked_by}: --init-from {cfg.init_from} is a consistency model, whose answers give no ODE; give a diffusion "
             "model, or tune this one with --objective.target self"

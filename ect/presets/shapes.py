@@ -16,5 +16,7 @@ class Shape:
 SHAPES = {
     "datasets/cifar-10-python.tar.gz": Shape(50_000, 32, 3, 10),
     "datasets/fashion-mnist": Shape(60_000, 28, 1, 10),
+    "datasets/ffhq-64x64.zip": Shape(70_000, 64, 3, 0),
+    "datasets/imagenet-64x64.zip": Shape(1_281_167, 64, 3, 1000),
 }
 """The sizes, by the --data.source of the presets."""
