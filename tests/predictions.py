@@ -24,20 +24,21 @@ _known: dict[str, Prediction] = {}
 
 
 def shared(
-    cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, images: int, world_size: int = 1
-) -> Prediction:
+    cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, images: int, world_size: int = 1,
+    resident: bool | None = None,
+) -> Prediction:  # fmt: skip
     """`ect.cost.memory.predict`, asked once for a CPU; what decides nothing there is left out of the question.
 
     A self-check also listens to which ops are called meanwhile.
     """
     if device.type != "cpu" or cfg.self_check:
-        return _predict(cfg, spec, dataset, device, images, world_size)
+        return _predict(cfg, spec, dataset, device, images, world_size, resident)
     aside = replace(Config(), **{name: getattr(cfg, name) for name in DECIDE})
     classes = None if dataset.labels is None else dataset.labels.shape
     on_ops, objective = fused.wanted(None, torch.empty(0)), objective_type(cfg.objective)
-    question = (aside, spec, dataset.images.shape, classes, images, world_size, on_ops, objective)
+    question = (aside, spec, dataset.images.shape, classes, images, world_size, resident, on_ops, objective)
     if (key := repr(question)) not in _known:
-        _known[key] = _predict(cfg, spec, dataset, device, images, world_size)
+        _known[key] = _predict(cfg, spec, dataset, device, images, world_size, resident)
     return _known[key]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +86,8 @@ def test_a_kill_while_dropping_rows_loses_none(tmp_path: Path, monkeypatch: pyte
     assert [row["nimg"] for row in rows(tmp_path)] == [100, 200]
 
 
-def test_tensorboard_holds_the_rows_and_grids_of_one_uninterrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_holds_the_rows_and_grids_of_one_uninterrupted_run(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    # Files of one second are read by the name of their writer's number, in which 10 would come before 9.
-    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
-    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
     with RunLog(tmp_path, 1000, quiet=True) as run:
         for nimg in (100, 200, 300):
             run.row(nimg, {"loss": nimg / 4, "phase": "tuning"})
@@ -110,6 +106,27 @@ def test_tensorboard_holds_the_rows_and_grids_of_one_uninterrupted_run(
     events.Reload()
     (image,) = events.Images("samples")
     assert (image.step, image.width, image.height) == (200, 886, 886)
+
+
+@pytest.mark.parametrize("back", [0, 1, 3600, 40_000_000])
+def test_tensorboard_reads_a_resume_last_whatever_the_clock_says(
+    back: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a resume in a second in which there is a file already, of a writer whose number has one digit more."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(8))
+    begin = int(time.time())
+    for number, resume in enumerate((None, 100, 300)):
+        monkeypatch.setattr(time, "time", lambda now=begin - number * back: now)
+        with RunLog(tmp_path, 1000, quiet=True, resume_nimg=resume) as run:
+            for nimg in range((resume or 0) + 100, 501, 100):
+                run.row(nimg, {"loss": number})
+    assert len(list(tmp_path.glob("events.*"))) == 3
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(100, 0), (200, 1), (300, 1), (400, 2), (500, 2)]
 
 
 def test_a_run_without_tensorboard_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

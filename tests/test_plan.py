@@ -120,6 +120,6 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_network_that_fits_nowhere_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
     large = memory.Prediction(1, 10**12, 0, 0, 0, False)
-    monkeypatch.setattr(plan.memory, "predict", lambda *given: large)
+    monkeypatch.setattr(plan.memory, "predict", lambda *given, **more: large)
     rows = [line.split("│") for line in shown(config()).splitlines() if line.startswith("│ A100")]
     assert [[cell.strip() for cell in row[-3:-1]] for row in rows] == [["1000.0", "none"]] * 2

@@ -80,14 +80,16 @@ def predict(
     device: torch.device,
     batch_per_device: int,
     world_size: int = 1,
+    resident: bool | None = None,
 ) -> Prediction:
     """Predict the peak memory of training the network of `spec` (ect.models.build) on `device`.
 
-    Its share of the batch is taken `batch_per_device` images at a time. Reads neither images nor weights, and allocates
+    Its share of the batch is taken `batch_per_device` images at a time. resident: whether all images stay on the device; None:
+    as ImageStream will choose. Reads neither images nor weights, and allocates
     nothing. Not in it: Inception at evaluations, and on a CPU what the ops' reference implementations need inside of
     them.
     """
-    net, state, step = update_of(cfg, spec, dataset, device, batch_per_device, world_size)
+    net, state, step = update_of(cfg, spec, dataset, device, batch_per_device, world_size, resident)
     update = Footprint.of(trace(step.update, device.type))
     with torch.no_grad():
         images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
@@ -112,13 +114,9 @@ def predict(
 
 
 def update_of(
-    cfg: Config,
-    spec: dict[str, Any],
-    dataset: Dataset,
-    device: torch.device,
-    batch_per_device: int,
-    world_size: int = 1,
-) -> tuple[EDMPrecond, FlatState[EDMPrecond], TrainStep]:
+    cfg: Config, spec: dict[str, Any], dataset: Dataset, device: torch.device, batch_per_device: int, world_size: int = 1,
+    resident: bool | None = None,
+) -> tuple[EDMPrecond, FlatState[EDMPrecond], TrainStep]:  # fmt: skip
     """Return a network, its state and its step on the meta device, as they would be on `device`.
 
     Of a share of the batch that takes more than two passes it does the first two.
@@ -139,7 +137,8 @@ def update_of(
         if cfg.objective.direction == "features":
             features = Features(dataset.resolution, dataset.channels).requires_grad_(False)
     state = flat_state(traced, net)
-    stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
+    resident = _resident(dataset, device) if resident is None else resident
+    stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, resident)
     return net, state, train_step(traced, state, stream, teacher=teacher, features=features)
 
 

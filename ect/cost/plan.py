@@ -6,6 +6,7 @@ by the preset. Nothing here is measured.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from ect.cost.gpus import GPUS, Gpu
 from ect.cost.trace import Event, trace
 from ect.data import AugmentPipe, Dataset, load
 from ect.data.datasets import TEACHER
+from ect.data.stream import RESIDENT_SHARE
 from ect.errors import UserError
 from ect.files.checkpoint import read_model
 from ect.files.phases import pretrain_config
@@ -75,9 +77,9 @@ class Phase:
 def show(cfg: Config, console: Console) -> None:
     """Print the plan of a configuration. Raises UserError where data of unknown size are not there, or options do not fit."""
     dataset = _dataset(cfg)
-    phases = list(_phases(cfg, dataset))
     about = f"{cfg.preset}: {dataset.describe() if dataset.images.device.type != 'meta' else _said(dataset)}"
-    console.print(about, markup=False, highlight=False)
+    console.print(f"{about}\ncounting, which takes a minute for a large network", markup=False, highlight=False)
+    phases = list(_phases(cfg, dataset))
     console.print(_counted(phases), _predicted(phases, dataset), NOTE, markup=False, highlight=False)
 
 
@@ -106,19 +108,20 @@ def _counted(phases: Sequence[Phase]) -> Table:
 
 def _predicted(phases: Sequence[Phase], dataset: Dataset) -> Table:
     @functools.cache
-    def needed(number: int, images: int) -> int:
+    def needed(number: int, images: int, resident: bool) -> int:
         phase = phases[number]
-        return memory.predict(phase.cfg, phase.spec, dataset, _CUDA, images).total
+        return memory.predict(phase.cfg, phase.spec, dataset, _CUDA, images, resident=resident).total
 
     rows = []
     for gpu in GPUS:
-        most, peak = [], 0
+        room, most, peak = round(gpu.memory * memory.GB), [], 0
+        resident = dataset.images.nbytes <= RESIDENT_SHARE * room
         for number, phase in enumerate(phases):
             batch = phase.cfg.batch
-            fits = (n for n in range(batch, 0, -1) if batch % n == 0 and needed(number, n) <= gpu.memory * memory.GB)
-            images = next(fits, None)
-            most.append("none" if images is None else f"{images:,}")
-            peak = max(peak, needed(number, images or 1))
+            parts = [n for n in range(1, batch + 1) if batch % n == 0]
+            first = bisect.bisect_right(parts, room, key=lambda n: needed(number, n, resident))
+            most.append(f"{parts[first - 1]:,}" if first else "none")
+            peak = max(peak, needed(number, parts[max(first - 1, 0)], resident))
         hours = [f"{sum(phase.hours(gpu, part) for phase in phases):,.2f}" for part in (None, UTILISATION)]
         rows.append([gpu.name, *hours, f"{gpu.memory:g}", f"{peak / memory.GB:.1f}", ", ".join(most)])
     headers = ["GPU", "hours, floor", f"hours at {UTILISATION:.0%}", "GB", "GB needed", "images at a time"]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 STATS = "stats.jsonl"
 HISTORY = "history.jsonl"
 """Name of the file that says when a phase began, went on and ended, and how: one JSON object a line."""
+_EVENTS = "events.out.tfevents."
 _LINE_SECONDS = 10.0  # between two plain lines, where there is no terminal for a bar
 _RATE_SECONDS = 30.0  # window of the rate
 
@@ -288,7 +289,21 @@ def _summary_writer(run_dir: Path, resume_nimg: int | None) -> SummaryWriter | N
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    _make_older(sorted(run_dir.glob(f"{_EVENTS}*")))
     return SummaryWriter(str(run_dir), purge_step=None if resume_nimg is None else resume_nimg + 1)
+
+
+def _make_older(files: list[Path]) -> None:
+    """Rename TensorBoard's files, in their order, where one is to come whose name will not sort behind them.
+
+    A name begins with the time at which the file was begun, and TensorBoard reads them in the order of their names. A clock
+    that was set back, or a resume in the same second, would put the rows of the resume before those that they replace.
+    """
+    now = int(time.time())
+    begun = [stamp for path in files if (stamp := path.name.removeprefix(_EVENTS).partition(".")[0]).isdecimal()]
+    if len(begun) == len(files) and any(int(stamp) >= now for stamp in begun):
+        for seconds, (path, stamp) in enumerate(zip(files[::-1], begun[::-1], strict=True), start=1):
+            path.rename(path.with_name(path.name.replace(stamp, f"{now - seconds:010d}", 1)))
 
 
 def _append(file: IO[bytes], line: bytes) -> None:
