@@ -256,7 +256,7 @@ def test_a_chart_is_a_picture_whose_curves_stay_in_their_field() -> None:
 )
 def test_an_axis_has_a_few_round_ticks(span: tuple[float, float]) -> None:
     for log in [False] + [True] * (span[0] > 0 and span[1] > 20 * span[0]):
-        axis = chart._Axis(*span, 250.0, 50.0, log)
+        axis = chart.Axis(*span, 250.0, 50.0, log)
         ticks = axis.ticks()
         assert 3 <= len(ticks) <= 8 and ticks == sorted(ticks)
         assert all(50.0 <= axis.at(value) <= 250.0 for value in [*ticks, *span])

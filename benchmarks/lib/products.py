@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ect.cost.flops import flop_formula
 from ect.cost.trace import TensorMeta, trace
-from lib.work import flop_formula
 
 
 class Products:

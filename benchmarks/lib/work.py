@@ -17,9 +17,9 @@ import torch
 from ect_kernels.consistency_loss import consistency_loss
 from ect_kernels.perturb import perturb
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
+from ect.cost.flops import flops
 from ect.cost.trace import Event, TensorMeta, trace
 from ect.models import EDMPrecond, MaskKey, build
 from lib import instructions
@@ -63,21 +63,6 @@ def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) 
     """Count two operations for each pixel and weight."""
     n, _, h, w = a
     return 2 * n * h * w * weight[0] * weight[1]
-
-
-def flop_formula(func: Any) -> Any:
-    """Return torch's formula of an operation that multiplies, None for others; one that writes in place has its twin's."""
-    name = func.overloadpacket.__name__
-    twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if func.namespace == "aten" else None
-    return flop_registry.get(func.overloadpacket) or flop_registry.get(twin)
-
-
-def flops(event: Event) -> float:
-    """Count by torch's formula; 0 for an operation that does not multiply."""
-    if (formula := flop_formula(event.op)) is None:
-        return 0.0
-    args, kwargs, out = tree_map_only(TensorMeta, lambda t: t.shape, (event.args, event.kwargs, event.result))
-    return float(formula(*args, **kwargs, out_val=out))
 
 
 @dataclass(frozen=True)

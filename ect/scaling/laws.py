@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ect.errors import UserError
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 LEVEL = 0.95
 """Confidence of intervals and bands."""
 POWER_LAW = "power law"

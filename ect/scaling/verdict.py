@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ect.scaling.laws import LEVEL, POWER_LAW, Array, Form, PowerLaw, allows, alternatives
+from ect.scaling.laws import LEVEL, POWER_LAW, Array, Form, Mask, PowerLaw, allows, alternatives
 
 PLACES = 5
 """Different computes that a verdict takes."""
@@ -38,7 +38,7 @@ class Verdict:
     compute: Array
     figure: Array
     reasons: tuple[str, ...]
-    held: Array | None = None
+    held: Mask | None = None
     law: PowerLaw | None = None
     whole: PowerLaw | None = None
     forms: tuple[Form, ...] = ()
@@ -49,9 +49,9 @@ class Verdict:
         return not self.reasons
 
     def __str__(self) -> str:
-        if self.reasons or self.law is None:
+        if self.reasons or self.held is None:
             return f"A power law is not supported: {'; '.join(self.reasons)}."
-        count = int(np.sum(self.held))
+        count = int(self.held.sum())
         what = f"the {count} held-out points" if count > 1 else "the held-out point"
         return f"A power law is supported: it predicts {what} within its band, and no other form predicts better."
 
@@ -60,7 +60,7 @@ def judge(compute: Sequence[float], figure: Sequence[float]) -> Verdict:
     """Return the verdict on points, of which all numbers are finite and above 0."""
     x, y = np.array(compute, dtype=np.float64), np.array(figure, dtype=np.float64)
     if (places := len(np.unique(x))) < PLACES:
-        return Verdict(x, y, (f"too few points: {places} different computes, and it takes {PLACES}",))
+        return Verdict(x, y, (f"too few points: they are of {places} different computes, and it takes {PLACES}",))
     held = held_out(x)
     law = PowerLaw.fit(x[~held], y[~held])
     forms = (Form(POWER_LAW, str(law), law), *alternatives(x[~held], y[~held]))
@@ -69,10 +69,10 @@ def judge(compute: Sequence[float], figure: Sequence[float]) -> Verdict:
     return Verdict(x, y, tuple(reasons), held, law, PowerLaw.fit(x, y), forms, errors)
 
 
-def held_out(compute: Array) -> Array:
+def held_out(compute: Array) -> Mask:
     """Return which points are held out, bool: those of the largest fourth of the different computes, of one at least."""
     places = np.unique(compute)
-    held: Array = compute >= places[-max(1, len(places) // 4)]
+    held: Mask = compute >= places[-max(1, len(places) // 4)]
     return held
 
 
