@@ -27,6 +27,7 @@ from ect.files.run_folder import to_dict
 from ect.merge import __main__ as merge
 from ect.options import check, parse
 from ect.presets import PRESETS
+from ect.scaling import __main__ as scaling
 from ect.show.dry_run import describe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -176,6 +177,7 @@ COMMANDS = {
     "ect.evaluate": evaluate.Options,
     "ect.convert": convert.Options,
     "ect.merge": merge.Options,
+    "ect.scaling": scaling.Options,
 }
 SWITCHES = [
     (command, path)

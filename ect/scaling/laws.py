@@ -28,6 +28,7 @@ LEVEL = 0.95
 """Confidence of intervals and bands."""
 POWER_LAW = "power law"
 _STEEPEST = 20.0  # of an exponent that is looked for
+_PATIENCE = 60  # evaluations of a fit: where there is no curve to find, it would look for long
 _FLOORS = (0.0, 0.6)  # parts of the least figure: the floors from which a fit begins
 
 
@@ -181,7 +182,7 @@ def with_floor(compute: Array, figure: Array, floor: float | None = None) -> For
         fits.append(
             library().optimize.least_squares(
                 lambda parameters: np.log(curve(parameters, x)) - y, begin, jac=slopes, x_scale=[1, 1, least],
-                bounds=([-np.inf, 0, low], [np.inf, _STEEPEST, high]),
+                bounds=([-np.inf, 0, low], [np.inf, _STEEPEST, high]), max_nfev=_PATIENCE,
             )
         )  # fmt: skip
     level, exponent, found = min(fits, key=lambda fit: float(fit.cost)).x

@@ -91,8 +91,8 @@ class Report:
         first = self.cells[0]
         yield Heading(f"Scaling study: {self.metric} at {self.nfe} network evaluation{'s' * (self.nfe > 1)}", 1)
         yield (
-            f"Preset {first.preset}; {_several(len(self.cells), 'run')}, each rated by {first.samples:,} images. FLOPs are counted, "
-            "2 a multiply-add of convolutions, matrix products and attention."
+            f"Preset {first.preset}; {_several(len(self.cells), 'run')}, each rated by {first.samples:,} images. FLOPs are "
+            "counted, 2 a multiply-add of convolutions, matrix products and attention."
         )
         yield from self.verdicts()
         if self.without:
@@ -158,7 +158,8 @@ def _judged(found: Points) -> Verdict:
 
 def _fits(chosen: str, found: Points, verdict: Verdict) -> Iterator[Block]:
     """Yield what the points are, the law, and how each form predicts the points that were held out."""
-    yield f"Points: {chosen}; {_several(len(found), 'point')} at {_several(len({x for x, _, _ in found}), 'different compute')}."
+    places = len({x for x, _, _ in found})
+    yield f"Points: {chosen}; {_several(len(found), 'point')} at {_several(places, 'different compute')}."
     if verdict.law is None or verdict.whole is None or verdict.held is None:
         yield f"There are fewer than {PLACES} different computes, and no law is fitted."
         return
@@ -170,8 +171,8 @@ def _fits(chosen: str, found: Points, verdict: Verdict) -> Iterator[Block]:
         )
     held = verdict.compute[verdict.held]
     yield (
-        f"Held out: {_several(len(held), 'point')} from {held.min():.4g} FLOPs on. The forms are fitted to the others; the error is "
-        "the root mean square in the logarithm."
+        f"Held out: {_several(len(held), 'point')} from {held.min():.4g} FLOPs on. The forms are fitted to the others; the "
+        "error is the root mean square in the logarithm."
     )
     rest = ~verdict.held
     rows = [
