@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import contextlib
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -155,7 +154,7 @@ def _metric_of(cells: Sequence[files.Cell]) -> str:
 
 @contextlib.contextmanager
 def begun(grid: Grid) -> Iterator[Path]:
-    """Keep the folder of a study for the block, alone; without a run that has begun, it is left as it was.
+    """Keep the folder of a study for the block, alone; if no run begins in it, it is left as it was.
 
     Raises UserError where the folder is another study's, or holds other things.
     """
@@ -181,10 +180,9 @@ def begun(grid: Grid) -> Iterator[Path]:
             (out / LOGS).mkdir(exist_ok=True)
             yield out
     finally:
-        if not there and not any(run.folder.exists() for run in grid.runs()):
-            shutil.rmtree(out / LOGS, ignore_errors=True)
+        if not there and not any((out / LOGS).glob("*")):
             (out / STUDY).unlink(missing_ok=True)
-            remove_empty(missing)
+            remove_empty([out / LOGS, *missing])
 
 
 def _refuse_another(out: Path, mine: dict[str, dict[str, object]]) -> None:
