@@ -52,7 +52,7 @@ class Runner:
             self._stop()
 
     def _start(self, waiting: list[Run]) -> None:
-        """Begin as many runs as there is room for, of those whose teacher is there."""
+        """Launch as many runs as there is room for, of those whose teacher is there."""
         for run in [run for run in waiting if run.after is None or run.after.finished]:
             if len(self._running) == self.jobs:
                 break
