@@ -40,6 +40,8 @@ def draw(panels: Sequence[Panel]) -> str:
 def _panel(panel: Panel) -> Iterator[str]:
     xs = [x for x, _, _ in [*panel.cells, *panel.points]]
     ys = [y for _, y, _ in [*panel.cells, *panel.points]]
+    if panel.verdict.law is not None:
+        ys += panel.verdict.law(np.array([min(xs), max(xs)])).tolist()
     across = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log=True)
     up = Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log=True)
     yield from frame(panel.title, panel.x, across, up)
@@ -62,7 +64,10 @@ def _panel(panel: Panel) -> Iterator[str]:
 
 
 def _law(verdict: Verdict, across: Axis, up: Axis) -> Iterator[str]:
-    """Yield the power law that the points which are not held out have, its band, and that of one more point."""
+    """Yield the power law that the points which are not held out have, its band, and that of one more point.
+
+    The form with a floor is drawn dashed.
+    """
     if verdict.law is None:
         return
     x = np.exp(np.linspace(math.log(verdict.compute.min()), math.log(verdict.compute.max()), _STEPS))
@@ -71,6 +76,8 @@ def _law(verdict: Verdict, across: Axis, up: Axis) -> Iterator[str]:
         outline = [*_places(x, high, across, up), *reversed(list(_places(x, low, across, up)))]
         yield f'<path d="M{"L".join(outline)}Z" fill="{_BAND}" opacity="{opacity}"/>'
     yield f'<path d="M{"L".join(_places(x, verdict.law(x), across, up))}" fill="none" stroke="#333" stroke-width="1.4"/>'
+    floor = "L".join(_places(x, verdict.forms[-1].curve(x), across, up))
+    yield f'<path d="M{floor}" fill="none" stroke="#333" stroke-width="1" stroke-dasharray="5 4"/>'
 
 
 def _places(x: Array, y: Array, across: Axis, up: Axis) -> Iterator[str]:

@@ -100,7 +100,7 @@ class Report:
         if drawn is not None:
             band = (
                 f"Bands of {LEVEL:.0%}, of the curve (dark) and of one more point (light); "
-                "rings that are not filled are held out"
+                "rings that are not filled are held out; dashed: a power law with a floor"
             )
             yield [Picture(drawn, band)]
         for compute, chosen, found, verdict in self.subjects:

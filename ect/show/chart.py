@@ -119,7 +119,8 @@ class Axis:
                 found = [value for value in found if self.low <= value <= self.high]
                 if len(found) <= 8:
                     break
-            return found
+            if len(found) >= 3:
+                return found
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 3))
         step = next(step * digit for digit in (5, 2, 1) if (self.high - self.low) / (step * digit) >= 3)
         first = math.ceil(self.low / step - 1e-9)
