@@ -43,14 +43,13 @@ STUDY = "study.json"
 """The configurations that all runs of a study have in common; by them a folder is known again."""
 COMMAND = "python -m ect.scaling"
 _WIDTH = 120  # columns, where there is no terminal that has a width
-_MOST = 20  # values of an axis of the grid
 
 
 def _few(what: str, each: Sequence[Limit]) -> Limit:
     """Limit a list of different values, each by these limits."""
     return Limit(
-        f"1 to {_MOST} {what}, each once",
-        lambda values: 1 <= len(values) <= _MOST and len(set(values)) == len(values)
+        f"1 to {files.MOST} {what}, each once",
+        lambda values: 1 <= len(values) <= files.MOST and len(set(values)) == len(values)
         and all(limit.holds(value) for limit in each for value in values),
     )  # fmt: skip
 

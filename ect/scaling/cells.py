@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ect.errors import UserError
 from ect.files.atomic import atomic
+from ect.ranks.sentences import printable
 
 CELLS = "cells.jsonl"
+MOST = 20
+"""A grid has at most so many widths, lengths and seeds, each."""
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "dict[str, float]": (dict,)}
+_LARGEST = 1e40  # of the numbers of a cell
+_USABLE = 1e-9, 1e9  # figures that no law is asked to hold beyond
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,9 @@ class Cell:
     machine: str
 
     def figure(self, name: str) -> float:
-        """Return a figure; NaN where there is none of this name, or none that has a logarithm."""
+        """Return a figure; NaN where there is none of this name, or none that a law can be fitted to."""
         value = self.figures.get(name, math.nan)
-        return value if 0 < value < math.inf else math.nan
+        return value if _USABLE[0] <= value <= _USABLE[1] else math.nan
 
 
 def write(path: Path, cells: Sequence[Cell]) -> None:
@@ -56,31 +62,37 @@ def read(path: Path, option: str) -> list[Cell]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         found = [_cell(json.loads(line)) for line in lines if line.strip()]
+        _refuse_no_grid(found)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{option} {path}: cannot read it ({getattr(error, 'strerror', None) or error})") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(
             f"{option} {path}: not the {CELLS} of a study ({error}); give the file that python -m ect.scaling wrote"
         ) from error
-    if not found:
-        raise UserError(f"{option} {path}: has no cells; give the file that python -m ect.scaling wrote")
     return found
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-
-
 def _cell(values: Any) -> Cell:
-    """Return the cell of a line. Raises TypeError or ValueError where a value is missing, foreign or impossible."""
+    """Return the cell of a line. Raises TypeError, ValueError or OverflowError where a value is missing or impossible."""
     cell = Cell(**values)
     for field in fields(Cell):
-        value, kinds = getattr(cell, field.name), _KINDS.get(str(field.type), (dict,))
-        if type(value) not in kinds:
-            raise TypeError(f"{field.name} is {value!r:.40}")
-        if float in kinds and not 0 <= value < math.inf:
+        value, kinds = getattr(cell, field.name), _KINDS[str(field.type)]
+        if type(value) not in kinds or (int in kinds and not 0 <= value <= _LARGEST):
             raise ValueError(f"{field.name} is {value!r:.40}")
-    if not all(isinstance(value, float | int) for value in cell.figures.values()):
+    if not (cell.images and cell.kimg and cell.model_flops >= 1 and cell.training_flops >= 1):
+        raise ValueError("images and FLOPs are above 0")
+    if not all(type(value) in (float, int) for value in cell.figures.values()):
         raise TypeError("figures are numbers by their names")
-    if not cell.model_flops or not cell.training_flops:
-        raise ValueError("FLOPs are above 0")
-    return cell
+    figures = {name: float(value) for name, value in cell.figures.items()}
+    return replace(cell, preset=printable(cell.preset), machine=printable(cell.machine), figures=figures)
+
+
+def _refuse_no_grid(cells: Sequence[Cell]) -> None:
+    """Raise ValueError where there are no cells, too many values of an axis, or one cell twice."""
+    places = [(cell.width, cell.kimg, cell.seed) for cell in cells]
+    if not cells:
+        raise ValueError("it has no cells")
+    if max(len(set(axis)) for axis in zip(*places, strict=True)) > MOST:
+        raise ValueError(f"more than {MOST} widths, lengths or seeds")
+    if len(set(places)) < len(places):
+        raise ValueError("a cell is there twice")

@@ -62,11 +62,12 @@ def judge(compute: Sequence[float], figure: Sequence[float]) -> Verdict:
     if (places := len(np.unique(x))) < PLACES:
         return Verdict(x, y, (f"too few points: they are of {places} different computes, and it takes {PLACES}",))
     held = held_out(x)
-    law = PowerLaw.fit(x[~held], y[~held])
-    forms = (Form(POWER_LAW, str(law), law), *alternatives(x[~held], y[~held]))
-    errors = tuple(form.error(x[held], y[held]) for form in forms)
-    reasons = [*_slope(law), *_outside(law, x[held], y[held]), *_better(forms, errors), *_floor(x, y)]
-    return Verdict(x, y, tuple(reasons), held, law, PowerLaw.fit(x, y), forms, errors)
+    with np.errstate(all="ignore"):  # a fit that tries a steep curve finds infinity, and turns back
+        law = PowerLaw.fit(x[~held], y[~held])
+        forms = (Form(POWER_LAW, str(law), law), *alternatives(x[~held], y[~held]))
+        errors = tuple(form.error(x[held], y[held]) for form in forms)
+        reasons = [*_slope(law), *_outside(law, x[held], y[held]), *_better(forms, errors), *_floor(x, y)]
+        return Verdict(x, y, tuple(reasons), held, law, PowerLaw.fit(x, y), forms, errors)
 
 
 def held_out(compute: Array) -> Mask:
