@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ect import train
 from ect.assembly import flat_state, network_spec, objective_type, train_step
-from ect.config import Config, DataConfig
-from ect.cost.flops import of_an_image
+from ect.config import DataConfig
+from ect.cost.flops import Counted, of_an_image
 from ect.data import ImageStream, load
 from ect.errors import UserError
+from ect.files.lock import locked
 from ect.files.run_folder import load as config_of
 from ect.models import build
 from ect.options import parse
@@ -39,7 +40,7 @@ from ect.scaling.grid import Grid, Run, base_config, images_of, stretched, teach
 from ect.scaling.runs import Runner
 from ect.show.dry_run import command
 
-TINY = "--widths 8 12 --kimg .064 .1 --seeds 3 --pretrain-kimg .064 --samples 16 --jobs 2 --device cpu"
+TINY = "--widths 8 --kimg .064 .1 --seeds 3 --pretrain-kimg .064 --samples 16 --jobs 2 --device cpu"
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows ends processes at once")
 
 
@@ -142,39 +143,34 @@ def test_a_study_trains_what_is_missing_and_reports(
     out = tmp_path / "study"
     assert status(TINY, out) == 0
     said = capsys.readouterr().out
-    assert len(here) == 6 and "6 of 6 runs, w8-s3-0.064kimg is done; about 0.0 minutes left" in said
+    assert len(here) == 3 and "3 of 3 runs, w8-s3-0.064kimg is done; about 0.0 minutes left" in said
     assert "FDc against training FLOPs: a power law is not supported: too few points" in said
     cells = files.read(out / "cells.jsonl", "--report")
-    assert [(one.width, one.kimg, one.images) for one in cells] == [
-        (8, 0.064, 64),
-        (8, 0.1, 128),
-        (12, 0.064, 64),
-        (12, 0.1, 128),
-    ]
+    assert [(one.width, one.kimg, one.seed, one.images) for one in cells] == [(8, 0.064, 3, 64), (8, 0.1, 3, 128)]
     for one in cells:
-        counted = of_an_image(config_of(out / f"w{one.width}-s3-{one.kimg}kimg"), load(DataConfig()))
+        folder = out / f"w{one.width}-s3-{one.kimg}kimg"
+        counted = of_an_image(config_of(folder), load(DataConfig()))
         assert (one.model_flops, one.training_flops) == (counted.evaluation, counted.update * one.images)
         assert one.teacher_flops == pytest.approx(3 * one.model_flops * 64, rel=0.03) and one.seconds > 0
-        rows = json.loads((out / f"w{one.width}-s3-{one.kimg}kimg" / "results.json").read_text())["rows"]
+        rows = json.loads((folder / "results.json").read_text())["rows"]
         assert one.figure("nfe2/FDc") == rows[1]["mean"]["FDc"] and rows[1]["sampler"]["nfe"] == 2
         assert rows[0]["samples"] == one.samples == 16
     report = (out / "report.md").read_text()
     assert f"python -m ect.scaling {TINY} --out {out}" in report and "(scaling.svg)" in report
-    assert f"| 12 | 0.1 | {cells[3].training_flops:.4g} | {cells[3].figure('nfe2/FDc'):.4g} |" in report
+    assert "It trained 3 of 3 runs in " in report and "minutes, 2 at a time." in report
+    assert f"| 8 | 0.1 | {cells[1].training_flops:.4g} | {cells[1].figure('nfe2/FDc'):.4g} |" in report
 
-    # What is finished stays, what has begun goes on, what is gone is made anew; a report by another figure needs no run.
+    # What is finished stays, and what has begun goes on.
     (out / "w8-s3-0.1kimg" / "results.json").unlink()
     here.clear()
     assert status(f"{TINY} --metric FDp --nfe 1", out) == 0
     assert here == [["--resume", str(out / "w8-s3-0.1kimg")]]
     said = capsys.readouterr().out
-    assert "5 of 6 runs are there already" in said and "FDp at 1 network evaluation" in said
-    assert [asdict(one) | {"seconds": 0} for one in files.read(out / "cells.jsonl", "--report")] == [
-        asdict(one) | {"seconds": 0} for one in cells
-    ]
+    assert "2 of 3 runs are there already" in said and "FDp at 1 network evaluation" in said
+    assert files.read(out / "cells.jsonl", "--report")[0] == cells[0]
     here.clear()
-    assert status(TINY.replace("--widths 8 12", "--widths 8").replace("--kimg .064 .1", "--kimg .064"), out) == 0
-    assert here == [] and len(files.read(out / "cells.jsonl", "--report")) == 1
+    assert status(TINY.replace("--kimg .064 .1", "--kimg .064"), out) == 0
+    assert here == [] and files.read(out / "cells.jsonl", "--report") == cells[:1]
 
     # Another study has another folder.
     for changed, words in (
@@ -200,8 +196,8 @@ def test_a_run_that_fails_ends_the_study_with_its_last_words(
     out = tmp_path / "study"
     assert status(TINY, out) == 2
     said = capsys.readouterr().err
-    log = out / "logs" / "w12-s3-teacher.txt"
-    assert f"{out / 'w12-s3-teacher'}: its run ended with status 3: error: the loss is not finite (all of it" in said
+    log = out / "logs" / "w8-s3-teacher.txt"
+    assert f"{out / 'w8-s3-teacher'}: its run ended with status 3: error: the loss is not finite (all of it" in said
     assert len(said.splitlines()) == 1 and str(log) in said and "step 3" in log.read_text()
 
 
@@ -287,15 +283,22 @@ def test_a_run_that_was_stopped_by_another_hand_stops_the_study(
 
 
 def test_a_folder_with_other_things_is_left_alone(
-    tmp_path: Path, here: list[list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, here: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counted = of_an_image(base_config("digits", None, None, "cpu"), load(DataConfig()))
-    monkeypatch.setattr(grids, "of_an_image", lambda cfg, data: counted)
     (tmp_path / "mine").write_text("x")
     before = [*tmp_path.rglob("*")]
     assert status(TINY, tmp_path) == 2
     assert f"--out {tmp_path}: a folder with other things than a study; choose another" in capsys.readouterr().err
     assert [*tmp_path.rglob("*")] == before and here == []
+
+
+def test_one_process_at_a_time_works_on_a_study(
+    tmp_path: Path, here: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path):
+        assert status(TINY, tmp_path) == 2
+    assert f"{tmp_path}: another process works in this folder (host " in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()] and here == []
 
 
 @pytest.mark.parametrize(
@@ -326,8 +329,7 @@ def test_several_ranks_are_refused() -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": [], "seconds": {}}', '{"rows": 5, "about": {}, "seconds": {}}'])
 def test_damaged_results_of_a_run_are_told(text: str, small: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grids, "of_an_image", lambda cfg, data: (_ for _ in ()).throw(AssertionError))
-    small.__dict__["counted"] = dict.fromkeys((8, 12), (of_an_image_of(small.base), of_an_image_of(small.base)))
+    monkeypatch.setattr(grids, "of_an_image", lambda cfg, data: Counted(4.0, 1.0, 10))
     folder = small.tuning(8, 4.8, 0).folder
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(text)
@@ -335,12 +337,6 @@ def test_damaged_results_of_a_run_are_told(text: str, small: Grid, monkeypatch: 
         UserError, match=r"results\.json: cannot be read \((.|\n)*\); remove .*, and it is trained again"
     ):
         small.cells()
-
-
-def of_an_image_of(cfg: Config) -> Any:
-    from ect.cost.flops import Counted
-
-    return Counted(4.0, 1.0, 10)
 
 
 def test_a_stretched_recipe_keeps_its_shape() -> None:

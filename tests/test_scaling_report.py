@@ -42,8 +42,9 @@ def test_a_report_names_the_law_its_points_and_its_costs(tmp_path: Path, capsys:
     assert "exponent 0.4, with 95% from 0.4 to 0.4;" in said
     assert "Tuning took 1.6 minutes of all runs together, the teachers 0.2 minutes." in said
     assert [*tmp_path.iterdir()] == [tmp_path / "cells.jsonl"]
-    Report(study(), "FDc", 2).write(tmp_path, "python -m ect.scaling")
+    Report(study(), "FDc", 2).write(tmp_path, "python -m ect.scaling", "It took 3 minutes.")
     text = (tmp_path / "report.md").read_text()
+    assert "```\npython -m ect.scaling\n```\n\nIt took 3 minutes.\n" in text
     assert re.search(r"\| power law \| 1e\+05 C\^-0\.4 \| \S+ \| \S+ \|", text)
     assert re.search(r"\| 48 \| 64 \| 5\.898e\+11 \|( 1\.9\d+ \|){3}", text)
     assert "| 48 | 4,800 | 2.304e+06 | 9.216e+06 | " in text
@@ -70,7 +71,7 @@ def test_the_picture_has_every_point_in_its_field() -> None:
 def test_a_cell_without_a_figure_is_left_out_by_name() -> None:
     cells = study(1)
     cells[0] = replace(cells[0], figures={"nfe2/FDc": float("nan")})
-    said = [block for block in Report(cells, "FDc", 2).blocks(None, None) if isinstance(block, str)]
+    said = [block for block in Report(cells, "FDc", 2).blocks() if isinstance(block, str)]
     assert "Left out, without such a figure above 0: width 8, 1 kimg, seed 0." in said
     assert any(text.startswith("Points: all cells; 23 points") for text in said)
     with pytest.raises(

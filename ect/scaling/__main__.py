@@ -118,15 +118,19 @@ def work(options: Options, world: World, line: str) -> int:
     begin = time.monotonic()
     grid, metric = study(options)
     runs = grid.runs()
+    missing = sum(not run.finished for run in runs)
     print(f"{len(runs)} runs, of which {len(options.seeds) * len(options.widths)} train teachers", flush=True)
     with begun(grid) as out:
+        _ = grid.counted  # now, since a fault there is worth less than hours of training
         Runner(runs, options.jobs, out / LOGS, lambda said: print(said, flush=True))()
         cells = grid.cells()
         files.write(out / files.CELLS, cells)
         report = Report(cells, metric, options.nfe)
-        report.write(out, f"{COMMAND} {line}".strip())
+        minutes = (time.monotonic() - begin) / 60
+        spent = f"It trained {missing} of {len(runs)} runs in {minutes:.1f} minutes, {options.jobs} at a time."
+        report.write(out, f"{COMMAND} {line}".strip(), spent)
     report.show(console)
-    print(f"this command took {(time.monotonic() - begin) / 60:.1f} minutes; wrote {out / REPORT}")
+    print(f"{spent}\nwrote {out / REPORT}")
     return 0
 
 
@@ -141,7 +145,7 @@ def study(options: Options) -> tuple[Grid, str]:
             f"--nfe {options.nfe}: the runs of --preset {options.preset} are rated by {', '.join(map(str, there))} evaluations"
         )
     metric = lowered(make_evaluator(data, base.eval, out, device=device), options.metric)
-    _ = grid.counted  # which refuses a width that no network can have
+    grid.check()
     return grid, metric
 
 

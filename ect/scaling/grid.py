@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ect.assembly import objective_type
+from ect.assembly import network_spec, objective_type
 from ect.config import HEUN_STEPS, Config, LogConfig
 from ect.cost.flops import Counted, of_an_image
 from ect.data import Dataset
@@ -144,13 +144,18 @@ class Grid:
 
     @cached_property
     def counted(self) -> dict[int, tuple[Counted, Counted]]:
-        """Counts for each width, of tuning and of the teacher. Raises UserError where a network does not fit the data."""
+        """The FLOPs of each width, of tuning and of the teacher."""
         return {
             width: (
                 of_an_image(self.at(width, 0), self.data), of_an_image(teacher_config(self.at(width, 0)), self.data)
             )
             for width in self.widths
         }  # fmt: skip
+
+    def check(self) -> None:
+        """Raise UserError where a network of one of the widths does not fit the data."""
+        for width in self.widths:
+            network_spec(self.at(width, 0).net, objective_type(self.base.objective).precond, self.data, 0)
 
     def evaluations(self) -> list[int]:
         """Return the numbers of network evaluations by which the runs are rated."""

@@ -60,7 +60,7 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the report, but for its picture."""
-        for block in self.blocks(None, None):
+        for block in self.blocks():
             if isinstance(block, Heading):
                 console.print(f"\n{block.text}", style="bold", highlight=False, markup=False)
             elif isinstance(block, str | Table):
@@ -68,12 +68,12 @@ class Report:
                     block, highlight=False, markup=False
                 )
 
-    def write(self, folder: Path, command: str) -> None:
-        """Write report.md and its picture into a folder, each atomically."""
+    def write(self, folder: Path, command: str, spent: str) -> None:
+        """Write report.md and its picture into a folder, each atomically. spent: says what the command took."""
         with atomic(folder / PICTURE) as temp:
             temp.write_text(self.picture(), encoding="utf-8")
         with atomic(folder / REPORT) as temp:
-            temp.write_text(document.markdown(list(self.blocks(folder / PICTURE, command))), encoding="utf-8")
+            temp.write_text(document.markdown(list(self.blocks(folder / PICTURE, command, spent))), encoding="utf-8")
 
     def picture(self) -> str:
         """Return the picture as SVG."""
@@ -86,8 +86,8 @@ class Report:
             ]
         )
 
-    def blocks(self, drawn: Path | None, command: str | None) -> Iterator[Block]:
-        """Yield the parts of the report. drawn: its picture; command: that made it; None: without."""
+    def blocks(self, drawn: Path | None = None, command: str = "", spent: str = "") -> Iterator[Block]:
+        """Yield the parts of the report. drawn, command, spent: its picture, what made it and took how long, where known."""
         first = self.cells[0]
         yield Heading(f"Scaling study: {self.metric} at {self.nfe} network evaluation{'s' * (self.nfe > 1)}", 1)
         yield (
@@ -111,14 +111,15 @@ class Report:
         yield Heading("Widths")
         yield self._widths()
         yield "The teachers are no part of the training FLOPs above. Seconds are wall clock, the mean of the runs."
-        if command is not None:
+        if command:
             yield Heading("Command")
             yield Code(command)
+            yield spent
         yield Heading("Machine")
-        spent = sum(cell.seconds for cell in self.cells)
+        tuning = sum(cell.seconds for cell in self.cells)
         teachers = sum({(cell.width, cell.seed): cell.teacher_seconds for cell in self.cells}.values())
         yield "; ".join(sorted({cell.machine for cell in self.cells})) + "."
-        yield f"Tuning took {spent / 60:.1f} minutes of all runs together, the teachers {teachers / 60:.1f} minutes."
+        yield f"Tuning took {tuning / 60:.1f} minutes of all runs together, the teachers {teachers / 60:.1f} minutes."
 
     def _table(self) -> Table:
         """Return a row for each width and length, with the figure of each seed."""

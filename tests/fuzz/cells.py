@@ -33,5 +33,5 @@ def read(folder: Path, data: bytes) -> Any:
     path = folder / cells.CELLS
     path.write_bytes(data)
     report = Report(cells.read(path, "--report"), "FDc", 2)
-    report.write(folder, "a command")
+    report.write(folder, "a command", "a minute")
     return report.verdicts()
