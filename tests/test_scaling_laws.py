@@ -107,7 +107,7 @@ def test_points_that_are_too_few_support_nothing() -> None:
     assert not verdict.supported and verdict.law is None
     assert (
         str(verdict)
-        == "A power law is not supported: too few points: they are of 4 different computes, and it takes 5."
+        == "A power law is not supported: too few points: it takes 5 different computes, and these have 4."
     )
 
 

@@ -60,7 +60,7 @@ def judge(compute: Sequence[float], figure: Sequence[float]) -> Verdict:
     """Return the verdict on points, of which all numbers are finite and above 0."""
     x, y = np.array(compute, dtype=np.float64), np.array(figure, dtype=np.float64)
     if (places := len(np.unique(x))) < PLACES:
-        return Verdict(x, y, (f"too few points: they are of {places} different computes, and it takes {PLACES}",))
+        return Verdict(x, y, (f"too few points: it takes {PLACES} different computes, and these have {places}",))
     held = held_out(x)
     with np.errstate(all="ignore"):  # a fit that tries a steep curve finds infinity, and turns back
         law = PowerLaw.fit(x[~held], y[~held])
