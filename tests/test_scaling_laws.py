@@ -106,8 +106,7 @@ def test_points_that_are_too_few_support_nothing() -> None:
     verdict = judge([1.0, 2.0, 3.0, 4.0] * 2, [4.0, 3.0, 2.0, 1.0] * 2)
     assert not verdict.supported and verdict.law is None
     assert (
-        str(verdict)
-        == "A power law is not supported: too few points: it takes 5 different computes, and these have 4."
+        str(verdict) == "A power law is not supported: too few points: it takes 5 different computes, and these have 4."
     )
 
 
