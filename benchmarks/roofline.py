@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lib import history, instructions, work
 from lib.options import Parser, possible_path
 from rich.console import Console
 
+from ect.cost.gpus import GPUS, Gpu
 from ect.show.table import Table
 
 BATCH, STEPS = 128, 8000
@@ -38,68 +38,7 @@ NO_ISSUE = (
     "*** No nvcc or nvdisasm that could do it here: the instructions of our kernels are NOT counted; the times of the norms "
     "and the optimizer are those of their DRAM traffic alone, too short on the faster GPUs. ***"
 )
-SLOTS = 4  # warp instructions that an SM starts in a clock: one a scheduler
 LANES = 32
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak rates by the vendor's data sheet, dense (no sparsity), fp16 with fp32 sums: TFLOP/s and GB/s.
-
-    fp32: outside of the tensor cores. pattern: of the name that torch gives the device. sms, clock: SMs and boost clock
-    in GHz.
-    """
-
-    name: str
-    fp16: float
-    tf32: float
-    fp32: float
-    bandwidth: float
-    sheet: str
-    pattern: str
-    arch: int
-    sms: int
-    clock: float
-
-    @property
-    def issue(self) -> float:
-        """Warp instructions a second."""
-        return self.sms * SLOTS * self.clock * 1e9
-
-
-# Where a sheet gives a tensor-core rate with sparsity, half of it stands here. White papers round less than data sheets. SMs
-# and clocks: A100 and RTX 4090, the white papers' tables; H100, SMs from its white paper and the clock that its fp32 rate
-# implies (66.9 TFLOP/s over 132 SMs of 128 lanes), which H200 shares; B200, in no data sheet: assumed.
-GPUS = (
-    Gpu("A100-40", 312, 156, 19.5, 1555, "NVIDIA A100 data sheet, 40GB", r"A100-(SXM4|PCIE)-40GB$", 80, 108, 1.41),
-    Gpu("A100-80", 312, 156, 19.5, 2039, "NVIDIA A100 data sheet, 80GB SXM", r"A100-SXM4-80GB$", 80, 108, 1.41),
-    Gpu(
-        "H100",
-        989.4,
-        494.7,
-        66.9,
-        3350,
-        "NVIDIA H100 white paper, SXM5; GB/s: data sheet",
-        r"H100 80GB HBM3$",
-        90,
-        132,
-        1.98,
-    ),
-    Gpu("H200", 989.4, 494.7, 66.9, 4800, "as H100; GB/s: NVIDIA H200 data sheet, SXM", r"H200$", 90, 132, 1.98),
-    Gpu("RTX 4090", 165.2, 82.6, 82.6, 1008, "NVIDIA Ada white paper, appendix A", r"RTX 4090$", 89, 128, 2.52),
-    Gpu(
-        "B200",
-        2250,
-        1125,
-        75,
-        8000,
-        "NVIDIA HGX B200 data sheet, an eighth; GB/s: DGX B200",
-        r"NVIDIA B200$",
-        100,
-        148,
-        1.965,
-    ),
-)  # of the A100-80 the PCIe card has 1,935 GB/s; the H200 NVL is slower
 
 
 def known(device: str) -> Gpu | None:

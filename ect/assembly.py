@@ -12,7 +12,7 @@ from ect.config import Config, NetConfig, ObjectiveConfig
 from ect.data import Dataset, ImageStream
 from ect.emas import beta_of
 from ect.errors import UserError
-from ect.models import EDMPrecond, build, describe
+from ect.models import EDMPrecond, build, describe, fitting
 from ect.objective import OBJECTIVES, ConsistencyObjective, Objective
 from ect.objectives.distillation import ConsistencyDistillation
 from ect.objectives.gaps import Gaps
@@ -30,8 +30,9 @@ few minutes of compiling against a few per cent of a step of tens of millisecond
 def network_spec(cfg: NetConfig, precond: str, dataset: Dataset, augment_dim: int) -> dict[str, Any]:
     """Return what ect.models.build needs for a new network of the configured architecture.
 
-    Raises UserError where the data's resolution or the channels do not fit it.
+    Raises UserError where the data's resolution, the channels or labels of augmentation do not fit it.
     """
+    cfg = fitting(cfg, augment_dim)
     mult = " ".join(map(str, cfg.channel_mult))
     if dataset.resolution % 2 ** (len(cfg.channel_mult) - 1):
         raise UserError(
@@ -93,7 +94,7 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
         channels_last=keeps_channels_last(cfg, device),
     )  # fmt: skip
     if arithmetic.half is not None:
-        state.compute.model.on_ops = True  # half precision is for the ops, which sum in fp32
+        state.compute.model.run_in(arithmetic.half)
     return state
 
 

@@ -29,7 +29,7 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
-from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
+from ect.sampler import SEEDS, Heun, Sampler, consistency_samplers, levels_after_first
 from ect.show import report
 from ect.show.log import Screen
 
@@ -162,8 +162,8 @@ def _check_numbers(options: Options) -> None:
             "resolution": (options.resolution, FOURS, at_most(4096)),
         }
     )  # fmt: skip
-    if options.seed + options.repeats * (options.samples or _SAMPLES) > 2**63:
-        raise UserError(f"--seed {options.seed}: the last image's seed must be below 2^63")
+    if options.seed + options.repeats * (options.samples or _SAMPLES) > SEEDS:
+        raise UserError(f"--seed {options.seed}: the last image's seed must be below 2^32")
     if options.reference is not None and options.data is not None:
         raise UserError("--reference replaces the images of --data; leave out one of the two")
     if not all(1 <= steps <= MAX_STEPS for steps in options.heun):

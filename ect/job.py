@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from torch import Tensor
 from ect.assembly import objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
+from ect.data.datasets import TEACHER
 from ect.errors import UserError
+from ect.files import drawn
 from ect.files.branch import cooled
+from ect.files.drawn import Drawn
 from ect.files.lock import locked
+from ect.files.phases import pretrain_config
 from ect.files.resume import data_fingerprint, refuse_changed_maths, refuse_new_start
 from ect.files.run_folder import (
     CONFIG,
@@ -37,7 +42,6 @@ from ect.files.run_folder import (
 from ect.files.run_folder import load as load_config
 from ect.metrics import Crossing, Evaluator, QualityRow, RemoteEvaluator, Target, make_evaluator
 from ect.models import fused
-from ect.options import preset
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World, check_share
@@ -51,22 +55,6 @@ from ect.tangent import file as features
 from ect.trainer import Trainer
 
 STRIP_WIDTH = 900  # pixels, about
-
-
-def pretrain_config(cfg: Config, run_dir: Path | None = None) -> Config:
-    """Return the diffusion phase as a configuration of its own.
-
-    --pretrain's preset gives length, objective and optimizer, `cfg` the rest. run_dir: the folder of the phase; once it has
-    begun there, it goes on as it began, whatever became of the preset.
-    """
-    assert cfg.pretrain is not None
-    if run_dir is not None and (run_dir / CONFIG).is_file():
-        phase = load_config(run_dir)
-    else:
-        phase = preset(cfg.pretrain, "--pretrain")
-        phase = replace(phase, total_kimg=cfg.pretrain_kimg or phase.total_kimg)
-    parts: dict[str, Any] = {name: getattr(phase, name) for name in ("total_kimg", "objective", "optim")}
-    return replace(cfg, pretrain=None, pretrain_kimg=None, target=None, **parts)
 
 
 @dataclass
@@ -86,13 +74,20 @@ class Job:
         set_threads(cfg.threads, self.world)
         self.device = resolve(cfg.device, self.world)
         self._choose_kernels()
-        self.dataset = load(cfg.data)
+        self.seconds: dict[str, float] = {}
+        self.drawn: Drawn | None = None
+        if cfg.data.source == TEACHER:
+            self.drawn = drawn.find(
+                cfg, self.device, self.world, partial(self.console.print, markup=False, highlight=False)
+            )
+            self.seconds["drawing"] = float(self.drawn.seconds)
+        self.dataset = load(cfg.data) if self.drawn is None else self.drawn.dataset()
+        reference = self.dataset if self.drawn is None else self.drawn.reference()
         if self.world.size > 1:  # all ranks have come so far, before one of them makes a folder
             self.world.agree({"images": data_fingerprint(self.dataset.images, self.dataset.labels)})
         for line in (self.dataset.describe(), *self.dataset.notes, *idle_options(cfg, self.dataset)):
             self.console.print(line, markup=False, highlight=False)
         self.stop = StopSignal(world=self.world)
-        self.seconds: dict[str, float] = {}
         self.splits: dict[str, dict[str, float]] = {}
         self.checked: list[str] = []
         self.target: Target | None = None
@@ -113,7 +108,7 @@ class Job:
         self.evaluator: Evaluator | None = None
         if cfg.eval.samples and self.world.rank == 0:
             with leaving_nothing(self._made):
-                self.evaluator = make_evaluator(self.dataset, cfg.eval, self.run_dir, device=self.device)
+                self.evaluator = make_evaluator(reference, cfg.eval, self.run_dir, device=self.device)
         elif cfg.eval.samples:
             self.evaluator = RemoteEvaluator()
         for note in self.evaluator.notes if self.evaluator is not None else []:
@@ -205,6 +200,8 @@ class Job:
                 f"branching off {resume} at {trainer.nimg / 1000:g} kimg, and cooling down to {cfg.total_kimg:g} kimg"
             )
         if writes:
+            if self.drawn is not None and self._starts:
+                self.drawn.save(self.run_dir)
             write_config(self.cfg, self.run_dir, now)  # first, also while pretraining: --resume finds the job by it
             if run_dir != self.run_dir:  # not before the trainer stands: a refused start leaves nothing behind
                 with can_make(str(run_dir)):

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from ect.config import COOLDOWN_SHARE, STAGED, WEIGHT_FLOOR, Config, Limit
+from ect.config import COOLDOWN_SHARE, STAGED, WEIGHT_FLOOR, Config, DataConfig, Limit
 from ect.errors import UserError
 from ect.files.run_folder import load, run_folder
 from ect.presets import NOTES, PRESETS
@@ -155,6 +155,10 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     pairs = not cfg.log.levels or staged
     yield "log.levels", pairs, f"--log.no-levels with --objective.kind {objective.kind}, which has no pairs"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
+    teacher = cfg.data.source == "teacher"
+    yield "data.source", not teacher or cfg.init_from is not None, "--init-from with it: the diffusion model that draws"
+    counted = teacher or cfg.data.teacher_samples == DataConfig.teacher_samples
+    yield "data.teacher-samples", counted, f"{DataConfig.teacher_samples}, its default, without --data.source teacher"
     yield "cooldown", not cfg.cooldown or cfg.resume is not None, "--resume with it: the run that it branches off"
     cools = cfg.cooldown or optim.decay == "cooldown" or optim.cooldown_share == COOLDOWN_SHARE
     yield "optim.cooldown-share", cools, f"{COOLDOWN_SHARE}, its default, without --optim.decay cooldown"

@@ -63,11 +63,11 @@ def resolve(name: str, device: torch.device) -> Precision:
 
 
 def round_weights(net: EDMPrecond, names: set[str], half: torch.dtype) -> None:
-    """Put the named parameters in half precision, in place, and run the network on the ops, which sum in fp32."""
+    """Put the named parameters in half precision, in place, and the activations of the blocks with them."""
     for name, p in net.named_parameters():
         if name in names:
             p.data = p.data.to(half)
-    net.model.on_ops = True
+    net.model.run_in(half)
 
 
 def apply(precision: Precision) -> None:

@@ -20,14 +20,14 @@ from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.run_folder import leaving_nothing
-from ect.models import ECMPrecond, EDMPrecond
+from ect.models import EDMPrecond
 from ect.options import refuse_idle
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
-from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
+from ect.sampler import SEEDS, Consistency, Heun, Sampler, draw, generate, levels_after_first
 from ect.search import sigmas
 from ect.show import images
 
@@ -161,8 +161,8 @@ def _seeds(options: Options) -> list[int]:
     if options.seeds is None:
         refuse_beyond({"count": (options.count, FROM_1, COUNT)})
         first, last = options.seed, options.seed + options.count - 1
-        if not 0 <= first <= last < 2**63:
-            raise UserError(f"--seed {first}: expected a number from 0 on, below 2^63")
+        if not 0 <= first <= last < SEEDS:
+            raise UserError(f"--seed {first}: expected a number from 0 on, and all seeds below 2^32")
         return list(range(first, last + 1))
     if options.seed != Options.seed or options.count != Options.count:
         raise UserError("--seeds says it all; leave out --seed and --count")
@@ -170,13 +170,15 @@ def _seeds(options: Options) -> list[int]:
     for part in options.seeds.split(","):
         low, dash, high = part.strip().partition("-")
         high = high if dash else low
-        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high) < 2**63):
+        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high)):
             what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100"
             raise UserError(f"--seeds {options.seeds:.60}: {what}")
         if not COUNT.holds(len(seeds) + int(high) - int(low) + 1):
             raise UserError(
                 f"--seeds {options.seeds:.60}: expected {COUNT.expected} images; sample the rest afterwards"
             )
+        if int(high) >= SEEDS:
+            raise UserError(f"--seeds {options.seeds:.60}: expected numbers below 2^32; beyond, images repeat")
         seeds.extend(range(int(low), int(high) + 1))
     return seeds
 
@@ -202,7 +204,7 @@ def _check_levels(options: Options) -> None:
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
     """Return the sampler that the options ask for, or else the one that suits the model."""
     nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
-    if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
+    if heun is None and nfe is None and mid_t is None and not net.is_consistency:
         heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur
     if heun is not None:
         return Heun(heun)

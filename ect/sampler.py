@@ -19,6 +19,8 @@ from ect.errors import UserError
 from ect.models import EDMPrecond
 from ect.ranks.distributed import World
 
+SEEDS = 2**32
+"""The number of different images: of a larger seed torch's generator on a CPU takes the low 32 bits."""
 SIGMA_MIN = 0.002
 RHO = 7.0
 

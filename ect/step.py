@@ -101,6 +101,7 @@ class TrainStep:
         if self.state.loss_scale is not None:
             scale = scale * self.state.loss_scale
         self.mean_loss.zero_()
+        self.net.model.begin_step()
         for i in range(len(self.starts)):
             loss = self.loss(i).sum()
             grads = torch.autograd.grad(loss, self.state.inputs, scale, materialize_grads=True)

@@ -35,6 +35,12 @@ def main(argv: list[str]) -> int:
         if cfg.dry_run:
             print(describe(cfg))
             return None
+        if cfg.plan:
+            from ect.cost import plan  # not earlier: it imports torch
+            from ect.show.log import Screen
+
+            plan.show(cfg, Screen())
+            return None
         return cfg
 
     return launch(configure, train, interrupted="interrupted; the last checkpoint is what is saved")

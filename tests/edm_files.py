@@ -182,6 +182,27 @@ def from_net(net: nn.Module, spec: dict[str, Any]) -> Persistent:
     return Persistent(spec["precond"], module_state({}, {"model": unet}, _init_args=(), _init_kwargs=given, **own))
 
 
+EDM2_CLASSES = {"EDM2UNet": "UNet", "EDM2Block": "Block"}
+
+
+def edm2_from_net(net: nn.Module, spec: dict[str, Any], logvar: int = 0) -> Persistent:
+    """A network of ours as an object of EDM2's classes, in fp16; logvar: width of the head that weighs its loss, if any."""
+    kwargs = {name: value for name, value in spec["kwargs"].items() if name not in ("out_channels", "augment_dim")}
+    own = dict(img_resolution=kwargs.pop("img_resolution"), img_channels=kwargs.pop("in_channels"))
+    own["label_dim"] = kwargs.pop("label_dim")
+    unet = with_state(
+        from_module(net.get_submodule("unet").half()), _init_args=tuple(own.values()), _init_kwargs=kwargs
+    )
+    modules: dict[str, Any] = {"unet": unet}
+    if logvar:
+        fourier, linear = nn.Module(), nn.Module()
+        fourier.register_buffer("freqs", torch.ones(logvar))
+        linear.weight = nn.Parameter(torch.ones(1, logvar))
+        modules |= {"logvar_fourier": from_module(fourier.half()), "logvar_linear": from_module(linear.half())}
+    state = module_state({}, modules, _init_args=(), _init_kwargs={**own, **kwargs}, **own, use_fp16=True)
+    return Persistent("Precond", {**state, "sigma_data": spec["sigma_data"]})
+
+
 def from_module(module: nn.Module) -> Any:
     """A module and all in it: containers stay what they are, everything else becomes persistent."""
     children = {name: from_module(child) for name, child in module.named_children()}
@@ -192,7 +213,28 @@ def from_module(module: nn.Module) -> Any:
     state = module_state(module._parameters, children, skip_scale=np.sqrt(0.5), num_heads=np.int64(1), eps=1e-6)
     state["_buffers"].update(module._buffers)
     state["_non_persistent_buffers_set"].update(module._non_persistent_buffers_set)
-    return Persistent(type(module).__name__, state)
+    name = type(module).__name__
+    return Persistent(EDM2_CLASSES.get(name, name), state)
+
+
+def edm2_snapshot(net: object, protocol: int = 4, encoder: str = "StandardRGBEncoder", loss: str = "EDM2Loss") -> bytes:
+    """A file of EDM2's training loop, or of ECT's for ImageNet: an attribute dictionary with an encoder of images."""
+    arrays = (
+        {"scale": np.float32([0.1, 0.2]), "bias": np.float32([0.0, 1.0])} if encoder != "StandardRGBEncoder" else {}
+    )
+    with public_modules():
+        easy = sys.modules["dnnlib.util"].EasyDict
+        state: dict[str, Any] = {"P_mean": -0.8, "P_std": 1.6, "sigma_data": 0.5}
+        if loss == "ECMLoss":
+            state["t_to_r"] = Call(getattr, Persistent(loss, state), "t_to_r_sigmoid")
+        given = {"_init_args": (), "_init_kwargs": easy(), **arrays}
+        return pickle.dumps(
+            easy(
+                encoder=Persistent(encoder, given), dataset_kwargs=easy(path="img64.zip", use_labels=True),
+                loss_fn=Persistent(loss, state), ema=net,
+            ),
+            protocol,
+        )  # fmt: skip
 
 
 def edm_snapshot(net: object, protocol: int = 4) -> bytes:

@@ -22,6 +22,7 @@ from ect import evaluate, sample
 from ect.assembly import COMPILE_PAYS_STEPS, captures, compiles, keeps_channels_last
 from ect.config import Config
 from ect.convert import __main__ as convert
+from ect.data.imagenet import __main__ as imagenet
 from ect.errors import UserError
 from ect.files.run_folder import to_dict
 from ect.merge import __main__ as merge
@@ -103,6 +104,7 @@ def possible(cfg: Config) -> bool:
 # What a field needs beside it, where no change of it alone is possible.
 BESIDE: dict[tuple[str, ...], list[tuple[tuple[str, ...], Any]]] = {
     ("objective", "weight_floor"): [(("objective", "kind"), "consistency"), (("objective", "weighting"), "adaptive")],
+    ("data", "teacher_samples"): [(("data", "source"), "teacher"), (("init_from",), Path("teacher.pkl"))],
     ("target",): [(("log", "eval_kimg"), 1.0), (("eval", "samples"), 100)],
 }
 
@@ -112,7 +114,9 @@ def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:
     the fields that never changed."""
     candidates: dict[tuple[str, ...], list[Any]] = {}
     for path, kind in fields(Config):
-        if path not in {("preset",), ("dry_run",), ("resume",), ("cooldown",)}:  # tests/test_cooldown.py has the last
+        if path not in {
+            (name,) for name in ("preset", "dry_run", "plan", "resume", "cooldown")
+        }:  # test_cooldown.py has the last
             values = list(others(kind, get(start, path)))
             candidates[path] = [v for v in values if possible(changed(start, path, v))] or values
     rounds = []
@@ -176,6 +180,7 @@ COMMANDS = {
     "ect.sample": sample.Options,
     "ect.evaluate": evaluate.Options,
     "ect.convert": convert.Options,
+    "ect.data.imagenet": imagenet.Options,
     "ect.merge": merge.Options,
     "ect.scaling": scaling.Options,
 }

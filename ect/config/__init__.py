@@ -32,7 +32,9 @@ MAX_BLOCKS, MAX_LEVELS = 24, 8
 HEUN_STEPS = (18, 5, 2)
 """Steps of the Heun sampler by which a diffusion model is rated. The first are EDM's at 32x32: 35 network evaluations."""
 
-Architecture = Literal["ddpmpp", "ncsnpp", "adm"]
+Architecture = Literal[
+    "ddpmpp", "ncsnpp", "adm", "edm2", "edm2-narrow", "edm2-xs", "edm2-s", "edm2-m", "edm2-l", "edm2-xl", "edm2-xxl"
+]
 Kind = Literal["consistency", "diffusion"]
 STAGED = {"consistency"}
 """The kinds that have pairs, which close up in stages; `ect.objective.register` adds to them."""
@@ -90,6 +92,8 @@ COOLDOWN_SHARE = 0.2
 """The part of a run that cools down: the longer of those that Hagele et al. recommend (arXiv 2405.18392)."""
 WEIGHT_FLOOR = 0.05
 """The floor of the adaptive weight as it was tried on the digits, images of 64 values in [-1, 1]."""
+DRAWN = 10**8
+"""The most images that a teacher draws for a run."""
 MAX_STEPS = 1000
 """The Heun sampler takes at most so many steps."""
 COUNT = at_most(10**6)
@@ -129,7 +133,7 @@ EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are
 class DataConfig:
     source: str = "digits"
     """'digits' (ships with the package), or a path: CIFAR-10 tarball or folder, folder of IDX files (Fashion-MNIST), EDM
-    zip, folder of images."""
+    zip, folder of images. 'teacher': images that the diffusion model of --init-from draws, so no data is needed."""
     resolution: Annotated[int | None, FOURS, at_most(4096)] = None
     """Resize and centre-crop a folder of images to this size (pixels). None: all images must already agree."""
     convert: Literal["rgb", "grey"] | None = None
@@ -141,12 +145,16 @@ class DataConfig:
     """Flip each image horizontally with probability 1/2."""
     augment: Annotated[float, Limit("a probability", lambda p: 0 <= p <= 1)] = 0.0
     """Probability of each of EDM's geometric augmentations (EDM pretraining: 0.12). 0 switches the pipe off."""
+    teacher_samples: Annotated[int, FROM_1, at_most(DRAWN)] = 50_000
+    """Images that --data.source teacher draws, of 35 network evaluations each."""
 
 
 @dataclass(frozen=True)
 class NetConfig:
     arch: Architecture = "ddpmpp"
-    """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021)."""
+    """DDPM++ and NCSN++ are SongUNets (Song et al., 2021), ADM is the DhariwalUNet (Dhariwal & Nichol, 2021), EDM2 is Karras et
+    al., 2024: with heads of 64 channels, -narrow of 16. edm2-xs to edm2-xxl are its published sizes, in place of the widths,
+    blocks and attention below."""
     model_channels: Annotated[int, FOURS, at_most(4096)] = 128
     """Channels at the first resolution, times channel_mult at the others."""
     channel_mult: Annotated[tuple[int, ...], FACTORS, FEW_LEVELS] = (2, 2, 2)
@@ -301,6 +309,8 @@ class Config:
     fails. None: on a GPU."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
+    plan: bool = False
+    """Print what the run would cost on six GPUs, counted and predicted, and stop: FLOPs, hours, memory."""
     data: DataConfig = DataConfig()
     net: NetConfig = NetConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -1,27 +1,22 @@
-"""The arithmetic of an update, counted on its trace: 2 FLOPs a multiply-add, by torch.utils.flop_counter's formulas.
-
-Convolutions, matrix products and attention are counted; what multiplies element by element is not.
-"""
+"""The floating-point operations of what was traced, two a multiply-add, by torch.utils.flop_counter's formulas."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from ect.assembly import flat_state, frozen, network_spec, objective_type, train_step
-from ect.config import Config
-from ect.cost.trace import Event, TensorMeta, trace
-from ect.data import AugmentPipe, Dataset, ImageStream
-from ect.models import build
-from ect.tangent.network import Features
+import ect.models  # noqa: F401  which registers the ops
+from ect.cost.trace import Event, TensorMeta
 
-_IMAGES = 2  # of a traced update, whose arithmetic is divided by them: a batch of one might be computed otherwise
+
+@register_flop_formula(torch.ops.ect.skip_product)  # registered by the import of ect.models
+def _skip_product(a: torch.Size, weight: torch.Size, *shapes: Any, **more: Any) -> int:
+    """Count two operations for each pixel and weight."""
+    n, _, h, w = a
+    return 2 * n * h * w * weight[0] * weight[1]
 
 
 def flop_formula(func: Any) -> Any:
@@ -37,43 +32,3 @@ def flops(event: Event) -> float:
         return 0.0
     args, kwargs, out = tree_map_only(TensorMeta, lambda t: t.shape, (event.args, event.kwargs, event.result))
     return float(formula(*args, **kwargs, out_val=out))
-
-
-class Counted(NamedTuple):
-    """The FLOPs of a network for an image: of its share of an update, and of one evaluation; and its parameters."""
-
-    update: float
-    evaluation: float
-    parameters: int
-
-
-def of_an_image(cfg: Config, dataset: Dataset) -> Counted:
-    """Count the FLOPs of a configured network, new and in plain PyTorch.
-
-    An update's are those of its forward and backward passes, and of the forward pass of its target. Reads no images and
-    allocates nothing. Raises UserError where the network does not fit the data.
-    """
-    traced = replace(cfg, batch=_IMAGES, batch_per_device=_IMAGES, compile=False, graph=False, precision="fp32")
-    objective = objective_type(cfg.objective)
-    augment_dim = AugmentPipe.label_dim if cfg.data.augment > 0 else 0
-    spec = network_spec(cfg.net, objective.precond, dataset, augment_dim)
-    with torch.device("meta"):
-        net, teacher, features = build(spec).train(), None, None
-        net.model.on_ops = False
-        if objective.wants_teacher:
-            teacher = frozen(traced, build(spec))
-        if cfg.objective.direction == "features":
-            features = Features(dataset.resolution, dataset.channels).requires_grad_(False)
-    state = flat_state(traced, net)
-    stream = ImageStream(dataset, cfg.seed, "meta", _IMAGES, resident=True)
-    step = train_step(traced, state, stream, teacher=teacher, features=features)
-    x = torch.empty(_IMAGES, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
-    with torch.no_grad():
-        evaluation = _sum(lambda: net.eval()(x, x[:, 0, 0, 0]))
-    net.train()
-    parameters = sum(p.numel() for p in net.parameters())
-    return Counted(_sum(step.update) / _IMAGES, evaluation / _IMAGES, parameters)
-
-
-def _sum(function: Callable[[], object]) -> float:
-    return math.fsum(map(flops, trace(function)))

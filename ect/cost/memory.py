@@ -21,8 +21,10 @@ from ect.data import Dataset, ImageStream
 from ect.data.readers.space import free_memory
 from ect.data.stream import RESIDENT_SHARE
 from ect.errors import UserError
-from ect.models import build, fused
+from ect.models import EDMPrecond, build, fused
+from ect.optim import FlatState
 from ect.show.grid import GRID_SEEDS
+from ect.step import TrainStep
 from ect.tangent.network import Features
 
 GB = 1e9
@@ -85,30 +87,14 @@ def predict(
     nothing. Not in it: Inception at evaluations, and on a CPU what the ops' reference implementations need inside of
     them.
     """
-    share, gpu = cfg.batch // world_size, device.type == "cuda"
-    passes = min(2, share // batch_per_device)  # the second adds to the gradients of the first, as would a third
-    traced = replace(
-        cfg, batch=passes * batch_per_device, batch_per_device=batch_per_device, compile=False, graph=False,
-        precision=precision.resolve(cfg.precision, device).name,  # type: ignore[arg-type]
-        channels_last=keeps_channels_last(cfg, device),
-    )  # fmt: skip
-    on_ops = gpu or fused.wanted(None, torch.empty(0))
-    with torch.device("meta"):
-        net, teacher, features = build(spec).train(), None, None
-        net.model.on_ops = on_ops
-        if objective_type(cfg.objective).wants_teacher:
-            teacher = frozen(traced, copy.deepcopy(net))
-        if cfg.objective.direction == "features":
-            features = Features(dataset.resolution, dataset.channels).requires_grad_(False)
-    state = flat_state(traced, net)
-    stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
-    step = train_step(traced, state, stream, teacher=teacher, features=features)
+    net, state, step = update_of(cfg, spec, dataset, device, batch_per_device, world_size)
     update = Footprint.of(trace(step.update, device.type))
     with torch.no_grad():
         images = max(len(GRID_SEEDS), cfg.eval.batch if cfg.eval.samples else 0)
         x = torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
         sampling = Footprint.of(trace(lambda: net.eval()(x, x[:, 0, 0, 0]), device.type))
     weights = state.params.untyped_storage().nbytes()
+    gpu = device.type == "cuda"
     copies = len(state.saved_arenas()) + len(state.emas)  # that a checkpoint makes: of its state and its model files
     transient = update.peak_bytes - update.state_bytes
     process = PROCESS + (COMPILER if compiles(cfg, device) else 0)
@@ -123,6 +109,38 @@ def predict(
         captures(cfg, device),
         update.launches,
     )
+
+
+def update_of(
+    cfg: Config,
+    spec: dict[str, Any],
+    dataset: Dataset,
+    device: torch.device,
+    batch_per_device: int,
+    world_size: int = 1,
+) -> tuple[EDMPrecond, FlatState[EDMPrecond], TrainStep]:
+    """Return a network, its state and its step on the meta device, as they would be on `device`.
+
+    Of a share of the batch that takes more than two passes it does the first two.
+    """
+    share = cfg.batch // world_size
+    passes = min(2, share // batch_per_device)  # the second adds to the gradients of the first, as would a third
+    traced = replace(
+        cfg, batch=passes * batch_per_device, batch_per_device=batch_per_device, compile=False, graph=False,
+        precision=precision.resolve(cfg.precision, device).name,  # type: ignore[arg-type]
+        channels_last=keeps_channels_last(cfg, device),
+    )  # fmt: skip
+    on_ops = device.type == "cuda" or fused.wanted(None, torch.empty(0))
+    with torch.device("meta"):
+        net, teacher, features = build(spec).train(), None, None
+        net.model.on_ops = on_ops
+        if objective_type(cfg.objective).wants_teacher:
+            teacher = frozen(traced, copy.deepcopy(net))
+        if cfg.objective.direction == "features":
+            features = Features(dataset.resolution, dataset.channels).requires_grad_(False)
+    state = flat_state(traced, net)
+    stream = ImageStream(dataset, cfg.seed, "meta", traced.batch, _resident(dataset, device))
+    return net, state, train_step(traced, state, stream, teacher=teacher, features=features)
 
 
 def fit(

@@ -90,7 +90,7 @@ def denoiser(
     net: EDMPrecond, labels: Tensor | None, arithmetic: Callable[[], Any] = contextlib.nullcontext
 ) -> Denoiser:
     """Return D(x, sigma) of net, with one dropout mask for all calls; net goes into train mode. arithmetic: opens a context."""
-    net.train()
+    net.train().model.begin_step()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         with arithmetic():
@@ -106,7 +106,9 @@ def in_fp64(net: EDMPrecond, labels: Tensor | None = None) -> Denoiser:
 
 def plain(net: EDMPrecond, labels: Tensor | None, dtype: torch.dtype) -> Denoiser:
     """Compute the U-Net's plain forward and EDM's preconditioning of training, all in one dtype."""
-    unet = copy.deepcopy(net.model).to(dtype).train()
+    unet = copy.deepcopy(net.model)
+    unet.begin_step()
+    unet = unet.to(dtype).train()
     unet.on_ops = False
     sigma_data, label_dim = net.sigma_data, net.label_dim
 

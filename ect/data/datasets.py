@@ -16,6 +16,9 @@ from ect.data.readers.labels import one_hot
 from ect.data.readers.pictures import MAX_SIDE, fit_all, is_resolution
 from ect.errors import UserError
 
+TEACHER = "teacher"
+"""The --data.source of a run whose teacher draws its images (ect.files.drawn)."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -89,6 +92,8 @@ def load(cfg: DataConfig) -> Dataset:
     """
     if cfg.resolution is not None and not is_resolution(cfg.resolution):
         raise UserError(f"--data.resolution {cfg.resolution}: expected a multiple of 4, such as 32, up to {MAX_SIDE:,}")
+    if cfg.source == TEACHER:
+        raise UserError(f"--data.source {TEACHER}: such images are drawn for a run of ect.train alone; give a path")
     if cfg.source == "digits":
         name, (images, labels, notes) = "digits", Read(*_digits(), [])
     else:

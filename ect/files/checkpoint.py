@@ -37,7 +37,7 @@ from ect.files.model_file import (
     save_model,
     write_tensors,
 )
-from ect.models import EDMPrecond, build
+from ect.models import EDMPrecond, build, preconditioning
 
 Saved = tuple[dict[str, Tensor], dict[str, Any], Path]
 """(training state, meta, path of the model file) of a checkpoint."""
@@ -101,6 +101,7 @@ def load_model(
     """
     snapshot = read_model(path, ema)
     if precond is not None:
+        precond = preconditioning(snapshot.spec.get("unet"), precond)
         snapshot = replace(snapshot, spec={**snapshot.spec, "precond": precond})
     check_fits(snapshot, str(path))
     check_finite(snapshot.state, str(path))

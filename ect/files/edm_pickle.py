@@ -1,6 +1,7 @@
-"""Read the network of an EDM or ECT snapshot (a pickle) without executing anything that is in it.
+"""Read the network of an EDM, EDM2 or ECT snapshot (a pickle) without executing anything that is in it.
 
-A snapshot is {'ema': network, 'loss_fn': ..., 'augment_pipe': ..., 'dataset_kwargs': ...}. A module in it is pickled as
+A snapshot is {'ema': network, 'loss_fn': ..., 'augment_pipe': ..., 'dataset_kwargs': ...}; EDM2's has an 'encoder' of images
+instead of augmentation, and weights in fp16. A module in it is pickled as
 `torch_utils.persistence._reconstruct_persistent_obj(meta)`, meta = {type, version, module_src, class_name, state}; the
 public loader executes module_src. Here `ect.files.safe_pickle` reads the file with the table of globals below, and a module
 becomes a `_Persistent`: class name, source as text, state. Names, memory and arguments are checked when the network is
@@ -23,7 +24,7 @@ from torch import Tensor
 from ect import models
 from ect.errors import UserError
 from ect.files.foreign import what_it_is
-from ect.files.pickled_tensors import NUMBERS, TENSORS, TORCH_MAGIC, load_storage
+from ect.files.pickled_tensors import ARRAYS, NUMBERS, TENSORS, TORCH_MAGIC, load_storage
 from ect.files.safe_pickle import Budget, Built, Dictionary, Machine, UnsafePickle, describe, make_set, sequence, show
 from ect.models import spec as bounds
 
@@ -35,14 +36,19 @@ _MAX_DEPTH = 16  # of nested modules; EDM's networks have 4
 _PRECOND_ARGS = [
     "img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type"
 ]  # fmt: skip
+_EDM2_PRECOND_ARGS = ["img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels"]
+_EDM2_ARGS = [
+    "img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult", "channel_mult_noise", "channel_mult_emb",
+    "num_blocks", "attn_resolutions", "label_balance", "concat_balance",
+]  # fmt: skip
+_LOGVAR = ("logvar_fourier.", "logvar_linear.")
+"""EDM2's head that weighs its loss, which ECT has left out: no output depends on it."""
 _OTHER_PRECOND = (
     "not supported, its U-Net takes noise levels in another parametrisation. Use a checkpoint with EDM's "
     "preconditioning, such as edm-cifar10-32x32-uncond-vp.pkl, edm-ffhq-64x64-uncond-ve.pkl or "
     "edm-imagenet-64x64-cond-adm.pkl ('vp' and 've' in these names are architectures), not a baseline-*.pkl"
 )
 _UNSUPPORTED = {
-    "Precond": "EDM2 networks are not supported yet (EDM2's snapshots, and ECT's for ImageNet 64x64); "
-    "EDM's, and ECT's for CIFAR-10, are",
     "VPPrecond": _OTHER_PRECOND,
     "VEPrecond": _OTHER_PRECOND,
     "iDDPMPrecond": _OTHER_PRECOND,
@@ -61,8 +67,8 @@ class Snapshot:
     """Free, JSON-able."""
 
 
-def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapshot:
-    """Return the network stored under `key` in the EDM or ECT snapshot at `path`.
+def read(path: Path | str, key: str = "ema", max_bytes: int = 8 << 30) -> Snapshot:
+    """Return the network stored under `key` in the EDM, EDM2 or ECT snapshot at `path`.
 
     Args: max_bytes: refuse larger files. Raises UserError when the file cannot be read, and its subclass UnsafePickle,
     naming file and culprit, when the content is hostile, damaged, or no network that this package has.
@@ -70,8 +76,9 @@ def read(path: Path | str, key: str = "ema", max_bytes: int = 4 << 30) -> Snapsh
     path = Path(path)
     data = _read_bytes(path, max_bytes)
     try:
-        net = _network(data, key)
-        spec, state = _spec(net), _state(net)
+        root = _root(data)
+        net = _network(root, key)
+        spec, state = _spec(net, root), _state(net)
     except UserError as error:
         raise UnsafePickle(f"{path}: {error}") from error.__cause__
     except Exception as error:  # whatever a damaged file trips over, callers see one kind of error
@@ -99,7 +106,7 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def _network(data: bytes, key: str) -> _Persistent:
+def _root(data: bytes) -> Any:
     not_a_snapshot = "written by torch.save, as ECT's training-state-*.pt is; give the network-snapshot-*.pkl instead"
     if data.startswith(b"PK\x03\x04"):
         raise UnsafePickle(not_a_snapshot)
@@ -110,6 +117,10 @@ def _network(data: bytes, key: str) -> _Persistent:
     root = Machine(table, budget).run(io.BytesIO(data))
     if type(root) is int and root == TORCH_MAGIC:
         raise UnsafePickle(not_a_snapshot)
+    return root
+
+
+def _network(root: Any, key: str) -> _Persistent:
     if not isinstance(root, dict):
         raise UnsafePickle(f"holds {describe(root)}; expected a dictionary with the network under {key!r}")
     if key not in root and root and all(isinstance(value, Tensor) for value in root.values()):
@@ -161,6 +172,7 @@ def _bound_method(owner: object, name: object) -> object:
 _TABLE: dict[str, Callable[..., object] | None] = {
     **TENSORS,  # but for torch.storage._load_from_bytes, which needs the budget of the file
     **NUMBERS,
+    **ARRAYS,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "dnnlib.util.EasyDict": lambda: {},
     "collections.OrderedDict": lambda: Dictionary(),
@@ -196,6 +208,8 @@ def _state(net: _Persistent) -> dict[str, Tensor]:
     def visit(module: Any, prefix: str) -> None:
         if type(module) not in (_Persistent, _Container) or not isinstance(module.state, dict):
             raise UnsafePickle(f"{show(prefix)} is {describe(module)} instead of a module")
+        if prefix in _LOGVAR:
+            return
         if prefix.count(".") > _MAX_DEPTH:
             raise UnsafePickle(f"{show(prefix)} is nested deeper than any known network")
         transient = module.state.get("_non_persistent_buffers_set") or ()
@@ -219,10 +233,12 @@ def _state(net: _Persistent) -> dict[str, Tensor]:
     return out
 
 
-def _spec(net: _Persistent) -> dict[str, Any]:
+def _spec(net: _Persistent, root: dict[Any, Any]) -> dict[str, Any]:
     """Return the description that `ect.models.build` takes, from the arguments that the networks were made with."""
+    if net.class_name == "Precond":
+        return _edm2_spec(net, root)
     if net.class_name not in ("EDMPrecond", "ECMPrecond"):
-        reason = _UNSUPPORTED.get(net.class_name, "unknown; expected EDMPrecond or ECMPrecond")
+        reason = _UNSUPPORTED.get(net.class_name, "unknown; expected EDMPrecond, ECMPrecond or EDM2's Precond")
         raise UnsafePickle(f"network class {show(net.class_name)}: {reason}")
     given = _arguments(net, _PRECOND_ARGS)
     given |= {name: net.state[name] for name in _PRECOND_ARGS if name in net.state}
@@ -245,11 +261,44 @@ def _unet_kwargs(unet: _Persistent, precond: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in precond.items() if name not in _PRECOND_ARGS}
         given |= {name: precond[name] for name in ("img_resolution", "label_dim") if name in precond}
         given |= dict.fromkeys(("in_channels", "out_channels"), precond.get("img_channels"))
+    return _complete(cls, unet.class_name, given)
+
+
+def _complete(cls: type[models.UNet], class_name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return all keyword arguments of our network `cls`, as given or at their defaults, each held against its bounds."""
+    kinds = bounds.arguments(cls)
     unknown = [name for name in given if name not in kinds]
     if unknown:
-        raise UnsafePickle(f"{unet.class_name} was made with the unknown argument {show(str(unknown[0]))}")
+        raise UnsafePickle(f"{class_name} was made with the unknown argument {show(str(unknown[0]))}")
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
     return {name: bounds.checked(name, given.get(name, defaults[name]), kind) for name, kind in kinds.items()}
+
+
+def _edm2_spec(net: _Persistent, root: dict[Any, Any]) -> dict[str, Any]:
+    """Return the description of an EDM2 network, of EDM2 itself or of ECT, whose files have the same classes."""
+    encoder, loss = root.get("encoder"), root.get("loss_fn")
+    if type(encoder) is _Persistent and encoder.class_name != "StandardRGBEncoder":
+        raise UnsafePickle(
+            f"a network of what {show(encoder.class_name)} makes of images; only those of images are read"
+        )
+    unet = (net.state.get("_modules") or {}).get("unet")
+    if type(unet) is not _Persistent or unet.class_name != "UNet":
+        name = show(unet.class_name) if type(unet) is _Persistent else describe(unet)
+        raise UnsafePickle(f"the network's 'unet' is {name}; expected EDM2's UNet")
+    of_precond = _arguments(net, _EDM2_PRECOND_ARGS)
+    of_precond |= {name: net.state[name] for name in _EDM2_PRECOND_ARGS if name in net.state}
+    given = {name: value for name, value in of_precond.items() if name in _EDM2_ARGS or name not in _EDM2_PRECOND_ARGS}
+    given |= _arguments(unet, _EDM2_ARGS)
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("resample_filter") == [1, 1]:  # its default, and the only one that ours has
+        del given["resample_filter"]
+    channels = given.pop("img_channels", None)
+    kwargs = _complete(models.EDM2UNet, "EDM2's UNet", given | {"in_channels": channels, "out_channels": channels})
+    del kwargs["img_channels"]
+    tuned = type(loss) is _Persistent and loss.class_name.startswith("ECM")  # by ECT
+    sigma_data = bounds.sigma_data(of_precond.get("sigma_data", 0.5))
+    precond = "ECM2Precond" if tuned else "EDM2Precond"
+    return {"precond": precond, "sigma_data": sigma_data, "unet": "EDM2UNet", "kwargs": kwargs}
 
 
 def _arguments(module: _Persistent, names: list[str]) -> dict[str, Any]:

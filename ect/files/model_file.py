@@ -61,7 +61,7 @@ def load_weights(net: nn.Module, snapshot: Snapshot) -> list[str]:
     theirs, wanted = _num_classes(state), _num_classes(ours)
     if theirs != wanted:
         raise UserError(
-            f"model.map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
+            f"map_label: the pretrained network knows {theirs} classes, this run {wanted} (0: unconditional); "
             "set --data.labels as the network was trained"
         )
     check_names(ours, state, "the pretrained network")
@@ -85,7 +85,9 @@ def check_fits(snapshot: Snapshot, source: str) -> None:
 
 
 def _num_classes(state: dict[str, Tensor]) -> int:
-    return next((t.shape[-1] for key, t in state.items() if key.endswith(".map_label.weight")), 0)
+    return next(
+        (t.shape[-1] for key, t in state.items() if key.endswith((".map_label.weight", ".emb_label.weight"))), 0
+    )
 
 
 def read_model_file(path: Path, weights: bool = True) -> Snapshot:

@@ -14,7 +14,7 @@ from ect.errors import UserError
 from ect.files.checkpoint import Saved, load_model, read_model, read_spec
 from ect.files.model_file import check_fits, load_weights
 from ect.files.resume import weights_fingerprint
-from ect.models import ECMPrecond, EDMPrecond, build
+from ect.models import EDMPrecond, build, preconditioning
 from ect.objective import Objective
 from ect.tangent import file as features_file
 from ect.tangent.network import Features
@@ -54,7 +54,7 @@ def find(
     net = net.to(device).train()
     found = Origin(spec, net, notes)
     if objective.wants_teacher:
-        teacher = _teacher(cfg, device)
+        teacher, _ = load_teacher(cfg, device, "--objective.target teacher")
         notes.append(f"the frozen teacher is {cfg.init_from}")
         found = replace(found, teacher=frozen(cfg, teacher), teacher_digest=weights_fingerprint(teacher))
     if cfg.objective.direction == "features":
@@ -83,7 +83,8 @@ def _network(
     check_fits(snapshot, str(cfg.init_from))
     kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": dataset.label_dim}
     kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}
-    spec = {**snapshot.spec, "precond": objective.precond, "kwargs": kwargs}
+    precond = preconditioning(snapshot.spec["unet"], objective.precond)
+    spec = {**snapshot.spec, "precond": precond, "kwargs": kwargs}
     expected = (kwargs["img_resolution"], kwargs["in_channels"])
     if expected != (dataset.resolution, dataset.channels):
         raise UserError(
@@ -100,20 +101,20 @@ def _network(
     )
 
 
-def _teacher(cfg: Config, device: torch.device) -> EDMPrecond:
-    """Load the network of --init-from, which a resume reads again.
+def load_teacher(cfg: Config, device: torch.device, asked_by: str) -> tuple[EDMPrecond, dict[str, Any]]:
+    """Load the network of --init-from, which a resume reads again, and the info of its file.
 
-    Raises UserError where there is none, or a consistency model.
+    Raises UserError, in the words of the option `asked_by`, where there is none, or a consistency model.
     """
     if cfg.init_from is None:
         raise UserError(
-            "--objective.target teacher: there is no teacher; give a diffusion model with --init-from, or train one "
-            "before, with --pretrain PRESET"
+            f"{asked_by}: there is no teacher; give a diffusion model with --init-from, or train one before, with --pretrain "
+            "PRESET"
         )
-    net, _ = load_model(cfg.init_from, device=device)
-    if isinstance(net, ECMPrecond):
+    net, info = load_model(cfg.init_from, device=device)
+    if net.is_consistency:
         raise UserError(
-            f"--objective.target teacher: --init-from {cfg.init_from} is a consistency model, whose answers give no ODE; "
-            "give a diffusion model, or tune this one with --objective.target self"
+            f"{asked_by}: --init-from {cfg.init_from} is a consistency model, whose answers give no ODE; give a diffusion "
+            "model, or tune this one with --objective.target self"
         )
-    return net
+    return net, info

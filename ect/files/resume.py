@@ -14,7 +14,7 @@ from ect.emas import spelled
 from ect.errors import UserError
 from ect.files.fit import check_finite
 
-_FREE = {"run_dir", "resume", "dry_run", "device", "threads", "batch_per_device", "init_from", "kernels"}
+_FREE = {"run_dir", "resume", "dry_run", "plan", "device", "threads", "batch_per_device", "init_from", "kernels"}
 _FREE |= {"graph", "compile", "channels_last", "self_check", "heartbeat", "cooldown", "target"}
 # The data may have moved: their fingerprint says whether they are the same.
 _FREE |= {"data.source", "data.resolution"}

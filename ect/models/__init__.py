@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from ect.config import admit, refuse_taken
+from ect.config import NetConfig, admit, refuse_taken
 from ect.errors import UserError
 from ect.models import spec as bounds
 from ect.models.adm_unet import DhariwalUNet
+from ect.models.edm2_unet import EDM2UNet
 from ect.models.layers import MaskKey
-from ect.models.precond import ECMPrecond, EDMPrecond
+from ect.models.precond import PRECONDS, ECM2Precond, ECMPrecond, EDM2Precond, EDMPrecond
 from ect.models.song_unet import SongUNet
 from ect.models.unet import UNet
 
 __all__ = [
-    "DhariwalUNet", "ECMPrecond", "EDMPrecond", "MaskKey", "SongUNet", "UNet", "build", "describe", "known_architectures",
-    "register",
+    "DhariwalUNet", "ECM2Precond", "ECMPrecond", "EDM2Precond", "EDM2UNet", "EDMPrecond", "MaskKey", "SongUNet", "UNet",
+    "build", "describe", "fitting", "known_architectures", "preconditioning", "register",
 ]  # fmt: skip
 
 _UNETS: dict[str, type[UNet]] = {}
@@ -44,6 +46,34 @@ def register(unet: type[_Net]) -> type[_Net]:
 
 register(SongUNet)
 register(DhariwalUNet)
+register(EDM2UNet)
+
+
+def fitting(cfg: NetConfig, augment_dim: int) -> NetConfig:
+    """Return the options with the widths and depths that the architecture's name stands for, if for any.
+
+    Raises UserError where one of these options has another value, which is not its default, and where the network has no
+    labels of augmentation but augment_dim > 0.
+    """
+    known = known_architectures()
+    if cfg.arch not in known:
+        return cfg  # which describe() refuses
+    if augment_dim and not known[cfg.arch].takes_augment_labels:
+        raise UserError(
+            f"--net.arch {cfg.arch}: this network has no labels of augmentation; take --data.augment 0 or another network"
+        )
+    fixed: dict[str, Any] = {
+        name: own for name, own in known[cfg.arch].architectures[cfg.arch].items() if name in vars(cfg)
+    }
+    fixed = {name: tuple(own) if isinstance(own, list) else own for name, own in fixed.items()}
+    for name, own in fixed.items():
+        given = getattr(cfg, name)
+        if given not in (own, getattr(NetConfig, name)):
+            told, wanted = (" ".join(map(str, v)) if isinstance(v, tuple) else v for v in (given, own))
+            raise UserError(
+                f"--net.{name.replace('_', '-')} {told}: expected {wanted}, for which --net.arch {cfg.arch} stands"
+            )
+    return replace(cfg, **fixed)
 
 
 def describe(arch: str, precond: str, sigma_data: float, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -56,22 +86,32 @@ def describe(arch: str, precond: str, sigma_data: float, kwargs: dict[str, Any])
     if arch not in known:
         raise UserError(f"--net.arch {arch}: no network has this configuration; known: {', '.join(known)}")
     kwargs = {**kwargs, **known[arch].architectures[arch]}
-    return {"precond": precond, "sigma_data": sigma_data, "unet": known[arch].__name__, "kwargs": kwargs}
+    unet = known[arch].__name__
+    return {"precond": preconditioning(unet, precond), "sigma_data": sigma_data, "unet": unet, "kwargs": kwargs}
+
+
+def preconditioning(unet: Any, precond: str) -> str:
+    """Return what the network of this class's name has in the place of a preconditioning: EDMPrecond or ECMPrecond.
+
+    A name that no network has, as of a damaged file, changes nothing: build() refuses it.
+    """
+    preconds = _UNETS[unet].preconds if isinstance(unet, str) and unet in _UNETS else {}
+    return preconds.get(precond, precond)
 
 
 def build(spec: dict[str, Any]) -> EDMPrecond:
     """Make the network that a model file describes, with random weights, in train mode.
 
-    Args: spec: {"precond": "EDMPrecond" | "ECMPrecond", "sigma_data": 0.5, "sigma_min": 0.003 (ECM only), "unet": the name of a
+    Args: spec: {"precond": a name in PRECONDS, "sigma_data": 0.5, "sigma_min": 0.003 (ECMPrecond only), "unet": the name of a
     registered class, "kwargs": its keyword arguments}. Raises UserError on unknown names or arguments, and on values beyond
     the bounds of ect.models.spec.
     """
     unet, precond = spec.get("unet"), spec.get("precond")
     if type(unet) is not str or unet not in _UNETS:
         raise UserError(f"unknown network {bounds.shown(unet)} in the model's description; known: {', '.join(_UNETS)}")
-    if precond not in ("EDMPrecond", "ECMPrecond"):
+    if type(precond) is not str or precond not in PRECONDS:
         raise UserError(
-            f"unknown preconditioning {bounds.shown(precond)} in the model's description; known: EDMPrecond, ECMPrecond"
+            f"unknown preconditioning {bounds.shown(precond)} in the model's description; known: {', '.join(PRECONDS)}"
         )
     kwargs = bounds.checked_arguments(_UNETS[unet], spec.get("kwargs"))
     sigma_data, sigma_min = (
@@ -82,4 +122,4 @@ def build(spec: dict[str, Any]) -> EDMPrecond:
         net = _UNETS[unet](**kwargs)
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # of no level, or no channel, among others
         raise UserError(f"the model's description does not fit {unet}: {error}") from error
-    return ECMPrecond(net, sigma_data, sigma_min) if precond == "ECMPrecond" else EDMPrecond(net, sigma_data)
+    return ECMPrecond(net, sigma_data, sigma_min) if precond == "ECMPrecond" else PRECONDS[precond](net, sigma_data)

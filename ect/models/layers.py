@@ -113,9 +113,7 @@ class Conv2d(nn.Module):
         assert self.resample_filter is not None
         if not self.box:
             return resample(x, self.resample_filter[0, 0].sum(0), self.up, padding)
-        if self.up:
-            return sum_in_fp32(_Repeat.apply, x)
-        return sum_in_fp32(lambda x: F.avg_pool2d(x, 2), x)
+        return doubled(x) if self.up else halved(x)
 
     def convolve(self, x: Tensor, bias: bool, extra_pad: int = 0) -> Tensor:
         """Apply the convolution alone, or return x itself where there is none.
@@ -143,6 +141,16 @@ class _Repeat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         return F.avg_pool2d(dy, 2, divisor_override=1)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Repeat each pixel of x [N, C, H, W]: [N, C, 2H, 2W]."""
+    return sum_in_fp32(_Repeat.apply, x)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Return the mean of each four pixels of x [N, C, H, W]: [N, C, H / 2, W / 2]."""
+    return sum_in_fp32(lambda x: F.avg_pool2d(x, 2), x)
 
 
 def resample(x: Tensor, taps: Tensor, up: bool = False, padding: int = 0) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, cast
+
 import torch
 from ect_kernels.preconditioning import coefficients, noise_label
 from torch import Tensor, nn
@@ -17,9 +19,20 @@ class EDMPrecond(nn.Module):
     NaN (ln 0), and only that sample.
     """
 
+    unet_name: ClassVar[str] = "model"
+    """The U-Net's name in the network, with which those of all its parameters begin."""
+    is_consistency: ClassVar[bool] = False
+    """Whether one evaluation leads to an image, as of a consistency model, and not to the mean of many."""
+
     def __init__(self, net: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()
-        self.model, self.sigma_data = net, sigma_data
+        setattr(self, self.unet_name, net)
+        self.sigma_data = sigma_data
+
+    @property
+    def model(self) -> UNet:
+        """The U-Net."""
+        return cast(UNet, self._modules[self.unet_name])
 
     @property
     def runs_on_ops(self) -> bool | None:
@@ -29,7 +42,7 @@ class EDMPrecond(nn.Module):
     @property
     def is_edm(self) -> bool:
         """True where D_x is EDM's, as ect_kernels.consistency_loss has it: no subclass's own, not shifted as in eval mode."""
-        return type(self) in (EDMPrecond, ECMPrecond) and self.shift() == 0
+        return type(self) in PRECONDS.values() and self.shift() == 0
 
     @property
     def img_resolution(self) -> int:
@@ -45,7 +58,7 @@ class EDMPrecond(nn.Module):
 
     def half_weights(self) -> set[str]:
         """Name the parameters that a half-precision copy holds in half: the U-Net's own."""
-        return {f"model.{name}" for name in self.model.half_weights()}
+        return {f"{self.unet_name}.{name}" for name in self.model.half_weights()}
 
     def shift(self) -> float:
         """Return what is subtracted from sigma in c_skip and in the numerator of c_out: here nothing."""
@@ -74,9 +87,29 @@ class EDMPrecond(nn.Module):
 class ECMPrecond(EDMPrecond):
     """EDM's preconditioning while training; in eval mode shifted so that D_x(x, sigma_min) = x exactly."""
 
+    is_consistency = True
+
     def __init__(self, net: UNet, sigma_data: float = 0.5, sigma_min: float = 0.003) -> None:
         super().__init__(net, sigma_data)
         self.sigma_min = sigma_min
 
     def shift(self) -> float:
         return 0.0 if self.training else self.sigma_min
+
+
+class EDM2Precond(EDMPrecond):
+    """EDM's preconditioning of an EDM2 network, whose checkpoints call the U-Net `unet`."""
+
+    unet_name = "unet"
+
+
+class ECM2Precond(EDM2Precond):
+    """The same of a consistency model: ECT does not shift it in eval mode either."""
+
+    is_consistency = True
+
+
+PRECONDS: dict[str, type[EDMPrecond]] = {
+    cls.__name__: cls for cls in (EDMPrecond, ECMPrecond, EDM2Precond, ECM2Precond)
+}
+"""What a description of a network may name."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ect.models.fused import Fused, wanted
@@ -57,6 +58,15 @@ class UNet(nn.Module):
     on_ops: bool | None = None
     """Run on the ops of ect_kernels? None: on a GPU, or where a backend of any op was asked for by name."""
 
+    half_dtype: torch.dtype | None = None
+    """The dtype of the blocks' activations, where `run_in` has put them in half precision."""
+
+    preconds: ClassVar[dict[str, str]] = {}
+    """The preconditionings that this network has in the place of EDMPrecond and ECMPrecond, by these names."""
+
+    takes_augment_labels: ClassVar[bool] = True
+    """Whether it can be told how an image was augmented."""
+
     def __init__(
         self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0
     ) -> None:
@@ -78,6 +88,13 @@ class UNet(nn.Module):
         mask: what dropout is a function of in train mode; without one, a seed is drawn from torch's global generator.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward pass")
+
+    def begin_step(self) -> None:
+        """Do to the weights, in place, what an update does before its passes; it is called once an update. Here nothing."""
+
+    def run_in(self, half: torch.dtype) -> None:
+        """Compute the blocks in half precision, on the ops, which sum in fp32; `half_weights` are in it already."""
+        self.on_ops, self.half_dtype = True, half
 
     def half_weights(self) -> set[str]:
         """Name the parameters that a half-precision copy holds in half: the weights of the blocks' convolutions."""

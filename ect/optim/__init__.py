@@ -56,7 +56,7 @@ class FlatState(Arenas[Net]):
         loss_scale: float | None = None,
         growth_interval: int = 2000,
         half: torch.dtype | None = None,
-        core: Collection[str] = (),
+        core: Collection[str] | None = None,
         channels_last: bool = False,
     ) -> None:
         rule = RULES.get(optimizer) if isinstance(optimizer, str) else optimizer

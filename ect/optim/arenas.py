@@ -33,8 +33,8 @@ class Arenas(Generic[Net]):
 
     Args: net: moved to its device before. moments: names of the optimizer's arenas, zero at first. emas: number of
     averages. half: fp16 or bf16 for a copy `shadow` of the parameters, kept up to date; core: names of the parameters
-    that `compute` takes from it, and of buffers that it has in half. channels_last: lay the weights of convolutions out
-    in memory as [out, k, k, in]. Raises ValueError for another `half`.
+    that `compute` takes from it, and of buffers that it has in half. Where core is empty, and not None, there is no copy.
+    channels_last: lay the weights of convolutions out in memory as [out, k, k, in]. Raises ValueError for another `half`.
 
     `compute` is the network to train: `net` itself, or with half a twin of shared buffers whose parameters are views of
     `shadow` (core) and of `params` (the others). `inputs` are its parameters, to take gradients of.
@@ -46,12 +46,12 @@ class Arenas(Generic[Net]):
         moments: Sequence[str] = (),
         emas: int = 0,
         half: torch.dtype | None = None,
-        core: Collection[str] = (),
+        core: Collection[str] | None = None,
         channels_last: bool = False,
     ) -> None:
         if half not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"half is {half}, expected torch.float16 or torch.bfloat16")
-        self.net = net
+        self.net, self.half = net, half
         self._names = [name for name, _ in net.named_parameters()]
         self._shapes = [p.shape for p in net.parameters()]
         padded = [-(-shape.numel() // _ALIGN) * _ALIGN for shape in self._shapes]
@@ -65,19 +65,20 @@ class Arenas(Generic[Net]):
             p.data = view
         self._grad_views = self.views(self.grads)
         self.emas = [self.params.clone() for _ in range(emas)]
-        self.shadow = None if half is None else self.params.to(half)
-        self.compute = net if self.shadow is None else self._twin(self.shadow, core)
+        wanted = half is not None and (core is None or len(core) > 0)
+        self.shadow = self.params.to(half) if wanted else None
+        self.compute = net if half is None else self._twin(half, core or ())
         self.inputs = list(self.compute.parameters())
 
-    def _twin(self, shadow: Tensor, core: Collection[str]) -> Net:
+    def _twin(self, half: torch.dtype, core: Collection[str]) -> Net:
         """Return the network with its `core` parameters replaced by views of `shadow`, its `core` buffers by half ones.
 
         The other tensors are shared.
         """
         shared: dict[int, Tensor] = {
-            id(buffer): buffer.to(shadow.dtype) if name in core else buffer for name, buffer in self.net.named_buffers()
+            id(buffer): buffer.to(half) if name in core else buffer for name, buffer in self.net.named_buffers()
         }
-        views = self.views(shadow)
+        views = self.views(self.params if self.shadow is None else self.shadow)
         for (name, p), view in zip(self.net.named_parameters(), views, strict=True):
             shared[id(p)] = nn.Parameter(view) if name in core else p
         return copy.deepcopy(self.net, shared)

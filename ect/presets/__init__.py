@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ect.config import Config
-from ect.presets import cifar10, digits, fashion
+from ect.presets import cifar10, digits, fashion, imagenet
+from ect.presets.shapes import SHAPES, Shape
+
+__all__ = ["NOTES", "PRESETS", "SHAPES", "Shape", "by_name"]
 
 
 def by_name(*families: Mapping[str, Config]) -> dict[str, Config]:
@@ -18,6 +21,6 @@ def by_name(*families: Mapping[str, Config]) -> dict[str, Config]:
     return found
 
 
-PRESETS = by_name(digits.RECIPES, fashion.RECIPES, cifar10.RECIPES)
-NOTES: dict[str, str] = cifar10.NOTES
+PRESETS = by_name(digits.RECIPES, fashion.RECIPES, cifar10.RECIPES, imagenet.RECIPES)
+NOTES: dict[str, str] = cifar10.NOTES | imagenet.NOTES
 """Words that stand beside the name of a recipe, wherever it is listed."""

@@ -19,6 +19,7 @@ _DIGITS = Config(
     eval=EvalConfig(samples=3000, batch=250),
 )
 
+_EDM2 = replace(_DIGITS.net, arch="edm2-narrow")
 RECIPES = {
     "digits": _DIGITS,
     # The last gap, q = 64, from the first step on.
@@ -29,6 +30,17 @@ RECIPES = {
         _DIGITS,
         objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),
         optim=replace(_OPTIM, optimizer="adam", lr=4e-3),
+        pretrain=None,
+    ),
+    # The same of an EDM2 network. Its weights count by their directions alone, which Adam turns by about lr a step.
+    "digits-edm2": replace(
+        _DIGITS, net=_EDM2, optim=replace(_OPTIM, optimizer="adam", lr=1e-2), pretrain="digits-edm2-diffusion"
+    ),
+    "digits-edm2-diffusion": replace(
+        _DIGITS,
+        net=_EDM2,
+        objective=ObjectiveConfig(kind="diffusion", P_mean=-1.2, P_std=1.2),
+        optim=replace(_OPTIM, optimizer="adam", lr=2e-2),
         pretrain=None,
     ),
 }

@@ -142,7 +142,7 @@ class _Steps:
     def __init__(self, step: TrainStep, nimg: int, stage: int) -> None:
         self.step, self.at, self.world = step, (nimg, stage), step.world
         self.device = step.state.params.device
-        half = None if step.state.shadow is None else step.state.shadow.dtype
+        half = step.state.half
         self.bar = BARS[torch.float16 if half is None and products(self.device) == "TF32" else half]  # as many digits
 
     def check(self) -> list[str]:

@@ -14,15 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ect.assembly import network_spec, objective_type
+from ect.assembly import objective_type
 from ect.config import HEUN_STEPS, Config, LogConfig
-from ect.cost.flops import Counted, of_an_image
 from ect.data import Dataset
 from ect.errors import UserError
-from ect.job import pretrain_config
+from ect.files.phases import pretrain_config
 from ect.options import preset
 from ect.presets import PRESETS
 from ect.scaling.cells import Cell
+from ect.scaling.counted import Counted, of_an_image, spec_of
 
 RESULTS = "results.json"
 _CHECKPOINTS = 4  # of a run: a stopped one repeats a fourth of it at most
@@ -155,7 +155,7 @@ class Grid:
     def check(self) -> None:
         """Raise UserError where a network of one of the widths does not fit the data."""
         for width in self.widths:
-            network_spec(self.at(width, 0).net, objective_type(self.base.objective).precond, self.data, 0)
+            spec_of(self.at(width, 0), self.data)
 
     def evaluations(self) -> list[int]:
         """Return the numbers of network evaluations by which the runs are rated."""

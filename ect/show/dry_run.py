@@ -5,6 +5,8 @@ from __future__ import annotations
 from ect.config import Config
 from ect.options import base, fields, option
 
+_ASKS = ("dry-run", "plan")  # options that train nothing
+
 
 def describe(cfg: Config) -> str:
     """Return the resolved configuration, an option a line, as `python -m ect.train` takes it. Unset options are comments.
@@ -17,7 +19,7 @@ def describe(cfg: Config) -> str:
     lines = [
         f"# --{name} is not set" if name in unset else option(name, value)
         for name, value, _ in fields(cfg)
-        if name != "dry-run"
+        if name not in _ASKS
     ]
     return "\n".join([*lines, f"# {command(cfg)}"])
 
@@ -31,6 +33,6 @@ def command(cfg: Config) -> str:
     changed = [
         option(name, value)
         for name, value, _ in fields(cfg)
-        if name != "dry-run" and (value != defaults[name] or (name in ("preset", "resume") and value is not None))
+        if name not in _ASKS and (value != defaults[name] or (name in ("preset", "resume") and value is not None))
     ]
     return " ".join(["python -m ect.train", *changed])

@@ -2,6 +2,7 @@
 the update as ect.cost.footprint counts it. Prints a table, and the totals as one JSON object.
 
     python -m tests.gpu_paths.compiled_step '{"images": 128}'
+    python -m tests.gpu_paths.compiled_step '{"preset": "imagenet64-s", "blocks": 1}'    (EDM2-S, a block a resolution)
 
 A convolution, product or attention is one launch, whatever its library makes of it; all else as launched. The traffic of an op
 is its inputs and outputs, that of Inductor's own kernels what its scheduler says that they read and write. Nothing is measured.
@@ -32,20 +33,24 @@ from ect.step import TrainStep
 from tests.gpu_paths import cases, inductor
 from tests.gpu_paths.fake_gpu import GPUS, FakeGpu, told
 
-IMAGES, SIZE = 128, 32
+IMAGES, SIZES = 128, {"cifar10-1h": 32, "imagenet64-s": 64}
 INDUCTOR, RESAMPLING = "Inductor's own kernels", "Inductor's own kernels: resampling"
+WEIGHTS = "Inductor's own kernels: weights and vectors"
 RESAMPLES = re.compile("avg_pool2d|_unsafe_index|upsample")
 
 
 @dataclass
 class Cost:
-    """launches and bytes by name."""
+    """launches and bytes by name. between: bytes that all kernels between the convolutions move at the least: they write what a
+    convolution reads and read what it writes, and to come back they read what it read once more."""
 
     launches: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
+    between: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
         for _ in range(times):
+            self.between += other.between
             self.launches.update(other.launches)
             self.bytes.update(other.bytes)
 
@@ -55,17 +60,29 @@ class Cost:
         return "\n".join([f"{'':45}  launches  GB moved", *lines])
 
 
-def step(device: str, images: int) -> TrainStep:
-    """Of the 1-hour recipe in fp16."""
-    cfg = replace(PRESETS["cifar10-1h"], batch=images, precision="fp16", channels_last=True, compile=False, graph=False)
-    data = Dataset("cifar10", torch.empty(50_000, SIZE, SIZE, 3, dtype=torch.uint8, device=device), None)
+def step(device: str, images: int, preset: str, blocks: int | None) -> TrainStep:
+    """Of a recipe in fp16; blocks: of the network at each resolution, where not the recipe's."""
+    cfg = replace(PRESETS[preset], batch=images, precision="fp16", channels_last=True, compile=False, graph=False)
+    if blocks is not None:  # of a named size's network, whose name stands for another number
+        arch: Any = cfg.net.arch.split("-")[0]
+        cfg = replace(cfg, net=replace(cfg.net, arch=arch, num_blocks=blocks))
+    size = SIZES[preset]
+    labels = torch.empty(50_000, 1000, device=device) if cfg.data.labels else None
+    data = Dataset(preset, torch.empty(50_000, size, size, 3, dtype=torch.uint8, device=device), labels)
     with torch.device(device):
         net = build(network_spec(cfg.net, "ECMPrecond", data, 0)).train()
     net.model.on_ops = True
     return train_step(cfg, flat_state(cfg, net), ImageStream(data, 0, device, images))
 
 
-def of_graph(graph: torch.fx.GraphModule, backward: bool) -> tuple[Cost, list[Tensor]]:
+def of_images(node: Any, images: int) -> bool:
+    """Whether a kernel of Inductor's reads or writes images, of which there are so many, and not only weights or vectors."""
+    buffers = (V.graph.try_get_buffer(dep.name) for dep in node.read_writes.reads_and_writes())
+    sizes = [buffer.get_size() for buffer in buffers if buffer is not None]
+    return any(len(size) > 2 and size[0] == images for size in sizes)
+
+
+def of_graph(graph: torch.fx.GraphModule, backward: bool, images: int) -> tuple[Cost, list[Tensor]]:
     """Of a graph lowered by Inductor, and the graph's results."""
     code, lowering = inductor.lowered(graph, backward)
     cost, runs = Cost(), inductor.operations(code)
@@ -74,7 +91,13 @@ def of_graph(graph: torch.fx.GraphModule, backward: bool) -> tuple[Cost, list[Te
         for node in lowering.scheduler.nodes:
             if not isinstance(node, ExternKernelSchedulerNode):
                 origins = {str(origin.target) for part in node.get_nodes() for origin in part.node.origins}
-                own = RESAMPLING if any(map(RESAMPLES.search, origins)) else INDUCTOR
+                own = (
+                    RESAMPLING
+                    if any(map(RESAMPLES.search, origins))
+                    else INDUCTOR
+                    if of_images(node, images)
+                    else WEIGHTS
+                )
                 cost.bytes[own] += node.get_read_write_buffers_sizes()
     for node in graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -90,6 +113,9 @@ def of_graph(graph: torch.fx.GraphModule, backward: bool) -> tuple[Cost, list[Te
         if function is not node.target:
             args, kwargs = args[1:], {}
         event = Event.of(function, args, kwargs, node.meta["val"])
+        if name in ("convolution", "convolution_backward"):
+            images_of = (*args[: 1 if name == "convolution" else 2], *tree_iter(node.meta["val"]))
+            cost.between += sum(t.nbytes for t in images_of if isinstance(t, Tensor) and len(t) == images)
         cost.launches[name] += launches(event)
         cost.bytes[name] += bytes_moved(event)
         runs[name] -= 1
@@ -106,7 +132,7 @@ class Stub(nn.Module):
         of_kind: dict[Any, list[Tensor]] = {}  # the graph has an order of its own
         for grad in grads:
             of_kind.setdefault((grad.shape, grad.dtype), []).append(grad)
-        self.on_ops, self.parameters_ = True, list(unet.parameters())
+        self.on_ops, self.parameters_, self.begin_step = True, list(unet.parameters()), unet.begin_step
         self.grads = [of_kind[p.shape, p.dtype].pop() for p in self.parameters_]
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
@@ -127,22 +153,25 @@ class Stub(nn.Module):
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     images, gpu = request.get("images", IMAGES), GPUS["A100"]
+    preset, blocks = request.get("preset", "cifar10-1h"), request.get("blocks")
     with FakeGpu(gpu, archs=cases.BUILT) as fake, inductor.inductor_on(gpu):
-        made = step("cuda", images)
+        made = step("cuda", images, preset, blocks)
         made.stream.close()
         unet, key = made.net.model, made.key
+        unet.begin_step()
+        labels = torch.zeros(images, unet.label_dim, device="cuda") if unet.label_dim else None
         inputs = (
-            torch.zeros(images, SIZE, SIZE, 3, device="cuda").permute(0, 3, 1, 2), torch.zeros(images, device="cuda"), None,
-            None, MaskKey(key, made.firsts[0]),
+            torch.zeros(images, SIZES[preset], SIZES[preset], 3, device="cuda").permute(0, 3, 1, 2),
+            torch.zeros(images, device="cuda"), labels, None, MaskKey(key, made.firsts[0]),
         )  # fmt: skip
         with fake.for_compiler():
             graphs = inductor.traced(unet, *inputs)
     with told(gpu), inductor.inductor_on(gpu):
-        ways = {"forward": of_graph(graphs.forward, False)[0]}
-        ways["backward"], grads = of_graph(graphs.backward, True)
-    eager = step("meta", images)
+        ways = {"forward": of_graph(graphs.forward, False, images)[0]}
+        ways["backward"], grads = of_graph(graphs.backward, True, images)
+    eager = step("meta", images, preset, blocks)
     eager_cost = Footprint.of(trace(eager.update))
-    eager.net.model = Stub(eager.net.model, grads)
+    setattr(eager.net, eager.net.unet_name, Stub(eager.net.model, grads))
     rest = Footprint.of(trace(eager.update))
     total = Cost()
     total.add(ways["forward"], 2)  # the teacher's pass runs the student's graph
@@ -154,14 +183,15 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         )
     )
     # Of Inductor's kernels all but the resampling, also what is neither norm nor concat: it would be of no use to split them.
-    norms = sum(size for name, size in total.bytes.items() if "norm" in name or name in ("sum_rows", INDUCTOR))
+    norms = sum(size for name, size in total.bytes.items() if "norm" in name or name in ("sum_rows", INDUCTOR, WEIGHTS))
     print(total.table())
     blocks = sum(eager_cost.traffic[name] for name in ("norm", "activation", "dropout", "residual", "concat"))
     return {
         "launches": {"compiled": sum(total.launches.values()), "eager": eager_cost.launches},
         "GB": {"compiled": sum(total.bytes.values()) / 1e9, "eager": sum(eager_cost.traffic.values()) / 1e9},
         "norm to concat, GB": {"compiled": norms / 1e9, "eager": blocks / 1e9},
-        "Inductor's own, GB": (total.bytes[INDUCTOR] + total.bytes[RESAMPLING]) / 1e9,
+        "between convolutions, at least, GB": total.between / 1e9,
+        "Inductor's own, GB": sum(total.bytes[name] for name in (INDUCTOR, RESAMPLING, WEIGHTS)) / 1e9,
     }
 
 

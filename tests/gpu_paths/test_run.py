@@ -28,7 +28,7 @@ from tests.tiny import config, run
 pytestmark = pytest.mark.slow
 
 SAMPLING = {
-    "arch": ["ddpmpp", "ncsnpp", "adm"],
+    "arch": ["ddpmpp", "ncsnpp", "adm", "edm2-narrow"],
     "labels": [False, True],
     "sampler": ["one step", "two steps", "heun"],
     "gpu": ["T4", "H100"],

@@ -69,7 +69,11 @@ PLACES = [
     Place("benchmarks/lib/categories.py", names_kernels),
     Place(
         "benchmarks/lib/work.py", says(r'[."]<op>\b'),
-        without={"levels": NUMBERS, "residual_group_norm_silu": "counted with group_norm_silu, of which it has the name"},
+        without={
+            "levels": NUMBERS,
+            "residual_group_norm_silu": "counted with group_norm_silu, of which it has the name",
+            "skip_product": "a product, whose formula is in ect/cost/flops.py",
+        },
     ),
     Place("benchmarks/lib/triton_cases.py", says(r"^def <op>\(\) -> "), "triton"),
     Place("benchmarks/lib/launches.py", says(r'if op == "<op>":$'), "cuda"),
