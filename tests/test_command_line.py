@@ -28,6 +28,7 @@ from ect.files.run_folder import to_dict
 from ect.merge import __main__ as merge
 from ect.options import check, parse
 from ect.presets import PRESETS
+from ect.scaling import __main__ as scaling
 from ect.show.dry_run import describe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -181,6 +182,7 @@ COMMANDS = {
     "ect.convert": convert.Options,
     "ect.data.imagenet": imagenet.Options,
     "ect.merge": merge.Options,
+    "ect.scaling": scaling.Options,
 }
 SWITCHES = [
     (command, path)

@@ -82,6 +82,7 @@ COMMANDS = {
     "ect.doctor": Command("ect.doctor.__main__", ("ect.doctor.__main__._line",), {"run": RUN}),
     "ect.merge": Command("ect.merge.__main__", ("ect.files.kept.listed",), {"run": RUN}, "--search --device cpu"),
     "ect.metrics.features": Command("ect.metrics.features", ("ect.metrics.features.train",), before="--out x.npz"),
+    "ect.scaling": Command("ect.scaling.__main__", ("ect.scaling.__main__.begun",)),
     "ect.tangent": Command("ect.tangent.__main__", ("ect.tangent.__main__.train",), before="--device cpu --out x.npz"),
     "ledger": Command(
         "ledger", ("ledger.train", "ledger.show", "ledger.check", "ledger.smoke", "lib.ledger_pilot.pilot")

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate"}
-ENTRY_POINTS |= {f"ect.{name}.__main__" for name in ("convert", "data.imagenet", "doctor", "merge", "tangent")}
+ENTRY_POINTS |= {
+    f"ect.{name}.__main__" for name in ("convert", "data.imagenet", "doctor", "merge", "scaling", "tangent")
+}
 LIGHT = {
     "ect.config",
     "ect.emas",
@@ -63,6 +65,20 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "optim": set(),
     "presets": {"config", "emas"},
     "ranks": {"config", "errors", "models", "optim", "precision", "step"},
+    "scaling": {
+        "assembly",
+        "config",
+        "cost",
+        "data",
+        "errors",
+        "files",
+        "metrics",
+        "options",
+        "presets",
+        "ranks",
+        "search",
+        "show",
+    },
     "search": {"config", "data", "errors", "files", "metrics", "models", "ranks", "sampler", "show"},
     "show": {
         "config",

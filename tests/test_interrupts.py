@@ -21,7 +21,7 @@ from ect.ranks.stop import StopSignal
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor this pipe")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "sample", "evaluate", "convert", "doctor"]
+COMMANDS = ["train", "sample", "evaluate", "convert", "doctor", "scaling"]
 
 
 @contextmanager

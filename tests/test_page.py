@@ -256,10 +256,15 @@ def test_a_chart_is_a_picture_whose_curves_stay_in_their_field() -> None:
 )
 def test_an_axis_has_a_few_round_ticks(span: tuple[float, float]) -> None:
     for log in [False] + [True] * (span[0] > 0 and span[1] > 20 * span[0]):
-        axis = chart._Axis(*span, 250.0, 50.0, log)
+        axis = chart.Axis(*span, 250.0, 50.0, log)
         ticks = axis.ticks()
         assert 3 <= len(ticks) <= 8 and ticks == sorted(ticks)
         assert all(50.0 <= axis.at(value) <= 250.0 for value in [*ticks, *span])
+
+
+def test_a_logarithmic_axis_without_room_for_decades_has_ticks_all_the_same() -> None:
+    assert chart.Axis(21.0, 38.0, 250.0, 50.0, log=True).ticks() == [20.0, 25.0, 30.0, 35.0, 40.0]
+    assert chart.Axis(5e6, 2e7, 50.0, 250.0, log=True).ticks() == [5e6, 1e7, 2e7]
 
 
 def test_rows_of_an_earlier_version_have_no_minutes(tmp_path: Path) -> None:

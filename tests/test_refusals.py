@@ -13,6 +13,7 @@ from ect import evaluate, sample, train
 from ect.convert import __main__ as convert
 from ect.doctor import __main__ as doctor
 from ect.files.run_folder import evaluation_dir, leaving_nothing
+from ect.scaling import __main__ as scaling
 from tests.test_sample import write_model
 
 MAINS: dict[str, Callable[[list[str]], object]] = {
@@ -20,6 +21,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "doctor": doctor.main,
     "evaluate": evaluate.main,
     "sample": sample.main,
+    "scaling": scaling.main,
     "train": train.main,
 }
 REFUSED = [  # command, arguments; {model}: a model of coloured images, {file}: a file that is none
@@ -40,6 +42,15 @@ REFUSED = [  # command, arguments; {model}: a model of coloured images, {file}: 
     ("sample", "{model} --mid-t 0 --out {new}/a"),
     ("sample", "{model} --out {file}/a/b"),
     ("sample", "{model} --out {new}/a.jpg"),
+    ("scaling", "--metric KID --out {new}/a --device cpu"),
+    ("scaling", "--preset cifar10-1h --out {new}/a --device cpu"),
+    ("scaling", "--preset fashion --out {new}/a --device cpu"),  # whose data are not here
+    ("scaling", "--nfe 3 --out {new}/a --device cpu"),
+    ("scaling", "--widths 8 8 --out {new}/a --device cpu"),
+    ("scaling", "--widths 8 --kimg 1 --seeds 0 --out {file}/a --device cpu"),
+    ("scaling", "--widths 8 --kimg 1 --seeds 0 --out {file} --device cpu"),
+    ("scaling", "--report {file}"),
+    ("scaling", "--report {new}"),
     ("train", "--init-from {new}/a.safetensors --run-dir {new}/a --device cpu"),
     ("train", "--init-from {file} --run-dir {new}/a --device cpu"),
     ("train", "--data.source {new} --run-dir {new}/a --device cpu"),

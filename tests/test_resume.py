@@ -55,7 +55,7 @@ def test_every_change_of_the_maths_is_refused_by_its_option() -> None:
 def test_every_other_field_is_refused_when_it_changes() -> None:
     """A field added to Config later is refused until somebody says that it is free."""
     config = as_saved(Config())
-    for name, value in resume._flatten(config).items():
+    for name, value in resume.flatten(config).items():
         changed = json.loads(json.dumps(config))
         *groups, field = name.split(".")
         place = changed

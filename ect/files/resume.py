@@ -40,7 +40,7 @@ def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
     forward pass are free, and so is total_kimg unless the learning rate falls towards it. A run that branches off to cool
     down differs by what ect.files.branch sets.
     """
-    old, now = _flatten(saved), _flatten(new)
+    old, now = flatten(saved), flatten(new)
     free = set(_FREE)
     if old.get("optim.decay") in ("constant", "rsqrt"):
         free.add("total_kimg")
@@ -58,12 +58,12 @@ def refuse_changed_maths(saved: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten {"optim": {"lr": 1}} to {"optim.lr": 1}, values as JSON gives them back (tuples are lists, paths are text)."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         elif name == "emas":
             flat[f"{prefix}{name}"] = [spelled(entry) for entry in value]
         else:

@@ -100,10 +100,14 @@ def judge(
     if world.rank == 0:
         weights = load(folder).eval.weights if (folder / CONFIG).is_file() else None
         evaluator = make_evaluator(data, EvalConfig(samples=samples, weights=weights), folder, device=device)
-    return Judge(evaluator, world.first(lambda: _metric(evaluator, metric)), samples, batch, device, world)
+    return Judge(evaluator, world.first(lambda: lowered(evaluator, metric)), samples, batch, device, world)
 
 
-def _metric(evaluator: Evaluator, asked: str | None) -> str:
+def lowered(evaluator: Evaluator, asked: str | None) -> str:
+    """Return the metric that was asked for, or else the first that can be computed and is better the lower it is.
+
+    Raises UserError where there is none, or it is not the one that was asked for.
+    """
     known = [column.name for column in evaluator.available if column.name in LESS_IS_BETTER]
     if asked in known or (asked is None and known):
         return asked or known[0]

@@ -31,10 +31,15 @@ class Chart:
 
 def draw(charts: Sequence[Chart], columns: int = 2) -> str:
     """Return an SVG picture of charts, row by row. Each has a point at least."""
+    return picture(["".join(_chart(chart)) for chart in charts], columns)
+
+
+def picture(charts: Sequence[str], columns: int = 2) -> str:
+    """Return an SVG picture of charts that are drawn, each WIDTH by HEIGHT pixels, row by row."""
     across = min(columns, len(charts))
     size = WIDTH * across, HEIGHT * math.ceil(len(charts) / across)
     parts = [
-        f'<g transform="translate({WIDTH * (i % across)} {HEIGHT * (i // across)})">{"".join(_chart(chart))}</g>'
+        f'<g transform="translate({WIDTH * (i % across)} {HEIGHT * (i // across)})">{chart}</g>'
         for i, chart in enumerate(charts)
     ]
     return (
@@ -49,17 +54,8 @@ def _chart(chart: Chart) -> Iterator[str]:
     points = [point for curve in chart.curves.values() for point in curve]
     xs, ys = [x for x, _ in points], [*(y for _, y in points), *chart.levels.values()]
     log = min(ys) > 0 and max(ys) >= LOG_FROM * min(ys)
-    across, up = _Axis(min(0.0, *xs), max(xs), LEFT, WIDTH - RIGHT), _Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log)
-    yield _text(LEFT, 18, chart.title, "start", "black", 'font-weight="bold"')
-    for value in across.ticks():
-        x = across.at(value)
-        yield f'<path d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#e4e4e4"/>'
-        yield _text(x, HEIGHT - BOTTOM + 17, f"{value:g}", "middle")
-    for value in up.ticks():
-        y = up.at(value)
-        yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#e4e4e4"/>'
-        yield _text(LEFT - 6, y + 4, f"{value:g}", "end")
-    yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.x, "middle")
+    across, up = Axis(min(0.0, *xs), max(xs), LEFT, WIDTH - RIGHT), Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log)
+    yield from frame(chart.title, chart.x, across, up)
     names = LEFT
     for (name, curve), colour in zip(chart.curves.items(), itertools.cycle(COLOURS), strict=False):
         places = [f"{across.at(x):.1f} {up.at(y):.1f}" for x, y in curve]
@@ -67,19 +63,34 @@ def _chart(chart: Chart) -> Iterator[str]:
         if len(places) <= 40:  # each point is worth seeing
             yield "".join('<circle cx="{}" cy="{}" r="2.6" fill="{}"/>'.format(*p.split(), colour) for p in places)
         if len(chart.curves) > 1:
-            yield _text(names, 38, name, "start", colour)
+            yield text(names, 38, name, "start", colour)
             names += 7 * len(name) + 16
     for name, value in chart.levels.items():
         y = up.at(value)
         yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#555" stroke-dasharray="5 4"/>'
-        yield _text(LEFT + 5, y - 5, name, "start", "#555")  # where curves that fall have not come yet
+        yield text(LEFT + 5, y - 5, name, "start", "#555")  # where curves that fall have not come yet
 
 
-def _text(x: float, y: float, text: str, anchor: str, fill: str = "#555", more: str = "") -> str:
+def frame(title: str, x: str, across: Axis, up: Axis) -> Iterator[str]:
+    """Yield the title of a chart, its grid, and the values beside it. x: name of the axis."""
+    yield text(LEFT, 18, title, "start", "black", 'font-weight="bold"')
+    for value in across.ticks():
+        place = across.at(value)
+        yield f'<path d="M{place:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#e4e4e4"/>'
+        yield text(place, HEIGHT - BOTTOM + 17, f"{value:g}", "middle")
+    for value in up.ticks():
+        place = up.at(value)
+        yield f'<path d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}" stroke="#e4e4e4"/>'
+        yield text(LEFT - 6, place + 4, f"{value:g}", "end")
+    yield text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x, "middle")
+
+
+def text(x: float, y: float, text: str, anchor: str, fill: str = "#555", more: str = "") -> str:
+    """Return text as SVG. anchor: which end of it is at x: start, middle or end. more: further attributes."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" {more}>{escape(text)}</text>'
 
 
-class _Axis:
+class Axis:
     """Values from `low` to `high`, rounded to ticks where they are logarithmic, onto pixels from `start` to `end`."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
@@ -108,7 +119,8 @@ class _Axis:
                 found = [value for value in found if self.low <= value <= self.high]
                 if len(found) <= 8:
                     break
-            return found
+            if len(found) >= 3:
+                return found
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 3))
         step = next(step * digit for digit in (5, 2, 1) if (self.high - self.low) / (step * digit) >= 3)
         first = math.ceil(self.low / step - 1e-9)

@@ -14,7 +14,7 @@ from ect.errors import UserError
 from tests.fuzz.bounded import bounded
 from tests.fuzz.readers import READERS, explore
 
-EXAMPLES = dict.fromkeys(READERS, 100) | {"configs": 60, "arrays": 60}
+EXAMPLES = dict.fromkeys(READERS, 100) | {"configs": 60, "arrays": 60, "cells": 60}
 WANTED = {
     "snapshots",
     "weights",
@@ -27,6 +27,7 @@ WANTED = {
     "checkpoints",
     "seeds",
     "arrays",
+    "cells",
 }
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches memory by /proc")

@@ -1,0 +1,1 @@
+"""A scaling study: runs over widths, lengths and seeds, and whether their quality follows a power law of the compute."""
