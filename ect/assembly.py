@@ -9,8 +9,8 @@ import torch
 
 from ect import precision
 from ect.config import Config, NetConfig, ObjectiveConfig
+from ect.config.emas import beta_of
 from ect.data import Dataset, ImageStream
-from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, build, describe
 from ect.objective import OBJECTIVES, ConsistencyObjective, Objective

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from ect.config import ObjectiveConfig, OptimConfig
-from ect.emas import beta_of
+from ect.config.emas import beta_of, sigma_rel_of
 
 
 def stage_at(nimg: int, cfg: ObjectiveConfig) -> int:
@@ -46,12 +47,46 @@ def cooldown(done: float, share: float) -> float:
 
 
 def ema_betas_at(nimg: int, batch: int, cfg: OptimConfig) -> tuple[float, ...]:
-    """Return the decay of each weight average in this step; with ema_rampup its half-life is at most that times nimg (EDM)."""
-    return tuple(_ema_beta_at(nimg, batch, beta_of(entry), cfg.ema_rampup) for entry in cfg.emas)
+    """Return the decay of each weight average in this step, of `batch` images.
+
+    With ema_rampup the half-life of a constant decay is at most that times nimg (EDM). Power profiles know no ramp-up: they
+    have one built in.
+    """
+    return tuple(_ema_beta_at(nimg, batch, entry, cfg.ema_rampup) for entry in cfg.emas)
 
 
-def _ema_beta_at(nimg: int, batch: int, beta: float, rampup: float | None) -> float:
+def _ema_beta_at(nimg: int, batch: int, entry: str, rampup: float | None) -> float:
+    sigma_rel, beta = sigma_rel_of(entry), beta_of(entry)
+    if sigma_rel is not None:
+        return power_ema_beta(nimg + batch, batch, sigma_rel)
     if rampup is None or beta == 0:
         return beta
     halflife_img = min(batch * math.log(0.5) / math.log(beta), nimg * rampup)
     return 0.5 ** (batch / halflife_img) if halflife_img > 0 else 0.0
+
+
+def power_ema_beta(nimg: float, batch: float, sigma_rel: float) -> float:
+    """Return the decay of a power-profile average in the update of `batch` images that ends at `nimg` images.
+
+    It is (1 - batch / nimg)^(gamma + 1), and 0 in the first update: the average begins as the weights after it. Raises
+    ValueError as `power_exponent`. Source: Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion
+    models" (EDM2, arXiv 2312.02696), section 3.1.
+    """
+    return max(1 - batch / nimg, 0.0) ** (power_exponent(sigma_rel) + 1) if nimg > 0 else 0.0
+
+
+@cache
+def power_exponent(sigma_rel: float) -> float:
+    """Return gamma of a profile that weighs the weights after t of T images by t^gamma, with standard deviation sigma_rel T.
+
+    It is the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2. Raises ValueError unless 0 < sigma_rel <= 12^-0.5, at
+    which gamma is 0 and the profile the plain mean. Source: as of `power_ema_beta`.
+    """
+    if not 0 < sigma_rel <= 12**-0.5:
+        raise ValueError(f"sigma_rel is {sigma_rel}, expected a number above 0, up to 12^-0.5")
+    b, c = 16 - sigma_rel**-2, 12 - sigma_rel**-2
+    gamma, before = 1 / sigma_rel, math.inf
+    while gamma < before:  # Newton's steps from above fall to the largest root, which is where the cubic is convex
+        before = gamma
+        gamma -= (((gamma + 7) * gamma + b) * gamma + c) / ((3 * gamma + 14) * gamma + b)
+    return before

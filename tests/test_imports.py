@@ -14,7 +14,7 @@ ENTRY_POINTS = {"ect.train", "ect.sample", "ect.evaluate"}
 ENTRY_POINTS |= {f"ect.{name}.__main__" for name in ("convert", "doctor", "merge", "tangent")}
 LIGHT = {
     "ect.config",
-    "ect.emas",
+    "ect.config.emas",
     "ect.errors",
     "ect.options",
     "ect.presets",
@@ -22,7 +22,7 @@ LIGHT = {
     "ect.train",
 }  # import no torch
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
-    "config": {"emas", "errors"},
+    "config": {"errors"},
     "cost": {
         "assembly",
         "config",
@@ -39,13 +39,13 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "convert": {"errors", "files", "ranks"},
     "data": {"config", "errors", "files"},
     "doctor": {"config", "errors", "files", "ranks", "show"},
-    "files": {"assembly", "config", "data", "emas", "errors", "models", "objective", "presets", "tangent"},
-    "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "search", "show"},
+    "files": {"assembly", "config", "data", "errors", "models", "objective", "presets", "tangent"},
+    "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "schedule", "search", "show"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"config", "errors"},
     "objectives": {"data", "objective"},  # its `weights` import nothing of ect: ect.objective imports them
     "optim": set(),
-    "presets": {"config", "emas"},
+    "presets": {"config"},
     "ranks": {"config", "errors", "models", "optim", "precision", "step"},
     "search": {"config", "data", "errors", "files", "metrics", "models", "ranks", "sampler", "show"},
     "show": {
