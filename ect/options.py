@@ -140,6 +140,14 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
         pairs,
         f"self with --objective.kind {objective.kind}; other targets are of consistency alone",
     )
+    guided = objective.guidance is not None
+    yield "objective.guidance", not guided or objective.target == "teacher", "None without --objective.target teacher"
+    yield "objective.guidance", not guided or cfg.data.labels, "None without --data.labels: it is away from no class"
+    dropped = not guided or cfg.init_from is not None or cfg.pretrain is None or cfg.net.label_dropout > 0
+    trained = (
+        "greater than 0 with --objective.guidance and --pretrain: else the teacher knows no answer without a class"
+    )
+    yield "net.label-dropout", dropped, trained
     resident = objective.target != "posterior" or cfg.data.augment == 0
     yield "objective.target", resident, "another with --data.augment, since augmented images are not the data's"
     adaptive = objective.weighting == "adaptive"

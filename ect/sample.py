@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     install(leave)
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
+from ect.config import BATCH, COUNT, FROM_1, GUIDANCE, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
+from ect.config.seeds import listed, of_classes
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.run_folder import leaving_nothing
 from ect.models import ECMPrecond, EDMPrecond
+from ect.models.guided import guided
 from ect.options import refuse_idle
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
@@ -55,6 +58,13 @@ class Options:
     """Sample with this many steps of EDM's Heun sampler instead. Default for a diffusion model: 18."""
     class_idx: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all images, counted from 0. Default for a class-conditional model: drawn by each seed."""
+    each_class: bool = False
+    """Every class in turn, with all seeds: a grid has a row a class."""
+    guidance: float | None = None
+    """Move a diffusion model's answers D away from weaker ones, D_w + guidance (D - D_w): from its own without a class, or from
+    those of --guide. 1 is no guidance."""
+    guide: Path | None = None
+    """A weaker diffusion model for --guidance: a file or folder as above, such as an earlier checkpoint of the run."""
     batch: int = 64
     """Images computed at a time."""
     out: Path = Path("samples.png")
@@ -91,31 +101,33 @@ def sample(options: Options, world: World = World()) -> None:
     """
     seeds, out = _seeds(options), options.out.expanduser()
     _check_levels(options)
+    _check_guidance(options)
     refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
     with leaving_nothing(list(map(Path, world.first(lambda: images.prepare(out))))):
         net, info = load_model(options.checkpoint.expanduser(), device=device, ema=options.ema)
-        given, classes = options.class_idx, net.label_dim
-        if given is not None and not 0 <= given < classes:
-            fits = f"expected 0 to {classes - 1}, the classes of this model"
-            raise UserError(
-                f"--class {given}: {fits if classes else 'this model is unconditional; leave the option out'}"
-            )
-        for line in self_check.of_sampling(net, device, world):
+        columns = len(seeds) if options.each_class else None
+        seeds, chosen = of_classes(seeds, options.class_idx, options.each_class, net.label_dim)
+        guide = load_model(options.guide.expanduser(), device=device)[0] if options.guide is not None else None
+        weight = options.guidance
+        denoiser = net if weight is None else guided(net, weight, guide, "--guidance")
+        for line in itertools.chain(*(self_check.of_sampling(one, device, world) for one in (net, guide) if one)):
             print(line)
         sampler = _sampler(options, net, info)
-        print(f"{options.checkpoint}: {sampler}")
+        print(f"{options.checkpoint}: {sampler}" + (f", each guided by {weight:g}" if weight is not None else ""))
         start = time.perf_counter()
         with sampling(PRECISIONS[options.precision]):
             arithmetic = products(device)
-            batches = generate(net, seeds, sampler, class_idx=given, batch=options.batch, device=device, world=world)
+            batches = generate(
+                denoiser, seeds, sampler, class_idx=chosen, batch=options.batch, device=device, world=world
+            )
             if world.rank > 0:
                 deque(batches, maxlen=0)  # makes them
                 return
-            labels = [draw(net, seed)[1] if given is None else given for seed in seeds]
-            images.write(out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels})
+            labels = chosen or [draw(net, seed)[1] for seed in seeds]
+            images.write(out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels}, columns)
         count, seconds = len(seeds), time.perf_counter() - start
         rate = f"{count / seconds:,.1f} img/s, products in {arithmetic}"
         print(f"wrote {count} images to {out} in {seconds:.1f} s ({rate})")
@@ -129,7 +141,7 @@ def search_sigmas(options: Options, world: World = World()) -> None:
     """
     numbers = _numbers(options)
     _check_levels(replace(options, nfe=None))
-    idle = ("seeds", "seed", "count", "mid-t", "heun", "class", "out")
+    idle = ("seeds", "seed", "count", "mid-t", "heun", "class", "each-class", "guidance", "guide", "out")
     refuse_idle(options, idle, "--search-sigmas makes no images, and finds its own levels; leave it out")
     device = resolve(options.device, world)
     self_check.choose(device)
@@ -166,19 +178,7 @@ def _seeds(options: Options) -> list[int]:
         return list(range(first, last + 1))
     if options.seed != Options.seed or options.count != Options.count:
         raise UserError("--seeds says it all; leave out --seed and --count")
-    seeds: list[int] = []
-    for part in options.seeds.split(","):
-        low, dash, high = part.strip().partition("-")
-        high = high if dash else low
-        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high) < 2**63):
-            what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100"
-            raise UserError(f"--seeds {options.seeds:.60}: {what}")
-        if not COUNT.holds(len(seeds) + int(high) - int(low) + 1):
-            raise UserError(
-                f"--seeds {options.seeds:.60}: expected {COUNT.expected} images; sample the rest afterwards"
-            )
-        seeds.extend(range(int(low), int(high) + 1))
-    return seeds
+    return listed(options.seeds)
 
 
 def _check_levels(options: Options) -> None:
@@ -197,6 +197,19 @@ def _check_levels(options: Options) -> None:
         takes = f"--nfe {nfe} takes {nfe - 1} noise levels in --mid-t"
         raise UserError(f"{takes}, got {len(mid_t)}; leave out one of the two")
     levels_after_first(mid_t or MID_T, {})
+
+
+def _check_guidance(options: Options) -> None:
+    """Raise UserError where --guidance, --guide, --class and --each-class are impossible, alone or together."""
+    refuse_beyond({"guidance": (options.guidance, GUIDANCE)})
+    if options.guide is not None and options.guidance is None:
+        raise UserError(f"--guide {options.guide}: also give its weight, such as --guidance 2")
+    if options.each_class and options.class_idx is not None:
+        raise UserError(f"--class {options.class_idx}: --each-class makes them all; leave out one of the two")
+    if options.each_class and options.out.suffix.lower() not in images.FILES:
+        raise UserError(
+            f"--each-class: --out {options.out} is a folder, with one file a seed; give NAME.png or NAME.npz"
+        )
 
 
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 from ect.config import ObjectiveConfig, OptimConfig
-from ect.config.emas import beta_of, sigma_rel_of
+from ect.config.emas import beta_of, power_exponent, sigma_rel_of
 
 
 def stage_at(nimg: int, cfg: ObjectiveConfig) -> int:
@@ -73,20 +72,3 @@ def power_ema_beta(nimg: float, batch: float, sigma_rel: float) -> float:
     models" (EDM2, arXiv 2312.02696), section 3.1.
     """
     return max(1 - batch / nimg, 0.0) ** (power_exponent(sigma_rel) + 1) if nimg > 0 else 0.0
-
-
-@cache
-def power_exponent(sigma_rel: float) -> float:
-    """Return gamma of a profile that weighs the weights after t of T images by t^gamma, with standard deviation sigma_rel T.
-
-    It is the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2. Raises ValueError unless 0 < sigma_rel <= 12^-0.5, at
-    which gamma is 0 and the profile the plain mean. Source: as of `power_ema_beta`.
-    """
-    if not 0 < sigma_rel <= 12**-0.5:
-        raise ValueError(f"sigma_rel is {sigma_rel}, expected a number above 0, up to 12^-0.5")
-    b, c = 16 - sigma_rel**-2, 12 - sigma_rel**-2
-    gamma, before = 1 / sigma_rel, math.inf
-    while gamma < before:  # Newton's steps from above fall to the largest root, which is where the cubic is convex
-        before = gamma
-        gamma -= (((gamma + 7) * gamma + b) * gamma + c) / ((3 * gamma + 14) * gamma + b)
-    return before

@@ -40,7 +40,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "data": {"config", "errors", "files"},
     "doctor": {"config", "errors", "files", "ranks", "show"},
     "files": {"assembly", "config", "data", "errors", "models", "objective", "presets", "tangent"},
-    "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "schedule", "search", "show"},
+    "merge": {"config", "errors", "files", "options", "precision", "ranks", "sampler", "search", "show"},
     "metrics": {"config", "data", "errors", "files", "models", "ranks", "sampler"},
     "models": {"config", "errors"},
     "objectives": {"data", "objective"},  # its `weights` import nothing of ect: ect.objective imports them

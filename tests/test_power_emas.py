@@ -19,6 +19,7 @@ from torch import nn
 
 from ect import evaluate, sample
 from ect.config import EvalConfig, OptimConfig
+from ect.config.emas import power_exponent
 from ect.doctor import __main__ as doctor
 from ect.errors import UserError
 from ect.files import kept
@@ -28,7 +29,7 @@ from ect.merge import __main__ as merge
 from ect.merge import posthoc_coefficients
 from ect.merge.posthoc import distance
 from ect.optim import FlatState
-from ect.schedule import ema_betas_at, power_ema_beta, power_exponent
+from ect.schedule import ema_betas_at, power_ema_beta
 from ect.train import main
 from tests.golden_data import MANIFEST, load, rel_l2
 from tests.test_job import interrupt_after

@@ -121,6 +121,7 @@ FEW_EMAS = Limit(f"1 to {emas.MAX_EMAS} weight averages, each once", emas.are_fe
 SIGMA_REL = Limit(f"a relative width from {emas.NARROWEST} to {emas.WIDEST}", emas.is_width)
 POWER_EMAS = Limit(f"power profiles such as rel:.05, of {SIGMA_REL.expected}", emas.have_widths)
 TARGET = Limit(targets.EXPECTED, lambda text: targets.wanted(text) is not None)
+GUIDANCE = Limit("a weight from 0 to 100", lambda weight: 0 <= weight <= 100)
 EMA_DECAYS = Limit(
     "decays per step from 0 to below 1, such as .9999, or power profiles such as rel:.05", emas.are_decays
 )
@@ -197,6 +198,8 @@ class ObjectiveConfig:
     direction: Literal["difference", "features"] = "difference"
     """The way of D_t to its target: along their difference (ECT), or along the gradient of their distance in features of the
     data set, which python -m ect.tangent trains before ('features'; Align Your Tangent, arXiv 2510.00658)."""
+    guidance: Annotated[float | None, GUIDANCE] = None
+    """Distil a guided teacher: its answer with a class, D, moved away from that without, D_u + guidance (D - D_u). None: D."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 MAX_EMAS = 4
 """The most averages that one pass of the op radam_ema updates (ect_kernels.radam_ema.MAX_EMAS)."""
@@ -19,6 +20,23 @@ def sigma_rel_of(entry: str) -> float | None:
     It is the profile's standard deviation over the length of the run so far (Karras et al., 2024, arXiv 2312.02696).
     """
     return _number(entry.removeprefix(POWER)) if entry.startswith(POWER) else None
+
+
+@cache
+def power_exponent(sigma_rel: float) -> float:
+    """Return gamma of a profile that weighs the weights after t of T images by t^gamma, with standard deviation sigma_rel T.
+
+    It is the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2. Raises ValueError unless 0 < sigma_rel <= 12^-0.5, at
+    which gamma is 0 and the profile the plain mean. Source: as of `sigma_rel_of`.
+    """
+    if not 0 < sigma_rel <= 12**-0.5:
+        raise ValueError(f"sigma_rel is {sigma_rel}, expected a number above 0, up to 12^-0.5")
+    b, c = 16 - sigma_rel**-2, 12 - sigma_rel**-2
+    gamma, before = 1 / sigma_rel, math.inf
+    while gamma < before:  # Newton's steps from above fall to the largest root, which is where the cubic is convex
+        before = gamma
+        gamma -= (((gamma + 7) * gamma + b) * gamma + c) / ((3 * gamma + 14) * gamma + b)
+    return before
 
 
 def beta_of(entry: str) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ect.schedule import power_exponent
+from ect.config.emas import power_exponent
 
 Vector = NDArray[np.float64]
 
