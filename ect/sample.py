@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     install(leave)
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ect.config import BATCH, COUNT, FROM_1, GUIDANCE, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
+from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
 from ect.config.seeds import listed, of_classes
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
+from ect.files.guide import guidance, refuse_alone, said
 from ect.files.run_folder import leaving_nothing
 from ect.models import ECMPrecond, EDMPrecond
-from ect.models.guided import guided
 from ect.options import refuse_idle
 from ect.precision import PRECISIONS, products, sampling
 from ect.ranks import self_check
@@ -101,7 +100,8 @@ def sample(options: Options, world: World = World()) -> None:
     """
     seeds, out = _seeds(options), options.out.expanduser()
     _check_levels(options)
-    _check_guidance(options)
+    refuse_alone(options.guidance, options.guide)
+    _check_classes(options)
     refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
@@ -110,13 +110,11 @@ def sample(options: Options, world: World = World()) -> None:
         net, info = load_model(options.checkpoint.expanduser(), device=device, ema=options.ema)
         columns = len(seeds) if options.each_class else None
         seeds, chosen = of_classes(seeds, options.class_idx, options.each_class, net.label_dim)
-        guide = load_model(options.guide.expanduser(), device=device)[0] if options.guide is not None else None
-        weight = options.guidance
-        denoiser = net if weight is None else guided(net, weight, guide, "--guidance")
-        for line in itertools.chain(*(self_check.of_sampling(one, device, world) for one in (net, guide) if one)):
+        denoiser, nets = guidance(net, options.guidance, options.guide, device)
+        for line in (line for one in nets for line in self_check.of_sampling(one, device, world)):
             print(line)
         sampler = _sampler(options, net, info)
-        print(f"{options.checkpoint}: {sampler}" + (f", each guided by {weight:g}" if weight is not None else ""))
+        print(f"{options.checkpoint}: {sampler}{said(options.guidance)}")
         start = time.perf_counter()
         with sampling(PRECISIONS[options.precision]):
             arithmetic = products(device)
@@ -199,11 +197,8 @@ def _check_levels(options: Options) -> None:
     levels_after_first(mid_t or MID_T, {})
 
 
-def _check_guidance(options: Options) -> None:
-    """Raise UserError where --guidance, --guide, --class and --each-class are impossible, alone or together."""
-    refuse_beyond({"guidance": (options.guidance, GUIDANCE)})
-    if options.guide is not None and options.guidance is None:
-        raise UserError(f"--guide {options.guide}: also give its weight, such as --guidance 2")
+def _check_classes(options: Options) -> None:
+    """Raise UserError where --class and --each-class are impossible together, or with a folder of images."""
     if options.each_class and options.class_idx is not None:
         raise UserError(f"--class {options.class_idx}: --each-class makes them all; leave out one of the two")
     if options.each_class and options.out.suffix.lower() not in images.FILES:

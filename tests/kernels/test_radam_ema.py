@@ -200,6 +200,20 @@ def test_settings_are_read_from_the_device_at_every_step(where: tuple[str, str])
     assert not torch.equal(a.step(g[1]).params, before)
 
 
+def test_every_average_follows_decays_that_change_with_each_step(where: tuple[str, str]) -> None:
+    """As those of power profiles do: 0 first, so that the average begins as the weights after that step."""
+    n, device = 2056, where[0]
+    run, truth = Run(where, n, emas=4), [start(n).double() for _ in range(4)]
+    for k, grads in enumerate(gradients(n, 6)):
+        betas = [(k / (k + 1)) ** power for power in (98.0, 18.0, 8.0, 1.0)]
+        run.f64[F64.EMA_BETA0 : F64.EMA_BETA3 + 1] = torch.tensor(betas, dtype=torch.float64, device=device)
+        run.step(grads)
+        for average, want, beta in zip(run.averages, truth, betas, strict=True):
+            want.lerp_(run.params.cpu().double(), 1 - beta)
+            torch.testing.assert_close(average.cpu().double(), want, rtol=1e-6, atol=1e-6)
+            assert k > 0 or torch.equal(average, run.params)
+
+
 def test_arena_of_nothing_counts_the_step(where: tuple[str, str]) -> None:
     assert Run(where, 0).step(torch.zeros(0)).i64.tolist()[:4] == [1, 0, 0, 0]
 
@@ -316,6 +330,7 @@ def test_captured_in_a_cuda_graph(where: tuple[str, str]) -> None:
         static.copy_(g)
         for run in (eager, replayed):
             run.f64[F64.LR].fill_(LR / (k + 1))
+            run.f64[F64.EMA_BETA0 : F64.EMA_BETA3 + 1].fill_((k / (k + 1)) ** 8)
         graph.replay()
         eager.step(g)
     assert all(torch.equal(replayed.results()[name], tensor) for name, tensor in eager.results().items())
