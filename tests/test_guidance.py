@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from ect import evaluate
 from ect.assembly import frozen, network_spec
 from ect.config import Config, DataConfig, ObjectiveConfig
 from ect.cost.memory import predict
@@ -27,6 +30,7 @@ from ect.objectives.distillation import euler_step
 from ect.options import parse
 from ect.sampler import Heun, generate
 from ect.trainer import Trainer
+from tests.test_emas import MeanPixel
 from tests.test_sample import images_of, refused, write_model
 from tests.test_sample import run as sample
 from tests.tiny import config
@@ -173,6 +177,36 @@ def test_what_does_not_apply_is_refused_in_a_sentence(
     places = [f"{arg}.safetensors" if i and args[i - 1] == "--guide" else arg for i, arg in enumerate(args)]
     assert said in refused(capsys, f"{model}.safetensors", *places)
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_evaluation_rates_the_guided_denoiser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "make_evaluator", lambda *args, **kwargs: MeanPixel())
+    grey = network(tmp_path / "grey.safetensors", label_dim=10, in_channels=1, out_channels=1)
+    common = [str(grey), "--data", "digits", "--samples", "4", "--repeats", "1", "--heun", "2", "--device", "cpu"]
+    found, records = [], []
+    for args in ([], ["--guidance", "3"], ["--guidance", "3", "--guide", str(grey)]):
+        (row, *_) = evaluate.evaluate(parsed([*common, *args]), Console(quiet=True))
+        found.append(row.mean("mean"))
+        (report,) = (tmp_path / "runs").glob("*/metrics.json")
+        records.append(json.loads(report.read_text())["model"])
+    assert found[0] != found[1] and found[0] == found[2]  # a guide of the same weights moves nothing
+    assert "guidance" not in records[0] and records[1]["guidance"] == 3 and records[1]["guide"] is None
+    assert records[2]["guide"] == str(grey)
+    for args, said in [
+        (["--guide", "x"], "--guide x: also give its weight"),
+        (["--guidance", "101"], "--guidance 101.0"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*common, *args])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def parsed(args: list[str]) -> evaluate.Options:
+    return tyro.cli(evaluate.Options, args=args)
 
 
 # ------------------------------------------------------------------------------------------------ distilling

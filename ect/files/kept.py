@@ -24,7 +24,7 @@ from ect.files.run_folder import can_make
 
 FOLDER, AVERAGES = "weights", "averages"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-"""Of the parameters, by --log.kept-precision."""
+"""The types of the parameters, by --log.kept-precision."""
 _NAME = re.compile(r"weights-(\d{6,})\.(\d{3})\.safetensors")
 _AVERAGE = re.compile(r"average-(\d{6,})\.(\d{3})-rel([0-9.e-]+)\.safetensors")
 
