@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
-from ect.config.seeds import listed, of_classes
+from ect.config.sampling import SEEDS, listed, numbers, of_classes, one_number, refuse_together
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
 from ect.files.guide import guidance, refuse_alone, said
@@ -101,7 +101,7 @@ def sample(options: Options, world: World = World()) -> None:
     seeds, out = _seeds(options), options.out.expanduser()
     _check_levels(options)
     refuse_alone(options.guidance, options.guide)
-    _check_classes(options)
+    refuse_together(options.class_idx, options.each_class, options.out)
     refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
@@ -137,7 +137,7 @@ def search_sigmas(options: Options, world: World = World()) -> None:
     All ranks of `world` make images, rank 0 rates them. Raises UserError on options that do not fit, or without images to
     compare with.
     """
-    numbers = _numbers(options)
+    asked = numbers(options.nfe)
     _check_levels(replace(options, nfe=None))
     idle = ("seeds", "seed", "count", "mid-t", "heun", "class", "each-class", "guidance", "guide", "out")
     refuse_idle(options, idle, "--search-sigmas makes no images, and finds its own levels; leave it out")
@@ -146,32 +146,16 @@ def search_sigmas(options: Options, world: World = World()) -> None:
     set_threads(options.threads, world)
     with sampling(PRECISIONS[options.precision]):
         sigmas.find(
-            options.checkpoint, options.ema, numbers, data=options.data, samples=options.samples, batch=options.batch,
+            options.checkpoint, options.ema, asked, data=options.data, samples=options.samples, batch=options.batch,
             device=device, world=world,
         )  # fmt: skip
-
-
-def _numbers(options: Options) -> list[int]:
-    """Return the numbers of --nfe, increasing; 2 without it."""
-    parts = (options.nfe or "2").split(",")
-    if not all(part.strip().isdecimal() and len(part) < 5 for part in parts):
-        raise UserError(f"--nfe {options.nfe:.60}: expected a number of network evaluations, or several such as 2,3,4")
-    return sorted({int(part) for part in parts})
-
-
-def _nfe(options: Options) -> int | None:
-    """Return the number of --nfe; None without it. Raises UserError where there are several, which are for a search."""
-    numbers = _numbers(options)
-    if len(numbers) > 1:
-        raise UserError(f"--nfe {options.nfe}: expected one number; several are for --search-sigmas")
-    return None if options.nfe is None else numbers[0]
 
 
 def _seeds(options: Options) -> list[int]:
     if options.seeds is None:
         refuse_beyond({"count": (options.count, FROM_1, COUNT)})
         first, last = options.seed, options.seed + options.count - 1
-        if not 0 <= first <= last < 2**63:
+        if not 0 <= first <= last < SEEDS:
             raise UserError(f"--seed {first}: expected a number from 0 on, below 2^63")
         return list(range(first, last + 1))
     if options.seed != Options.seed or options.count != Options.count:
@@ -182,7 +166,7 @@ def _seeds(options: Options) -> list[int]:
 def _check_levels(options: Options) -> None:
     """Raise UserError where --nfe, --mid-t and --heun are impossible, alone or together."""
     refuse_beyond({"batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS)})
-    nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
+    nfe, mid_t, heun = one_number(options.nfe), options.mid_t, options.heun
     if heun is not None and (nfe is not None or mid_t is not None):
         raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")
     if heun is not None and not 1 <= heun <= MAX_STEPS:
@@ -197,19 +181,9 @@ def _check_levels(options: Options) -> None:
     levels_after_first(mid_t or MID_T, {})
 
 
-def _check_classes(options: Options) -> None:
-    """Raise UserError where --class and --each-class are impossible together, or with a folder of images."""
-    if options.each_class and options.class_idx is not None:
-        raise UserError(f"--class {options.class_idx}: --each-class makes them all; leave out one of the two")
-    if options.each_class and options.out.suffix.lower() not in images.FILES:
-        raise UserError(
-            f"--each-class: --out {options.out} is a folder, with one file a seed; give NAME.png or NAME.npz"
-        )
-
-
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
     """Return the sampler that the options ask for, or else the one that suits the model."""
-    nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
+    nfe, mid_t, heun = one_number(options.nfe), options.mid_t, options.heun
     if heun is None and nfe is None and mid_t is None and not isinstance(net, ECMPrecond):
         heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur
     if heun is not None:

@@ -12,24 +12,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ect.config.sampling import ONE_FILE
 from ect.errors import UserError
 from ect.files.atomic import atomic
 from ect.files.run_folder import absent, make
 from ect.show.grid import save_grid, save_png
 
-FILES = (".png", ".npz")
-"""The endings of what is one file, and no folder."""
-
 
 def prepare(out: Path) -> list[str]:
     """Make the folder that `write` needs, so that a bad --out fails before the work; return what was made. Raises UserError."""
-    if out.suffix.lower() not in FILES and out.suffix[1:].isalpha() and not out.is_dir():
+    if out.suffix.lower() not in ONE_FILE and out.suffix[1:].isalpha() and not out.is_dir():
         raise UserError(f"--out {out}: cannot write {out.suffix} files; expected NAME.png, NAME.npz or a folder")
-    if out.suffix.lower() in FILES and out.is_dir():
+    if out.suffix.lower() in ONE_FILE and out.is_dir():
         raise UserError(
             f"--out {out}: is a folder; give another name, or one without {out.suffix} for a folder of images"
         )
-    folder = out.parent if out.suffix.lower() in FILES else out
+    folder = out.parent if out.suffix.lower() in ONE_FILE else out
     made = absent(folder)
     try:
         make(folder)
