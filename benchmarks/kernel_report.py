@@ -44,12 +44,12 @@ PER_CALL = {"perturb": 4}  # elements for a call of Philox: normal deviates, not
 
 # Triton cases that training DDPM++ and NCSN++ has no use for: its residual_group_norm_silu drops nothing (one case with dropout
 # is checked all the same) and has 128 channels, or 128 in the second source, at 32x32 alone; its images are 3x32x32, the noise
-# drawn, not given; two averages are what three are, less one.
+# drawn, not given; two and three averages are what four are, less some.
 UNUSED = {
     "residual_group_norm_silu": r"c=128\+0 hw=(256|64)|c=128\+256|c=256\+128 hw=(256|64)|(?<!c=256\+128 hw=1024) drop=1",
     "consistency_loss": r"^12288 ",
     "perturb": "no seed",
-    "radam_ema": "^update, 2 EMAs",
+    "radam_ema": "^update, [23] EMAs",
 }
 
 # Triton parameters that are no tensors of the data's size: vectors by channel, sample or group, and workspace of that size.

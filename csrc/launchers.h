@@ -25,7 +25,7 @@ int levels_fwd(const int64_t* seed, const int64_t* stage, const int64_t* n0, flo
 int consistency_loss_fwd(const void* F_t, const void* F_r, const float* x_t, const float* x_r, const float* t, const float* r,
     const float* weight, float* loss, void* dF, int64_t n, int64_t m, int64_t dtype, double c, double sigma_data, void* stream);
 int probe(void);   // cudaSuccess where the kernels can be loaded on the current device
-int radam_ema_fwd(void* params, void* grads, void* exp_avg, void* exp_avg_sq, void* ema0, void* ema1, void* ema2,
+int radam_ema_fwd(void* params, void* grads, void* exp_avg, void* exp_avg_sq, void* ema0, void* ema1, void* ema2, void* ema3,
     void* shadow, int64_t half, void* state_f64, void* state_i64, void* partials, int64_t blocks, void* coefficients,
     int64_t n, void* stream);
 }

@@ -9,15 +9,16 @@
 #include "launchers.h"
 
 namespace {
-constexpr int THREADS = 256, CHUNK = 16384;   // CHUNK: as in radam_ema.py
+constexpr int THREADS = 256, CHUNK = 16384, MAX_EMAS = 4;   // the latter two as in radam_ema.py
+constexpr int FIRST_EMAS = 2;   // averages that are read with the rest: registers for more would cost an SM its third block
 constexpr float BOUND = 1e5f;
 constexpr double SCALE_MIN = 0x1p-32, SCALE_MAX = 0x1p32;
-enum F64 { LR, BETA1, BETA2, EPS, CLIP, LOSS_SCALE, EMA_BETA0, GRAD_NORM = EMA_BETA0 + 3 };
+enum F64 { LR, BETA1, BETA2, EPS, CLIP, LOSS_SCALE, EMA_BETA0, GRAD_NORM = EMA_BETA0 + MAX_EMAS };
 enum I64 { STEPS, NONFINITE, GOOD_STEPS, SKIPPED, GROWTH_INTERVAL, OPTIMIZER };
 enum Coefficient { GO, SHRINK, UNSCALE, BETA1_F, BETA2_F, WEIGHT1, WEIGHT2, SLOPE, FLOOR, SIZE, EMA_WEIGHT0 };
 
 struct Arenas {
-  float *params, *grads, *exp_avg, *exp_avg_sq, *ema[3];
+  float *params, *grads, *exp_avg, *exp_avg_sq, *ema[MAX_EMAS];
   void* shadow;
 };
 
@@ -86,7 +87,7 @@ __device__ void advance(double* f, int64_t* s, float* c, double squares, int64_t
   c[SLOPE] = !adaptive ? 0.f : adam ? float(1 / root) : 1.f;   // 0: a plain momentum step
   c[FLOOR] = float(f[EPS]);
   c[SIZE] = float(size);
-  for (int k = 0; k < 3; k++) c[EMA_WEIGHT0 + k] = float(1 - f[EMA_BETA0 + k]);
+  for (int k = 0; k < MAX_EMAS; k++) c[EMA_WEIGHT0 + k] = float(1 - f[EMA_BETA0 + k]);
 
   f[GRAD_NORM] = skip ? INFINITY : norm;
   s[NONFINITE] += bad;
@@ -115,16 +116,16 @@ __device__ __forceinline__ uint2 to_half4(const float* x, bool bf16) {
 }
 
 // A warp takes 256 elements: lane l the vectors at 4 l and 128 + 4 l, so that every access of the warp is one run of memory.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     radam_ema_update_kernel(Arenas arena, const float* coefficients, int bf16, int64_t n) {
-  float c[EMA_WEIGHT0 + 3];
+  float c[EMA_WEIGHT0 + MAX_EMAS];
 #pragma unroll
-  for (int k = 0; k < EMA_WEIGHT0 + 3; k++) c[k] = coefficients[k];
+  for (int k = 0; k < EMA_WEIGHT0 + MAX_EMAS; k++) c[k] = coefficients[k];
   if (c[GO] == 0.f) return;   // all threads alike
   const int lane = threadIdx.x & 31;
   const int64_t first = (int64_t(blockIdx.x) * THREADS + (threadIdx.x & ~31)) * 8 + 4 * lane;
   union V { float4 v; float e[4]; };
-  V p[2], g[2], m[2], v[2], ema[3][2];
+  V p[2], g[2], m[2], v[2], ema[MAX_EMAS][2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int64_t i = first + 128 * h;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(THREADS)
     m[h].v = *reinterpret_cast<const float4*>(arena.exp_avg + i);
     v[h].v = *reinterpret_cast<const float4*>(arena.exp_avg_sq + i);
 #pragma unroll
-    for (int a = 0; a < 3; a++)
+    for (int a = 0; a < FIRST_EMAS; a++)
       if (arena.ema[a]) ema[a][h].v = *reinterpret_cast<const float4*>(arena.ema[a] + i);
   }
   uint2 half[2] = {};
@@ -142,6 +143,9 @@ __global__ void __launch_bounds__(THREADS)
   for (int h = 0; h < 2; h++) {
     const int64_t i = first + 128 * h;
     if (i >= n) continue;
+#pragma unroll
+    for (int a = FIRST_EMAS; a < MAX_EMAS; a++)
+      if (arena.ema[a]) ema[a][h].v = *reinterpret_cast<const float4*>(arena.ema[a] + i);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       g[h].e[k] *= c[SHRINK];
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(THREADS)
       const float denominator = c[SLOPE] == 0.f ? 1.f : sqrtf(v[h].e[k]) * c[SLOPE] + c[FLOOR];
       p[h].e[k] -= c[SIZE] * (m[h].e[k] / denominator);
 #pragma unroll
-      for (int a = 0; a < 3; a++)
+      for (int a = 0; a < MAX_EMAS; a++)
         if (arena.ema[a]) ema[a][h].e[k] = lerp(ema[a][h].e[k], p[h].e[k], c[EMA_WEIGHT0 + a]);
     }
     *reinterpret_cast<float4*>(arena.params + i) = p[h].v;
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(THREADS)
     *reinterpret_cast<float4*>(arena.exp_avg_sq + i) = v[h].v;
     if (c[SHRINK] != 1.f) *reinterpret_cast<float4*>(arena.grads + i) = g[h].v;
 #pragma unroll
-    for (int a = 0; a < 3; a++)
+    for (int a = 0; a < MAX_EMAS; a++)
       if (arena.ema[a]) *reinterpret_cast<float4*>(arena.ema[a] + i) = ema[a][h].v;
     half[h] = to_half4(p[h].e, bf16);
   }
@@ -174,13 +178,13 @@ __global__ void __launch_bounds__(THREADS)
 }
 }  // namespace
 
-// Arenas of n elements (a multiple of 8), fp32 and 16-byte aligned; ema0..2 and shadow may be null; half: dtype code of the
+// Arenas of n elements (a multiple of 8), fp32 and 16-byte aligned; ema0..3 and shadow may be null; half: dtype code of the
 // shadow. partials: 2 * blocks doubles, blocks = ceil(n / CHUNK); coefficients: 16 floats; both scratch.
 extern "C" int radam_ema_fwd(void* params, void* grads, void* exp_avg, void* exp_avg_sq, void* ema0, void* ema1, void* ema2,
-                             void* shadow, int64_t half, void* state_f64, void* state_i64, void* partials, int64_t blocks,
-                             void* coefficients, int64_t n, void* stream_) {
+                             void* ema3, void* shadow, int64_t half, void* state_f64, void* state_i64, void* partials,
+                             int64_t blocks, void* coefficients, int64_t n, void* stream_) {
   [[maybe_unused]] const auto stream = static_cast<cudaStream_t>(stream_);   // the emulator takes none
-  const bool aligned = aligned16({params, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2, shadow});
+  const bool aligned = aligned16({params, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2, ema3, shadow});
   if (n < 0 || n % 8 || !aligned || blocks != (n + CHUNK - 1) / CHUNK || (shadow && half != F16 && half != BF16) ||
       n > (int64_t(1) << 40))
     return cudaErrorInvalidValue;
@@ -191,7 +195,8 @@ extern "C" int radam_ema_fwd(void* params, void* grads, void* exp_avg, void* exp
          static_cast<int64_t*>(state_i64), c);
   const Arenas arena = {static_cast<float*>(params), static_cast<float*>(grads), static_cast<float*>(exp_avg),
                         static_cast<float*>(exp_avg_sq),
-                        {static_cast<float*>(ema0), static_cast<float*>(ema1), static_cast<float*>(ema2)}, shadow};
+                        {static_cast<float*>(ema0), static_cast<float*>(ema1), static_cast<float*>(ema2),
+                         static_cast<float*>(ema3)}, shadow};
   const int64_t grid = (n + 8 * THREADS - 1) / (8 * THREADS);
   if (n > 0) LAUNCH(radam_ema_update_kernel, dim3(unsigned(grid)), dim3(THREADS), 0, stream, arena, c, int(half == BF16), n);
   return cudaGetLastError();

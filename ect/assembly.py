@@ -9,10 +9,11 @@ import torch
 
 from ect import precision
 from ect.config import Config, NetConfig, ObjectiveConfig
+from ect.config.emas import beta_of
 from ect.data import Dataset, ImageStream
-from ect.emas import beta_of
 from ect.errors import UserError
 from ect.models import EDMPrecond, build, describe, fitting
+from ect.models.guided import Guided
 from ect.objective import OBJECTIVES, ConsistencyObjective, Objective
 from ect.objectives.distillation import ConsistencyDistillation
 from ect.objectives.gaps import Gaps
@@ -73,14 +74,18 @@ def build_objective(cfg: ObjectiveConfig, sigma_data: float) -> Objective:
     return objective_type(cfg).configured(cfg, sigma_data)
 
 
-def frozen(cfg: Config, net: EDMPrecond) -> EDMPrecond:
-    """Make `net` a teacher, in place: in eval mode, without gradients, in the configured precision and memory layout."""
+def frozen(cfg: Config, net: EDMPrecond) -> EDMPrecond | Guided:
+    """Make `net` a teacher, in place: in eval mode, without gradients, in the configured precision and memory layout.
+
+    With --objective.guidance it comes back guided.
+    """
     device = next(net.parameters()).device
     half = precision.resolve(cfg.precision, device).half
     if half is not None:
         precision.round_weights(net, net.half_weights(), half)
     net = net.eval().requires_grad_(False)
-    return net.to(memory_format=torch.channels_last) if keeps_channels_last(cfg, device) else net
+    net = net.to(memory_format=torch.channels_last) if keeps_channels_last(cfg, device) else net
+    return net if cfg.objective.guidance is None else Guided(net, cfg.objective.guidance)
 
 
 def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
@@ -99,8 +104,8 @@ def flat_state(cfg: Config, net: EDMPrecond) -> FlatState[EDMPrecond]:
 
 
 def train_step(
-    cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World(), teacher: EDMPrecond | None = None,
-    features: Features | None = None,
+    cfg: Config, state: FlatState[EDMPrecond], stream: ImageStream, world: World = World(),
+    teacher: EDMPrecond | Guided | None = None, features: Features | None = None,
 ) -> TrainStep:  # fmt: skip
     """Make the configured update of `state`, on images of `stream`.
 

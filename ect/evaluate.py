@@ -19,8 +19,10 @@ from rich.progress import Progress
 from rich.text import Text
 
 from ect.config import BATCH, FOURS, FROM_1, IMAGES, MAX_STEPS, THREADS, EvalConfig, at_most, refuse_beyond
+from ect.config.sampling import SEEDS
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
+from ect.files.guide import guidance, of_model, refuse_alone, said
 from ect.files.resume import weights_fingerprint
 from ect.files.run_folder import evaluation_dir, leaving_nothing
 from ect.metrics import Evaluator, FidelityOptions, QualityRow, RemoteEvaluator, make_evaluator, quality_rows, reference
@@ -29,7 +31,7 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
-from ect.sampler import SEEDS, Heun, Sampler, consistency_samplers, levels_after_first
+from ect.sampler import Heun, Sampler, consistency_samplers, levels_after_first
 from ect.show import report
 from ect.show.log import Screen
 
@@ -49,6 +51,10 @@ class Options:
     """A model (.safetensors of ours, .pkl of EDM or ECT) or a run folder (its latest checkpoint)."""
     ema: int | None = None
     """The weight average of a run, counted from 0: --ema 1 is the second entry of its --optim.emas. Default: the first."""
+    guidance: float | None = None
+    """Move a diffusion model's answers away from weaker ones, as ect.sample does."""
+    guide: Path | None = None
+    """A weaker diffusion model for --guidance."""
     data: str | None = None
     """Reference images: 'digits', or a path as for ect.train. Default: the digits for a model of the digits."""
     resolution: int | None = None
@@ -110,7 +116,8 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
     set_threads(options.threads, world)
     self_check.choose(device)
     net, info = load_model(options.model.expanduser(), device=device, ema=options.ema)
-    for line in self_check.of_sampling(net, device, world):
+    denoiser, nets = guidance(net, options.guidance, options.guide, device)
+    for line in (line for one in nets for line in self_check.of_sampling(one, device, world)):
         console.print(Text(line))
     few = consistency_samplers(levels_after_first(options.mid_t, info))
     samplers: list[Sampler] = [*few, *map(Heun, options.heun)]
@@ -132,14 +139,16 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
             with Progress(console=console, transient=True) as progress:
                 task = progress.add_task("rating", total=samples * options.repeats * len(samplers))
                 rows = quality_rows(
-                    net, evaluator, samplers, samples=samples, repeats=options.repeats, seed=options.seed, batch=options.batch,
-                    device=device, on_images=lambda count: progress.advance(task, count),
+                    denoiser, evaluator, samplers, samples=samples, repeats=options.repeats, seed=options.seed,
+                    batch=options.batch, device=device, on_images=lambda count: progress.advance(task, count),
                     ema=None if options.ema is None else info.get("ema"), world=world,
                 )  # fmt: skip
         if world.rank > 0:
             return rows
         spread = f"mean (minimum) of {options.repeats} repeats of" if options.repeats > 1 else "from"
-        console.print(Text(f"{options.model}: {spread} {samples:,} samples, products in {arithmetic}"))
+        console.print(
+            Text(f"{options.model}: {spread} {samples:,} samples, products in {arithmetic}{said(options.guidance)}")
+        )
         unrated = [QualityRow(sampler, samples, (), (), 0.0) for sampler in samplers]
         report.show_metrics(console, rows or unrated, evaluator)
         if not rows:
@@ -147,12 +156,14 @@ def evaluate(options: Options, console: Console, world: World = World()) -> list
                 f"{options.model}: no metric can be computed; the lines below the table say what each needs"
             )
         model = {"path": str(options.model), "weights_sha256": weights_fingerprint(net), "info": info}
+        model |= of_model(options.guidance, options.guide)
         report.write_metrics(run_dir / "metrics.json", model, rows, evaluator, arithmetic)
         console.print(Text(f"wrote {run_dir / 'metrics.json'}"))
         return rows
 
 
 def _check_numbers(options: Options) -> None:
+    refuse_alone(options.guidance, options.guide)
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: expected at least 0")
     refuse_beyond(

@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from ect.config import COOLDOWN_SHARE, STAGED, WEIGHT_FLOOR, Config, DataConfig, Limit
+from ect.config.emas import power_profiles
 from ect.errors import UserError
 from ect.files.run_folder import load, run_folder
 from ect.presets import NOTES, PRESETS
@@ -121,7 +122,7 @@ def check_each(cfg: Any, prefix: str = "") -> None:
 
 def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     """Yield (option, whether its value fits the others, what is expected) for each rule that no field has by itself."""
-    per_device, objective, optim = cfg.batch_per_device, cfg.objective, cfg.optim
+    per_device, objective, optim, log = cfg.batch_per_device, cfg.objective, cfg.optim, cfg.log
     divides = not isinstance(per_device, int) or (per_device >= 1 and cfg.batch % per_device == 0)
     yield "batch-per-device", divides, f"a divisor of --batch {cfg.batch}"
     staged = objective.kind in STAGED
@@ -139,6 +140,14 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
         pairs,
         f"self with --objective.kind {objective.kind}; other targets are of consistency alone",
     )
+    guided = objective.guidance is not None
+    yield "objective.guidance", not guided or objective.target == "teacher", "None without --objective.target teacher"
+    yield "objective.guidance", not guided or cfg.data.labels, "None without --data.labels: it is away from no class"
+    dropped = not guided or cfg.init_from is not None or cfg.pretrain is None or cfg.net.label_dropout > 0
+    trained = (
+        "greater than 0 with --objective.guidance and --pretrain: else the teacher knows no answer without a class"
+    )
+    yield "net.label-dropout", dropped, trained
     resident = objective.target != "posterior" or cfg.data.augment == 0
     yield "objective.target", resident, "another with --data.augment, since augmented images are not the data's"
     adaptive = objective.weighting == "adaptive"
@@ -152,8 +161,12 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
         drawn,
         f"difference with --objective.kind {objective.kind}: features are for consistency alone",
     )
-    pairs = not cfg.log.levels or staged
+    pairs = not log.levels or staged
     yield "log.levels", pairs, f"--log.no-levels with --objective.kind {objective.kind}, which has no pairs"
+    power = log.averages_kimg == 0 or bool(power_profiles(optim.emas))
+    yield "log.averages-kimg", power, "0 without a power profile in --optim.emas, such as rel:.05"
+    keeps = log.averages_kimg > 0 or log.weights_kimg > 0 or log.kept_precision == "fp16"
+    yield "log.kept-precision", keeps, "fp16, its default, without --log.weights-kimg or --log.averages-kimg"
     yield "optim.decay-kimg", optim.decay != "rsqrt" or optim.decay_kimg > 0, "greater than 0 with --optim.decay rsqrt"
     teacher = cfg.data.source == "teacher"
     yield "data.source", not teacher or cfg.init_from is not None, "--init-from with it: the diffusion model that draws"
@@ -162,7 +175,7 @@ def _beside_others(cfg: Config) -> Iterator[tuple[str, bool, str]]:
     yield "cooldown", not cfg.cooldown or cfg.resume is not None, "--resume with it: the run that it branches off"
     cools = cfg.cooldown or optim.decay == "cooldown" or optim.cooldown_share == COOLDOWN_SHARE
     yield "optim.cooldown-share", cools, f"{COOLDOWN_SHARE}, its default, without --optim.decay cooldown"
-    looks = cfg.target is None or (cfg.log.eval_kimg > 0 and cfg.eval.samples > 0)
+    looks = cfg.target is None or (log.eval_kimg > 0 and cfg.eval.samples > 0)
     yield (
         "target",
         looks,

@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ect.config import BATCH, COUNT, FROM_1, HEUN_STEPS, MAX_STEPS, MID_T, SIGMA_MAX, THREADS, refuse_beyond
+from ect.config.sampling import SEEDS, listed, numbers, of_classes, one_number, refuse_together
 from ect.errors import UserError
 from ect.files.checkpoint import load_model
+from ect.files.guide import guidance, refuse_alone, said
 from ect.files.run_folder import leaving_nothing
 from ect.models import EDMPrecond
 from ect.options import refuse_idle
@@ -27,7 +29,7 @@ from ect.ranks import self_check
 from ect.ranks.device import resolve, set_threads
 from ect.ranks.distributed import World
 from ect.ranks.launch import launch
-from ect.sampler import SEEDS, Consistency, Heun, Sampler, draw, generate, levels_after_first
+from ect.sampler import Consistency, Heun, Sampler, draw, generate, levels_after_first
 from ect.search import sigmas
 from ect.show import images
 
@@ -55,6 +57,13 @@ class Options:
     """Sample with this many steps of EDM's Heun sampler instead. Default for a diffusion model: 18."""
     class_idx: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all images, counted from 0. Default for a class-conditional model: drawn by each seed."""
+    each_class: bool = False
+    """Every class in turn, with all seeds: a grid has a row a class."""
+    guidance: float | None = None
+    """Move a diffusion model's answers D away from weaker ones, D_w + guidance (D - D_w): from its own without a class, or from
+    those of --guide. 1 is no guidance."""
+    guide: Path | None = None
+    """A weaker diffusion model for --guidance: a file or folder as above, such as an earlier checkpoint of the run."""
     batch: int = 64
     """Images computed at a time."""
     out: Path = Path("samples.png")
@@ -91,31 +100,32 @@ def sample(options: Options, world: World = World()) -> None:
     """
     seeds, out = _seeds(options), options.out.expanduser()
     _check_levels(options)
+    refuse_alone(options.guidance, options.guide)
+    refuse_together(options.class_idx, options.each_class, options.out)
     refuse_idle(options, ("data", "samples"), "it is of --search-sigmas; leave it out, or say that too")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
     with leaving_nothing(list(map(Path, world.first(lambda: images.prepare(out))))):
         net, info = load_model(options.checkpoint.expanduser(), device=device, ema=options.ema)
-        given, classes = options.class_idx, net.label_dim
-        if given is not None and not 0 <= given < classes:
-            fits = f"expected 0 to {classes - 1}, the classes of this model"
-            raise UserError(
-                f"--class {given}: {fits if classes else 'this model is unconditional; leave the option out'}"
-            )
-        for line in self_check.of_sampling(net, device, world):
+        columns = len(seeds) if options.each_class else None
+        seeds, chosen = of_classes(seeds, options.class_idx, options.each_class, net.label_dim)
+        denoiser, nets = guidance(net, options.guidance, options.guide, device)
+        for line in (line for one in nets for line in self_check.of_sampling(one, device, world)):
             print(line)
         sampler = _sampler(options, net, info)
-        print(f"{options.checkpoint}: {sampler}")
+        print(f"{options.checkpoint}: {sampler}{said(options.guidance)}")
         start = time.perf_counter()
         with sampling(PRECISIONS[options.precision]):
             arithmetic = products(device)
-            batches = generate(net, seeds, sampler, class_idx=given, batch=options.batch, device=device, world=world)
+            batches = generate(
+                denoiser, seeds, sampler, class_idx=chosen, batch=options.batch, device=device, world=world
+            )
             if world.rank > 0:
                 deque(batches, maxlen=0)  # makes them
                 return
-            labels = [draw(net, seed)[1] if given is None else given for seed in seeds]
-            images.write(out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels})
+            labels = chosen or [draw(net, seed)[1] for seed in seeds]
+            images.write(out, seeds, batches, {"sigmas": getattr(sampler, "sigmas", ()), "class": labels}, columns)
         count, seconds = len(seeds), time.perf_counter() - start
         rate = f"{count / seconds:,.1f} img/s, products in {arithmetic}"
         print(f"wrote {count} images to {out} in {seconds:.1f} s ({rate})")
@@ -127,34 +137,18 @@ def search_sigmas(options: Options, world: World = World()) -> None:
     All ranks of `world` make images, rank 0 rates them. Raises UserError on options that do not fit, or without images to
     compare with.
     """
-    numbers = _numbers(options)
+    asked = numbers(options.nfe)
     _check_levels(replace(options, nfe=None))
-    idle = ("seeds", "seed", "count", "mid-t", "heun", "class", "out")
+    idle = ("seeds", "seed", "count", "mid-t", "heun", "class", "each-class", "guidance", "guide", "out")
     refuse_idle(options, idle, "--search-sigmas makes no images, and finds its own levels; leave it out")
     device = resolve(options.device, world)
     self_check.choose(device)
     set_threads(options.threads, world)
     with sampling(PRECISIONS[options.precision]):
         sigmas.find(
-            options.checkpoint, options.ema, numbers, data=options.data, samples=options.samples, batch=options.batch,
+            options.checkpoint, options.ema, asked, data=options.data, samples=options.samples, batch=options.batch,
             device=device, world=world,
         )  # fmt: skip
-
-
-def _numbers(options: Options) -> list[int]:
-    """Return the numbers of --nfe, increasing; 2 without it."""
-    parts = (options.nfe or "2").split(",")
-    if not all(part.strip().isdecimal() and len(part) < 5 for part in parts):
-        raise UserError(f"--nfe {options.nfe:.60}: expected a number of network evaluations, or several such as 2,3,4")
-    return sorted({int(part) for part in parts})
-
-
-def _nfe(options: Options) -> int | None:
-    """Return the number of --nfe; None without it. Raises UserError where there are several, which are for a search."""
-    numbers = _numbers(options)
-    if len(numbers) > 1:
-        raise UserError(f"--nfe {options.nfe}: expected one number; several are for --search-sigmas")
-    return None if options.nfe is None else numbers[0]
 
 
 def _seeds(options: Options) -> list[int]:
@@ -166,27 +160,13 @@ def _seeds(options: Options) -> list[int]:
         return list(range(first, last + 1))
     if options.seed != Options.seed or options.count != Options.count:
         raise UserError("--seeds says it all; leave out --seed and --count")
-    seeds: list[int] = []
-    for part in options.seeds.split(","):
-        low, dash, high = part.strip().partition("-")
-        high = high if dash else low
-        if not (low.isdecimal() and high.isdecimal() and len(high) < 20 and int(low) <= int(high)):
-            what = f"cannot read {part!r:.60}; expected numbers and ranges such as 0-63,100"
-            raise UserError(f"--seeds {options.seeds:.60}: {what}")
-        if not COUNT.holds(len(seeds) + int(high) - int(low) + 1):
-            raise UserError(
-                f"--seeds {options.seeds:.60}: expected {COUNT.expected} images; sample the rest afterwards"
-            )
-        if int(high) >= SEEDS:
-            raise UserError(f"--seeds {options.seeds:.60}: expected numbers below 2^32; beyond, images repeat")
-        seeds.extend(range(int(low), int(high) + 1))
-    return seeds
+    return listed(options.seeds)
 
 
 def _check_levels(options: Options) -> None:
     """Raise UserError where --nfe, --mid-t and --heun are impossible, alone or together."""
     refuse_beyond({"batch": (options.batch, FROM_1, BATCH), "threads": (options.threads, FROM_1, THREADS)})
-    nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
+    nfe, mid_t, heun = one_number(options.nfe), options.mid_t, options.heun
     if heun is not None and (nfe is not None or mid_t is not None):
         raise UserError("--heun is the diffusion sampler; leave out --nfe and --mid-t")
     if heun is not None and not 1 <= heun <= MAX_STEPS:
@@ -203,7 +183,7 @@ def _check_levels(options: Options) -> None:
 
 def _sampler(options: Options, net: EDMPrecond, info: dict[str, Any]) -> Sampler:
     """Return the sampler that the options ask for, or else the one that suits the model."""
-    nfe, mid_t, heun = _nfe(options), options.mid_t, options.heun
+    nfe, mid_t, heun = one_number(options.nfe), options.mid_t, options.heun
     if heun is None and nfe is None and mid_t is None and not net.is_consistency:
         heun = HEUN_STEPS[0]  # a diffusion model: two evaluations would only blur
     if heun is not None:

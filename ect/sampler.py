@@ -17,10 +17,9 @@ from torch import Tensor
 from ect.config import FALLING, MID_T, SIGMA_MAX
 from ect.errors import UserError
 from ect.models import EDMPrecond
+from ect.models.guided import Guided
 from ect.ranks.distributed import World
 
-SEEDS = 2**32
-"""The number of different images: of a larger seed torch's generator on a CPU takes the low 32 bits."""
 SIGMA_MIN = 0.002
 RHO = 7.0
 
@@ -190,7 +189,7 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def draw(net: EDMPrecond, seed: int, noises: int = 0) -> tuple[Tensor, int, Tensor]:
+def draw(net: EDMPrecond | Guided, seed: int, noises: int = 0) -> tuple[Tensor, int, Tensor]:
     """Draw what the image of a seed starts from: latents [C, R, R], a class (-1: unconditional), noises [noises, C, R, R].
 
     Latents and noises are unit normal, fp32, on the CPU.
@@ -203,45 +202,48 @@ def draw(net: EDMPrecond, seed: int, noises: int = 0) -> tuple[Tensor, int, Tens
 
 
 def generate(
-    net: EDMPrecond,
+    net: EDMPrecond | Guided,
     seeds: Sequence[int],
     sampler: Sampler,
     *,
-    class_idx: int | None = None,
+    class_idx: int | Sequence[int] | None = None,
     batch: int = 256,
     device: torch.device | str = "cpu",
     world: World = World(),
 ) -> Iterator[Tensor]:
     """Yield images of a preconditioned network, one for each seed, in batches of uint8 [n, H, W, C] on the CPU.
 
-    Each image draws latents, class (class-conditional networks with class_idx None) and noises from a generator of its
-    own seed, so an image depends on the batch size by rounding only.
+    Each image draws latents, class (class-conditional networks without class_idx, one class or one a seed) and noises from a
+    generator of its own seed, so an image depends on the batch size by rounding only.
 
     The ranks of `world` take turns: of each round of batches every rank makes one, and yields all of them, in order.
     """
+    classes = [class_idx] * len(seeds) if isinstance(class_idx, int) else class_idx
     batch = min(batch, -(-len(seeds) // world.size))  # work for every rank
     for start in range(0, len(seeds), max(batch, 1) * world.size):
         together = seeds[start : start + batch * world.size]
-        mine = together[world.rank * batch : (world.rank + 1) * batch]
+        here = slice(world.rank * batch, (world.rank + 1) * batch)
+        mine, chosen = together[here], None if classes is None else classes[start:][here]
         # Filled up to a whole batch, since ranks exchange equal shapes: only the last ones of a round lack any.
         images = torch.zeros([batch, net.img_resolution, net.img_resolution, net.img_channels], dtype=torch.uint8)
         if len(mine) > 0:
-            images[: len(mine)] = to_uint8(_images(net, mine, sampler, class_idx, device)).cpu()
+            images[: len(mine)] = to_uint8(_images(net, mine, sampler, chosen, device)).cpu()
         yield torch.cat(world.gather(images))[: len(together)]
 
 
 def _images(
-    net: EDMPrecond, seeds: Sequence[int], sampler: Sampler, class_idx: int | None, device: torch.device | str
-) -> Tensor:
+    net: EDMPrecond | Guided, seeds: Sequence[int], sampler: Sampler, chosen: Sequence[int] | None,
+    device: torch.device | str,
+) -> Tensor:  # fmt: skip
     """Make one batch of images, float64 [len(seeds), C, H, W], on the device."""
-    latents, labels, noises = zip(*(draw(net, seed, sampler.noises) for seed in seeds), strict=True)
-    classes: Tensor | None = None
+    latents, drawn, noises = zip(*(draw(net, seed, sampler.noises) for seed in seeds), strict=True)
+    labels: Tensor | None = None
     if net.label_dim:
-        index = torch.tensor(labels if class_idx is None else [class_idx] * len(labels))
-        classes = torch.nn.functional.one_hot(index, net.label_dim).float().to(device)
+        index = torch.tensor(drawn if chosen is None else chosen)
+        labels = torch.nn.functional.one_hot(index, net.label_dim).float().to(device)
 
     def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
-        return net(x, sigma, classes)
+        return net(x, sigma, labels)
 
     with torch.no_grad():
         return sampler(denoiser, torch.stack(latents).to(device), torch.stack(noises, dim=1).to(device))

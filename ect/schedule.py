@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ect.config import ObjectiveConfig, OptimConfig
-from ect.emas import beta_of
+from ect.config.emas import beta_of, power_exponent, sigma_rel_of
 
 
 def stage_at(nimg: int, cfg: ObjectiveConfig) -> int:
@@ -46,12 +46,29 @@ def cooldown(done: float, share: float) -> float:
 
 
 def ema_betas_at(nimg: int, batch: int, cfg: OptimConfig) -> tuple[float, ...]:
-    """Return the decay of each weight average in this step; with ema_rampup its half-life is at most that times nimg (EDM)."""
-    return tuple(_ema_beta_at(nimg, batch, beta_of(entry), cfg.ema_rampup) for entry in cfg.emas)
+    """Return the decay of each weight average in this step, of `batch` images.
+
+    With ema_rampup the half-life of a constant decay is at most that times nimg (EDM). Power profiles know no ramp-up: they
+    have one built in.
+    """
+    return tuple(_ema_beta_at(nimg, batch, entry, cfg.ema_rampup) for entry in cfg.emas)
 
 
-def _ema_beta_at(nimg: int, batch: int, beta: float, rampup: float | None) -> float:
+def _ema_beta_at(nimg: int, batch: int, entry: str, rampup: float | None) -> float:
+    sigma_rel, beta = sigma_rel_of(entry), beta_of(entry)
+    if sigma_rel is not None:
+        return power_ema_beta(nimg + batch, batch, sigma_rel)
     if rampup is None or beta == 0:
         return beta
     halflife_img = min(batch * math.log(0.5) / math.log(beta), nimg * rampup)
     return 0.5 ** (batch / halflife_img) if halflife_img > 0 else 0.0
+
+
+def power_ema_beta(nimg: float, batch: float, sigma_rel: float) -> float:
+    """Return the decay of a power-profile average in the update of `batch` images that ends at `nimg` images.
+
+    It is (1 - batch / nimg)^(gamma + 1), and 0 in the first update: the average begins as the weights after it. Raises
+    ValueError as `power_exponent`. Source: Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion
+    models" (EDM2, arXiv 2312.02696), section 3.1.
+    """
+    return max(1 - batch / nimg, 0.0) ** (power_exponent(sigma_rel) + 1) if nimg > 0 else 0.0

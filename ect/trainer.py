@@ -18,6 +18,7 @@ from torch import Tensor
 from ect import precision, schedule
 from ect.assembly import flat_state, objective_type, train_step
 from ect.config import HEUN_STEPS, Config
+from ect.config.emas import power_profiles
 from ect.cost import memory, signal_noise
 from ect.data import Dataset, ImageStream
 from ect.errors import UserError
@@ -152,6 +153,7 @@ class Trainer:
             self.log.step(self.nimg, **shown)
             if self._passed(every.weights_kimg):  # before the checkpoint: a kill in between loses none
                 self.keep_weights()
+            self.keep_averages()
             if self._due(every.checkpoint_kimg) or stopping:  # first of all: what follows may fail
                 self.path = self.save()
             self._show()
@@ -253,6 +255,7 @@ class Trainer:
         if crossing.confirmed:
             self.total_img = self.nimg
             self.log.ends_here()
+            self.keep_averages()
             self.path = self.save()
         return [second]
 
@@ -275,7 +278,14 @@ class Trainer:
     def keep_weights(self) -> None:
         """Keep the weights of now, which are no average, beside the checkpoints."""
         if self.world.rank == 0:
-            kept.keep(self.run_dir, self.nimg, self.net, self.spec, self._info())
+            kept.keep(self.run_dir, self.nimg, self.net, self.spec, self._info(), self.cfg.log.kept_precision)
+
+    def keep_averages(self) -> None:
+        """Keep the averages by power profiles, where that is due, and at the end."""
+        every, emas = self.cfg.log.averages_kimg, self.cfg.optim.emas
+        for i in power_profiles(emas) if every > 0 and self._due(every) and self.world.rank == 0 else ():
+            about, precision = {**self._info(), "ema": emas[i]}, self.cfg.log.kept_precision
+            kept.keep(self.run_dir, self.nimg, self.average(i), self.spec, about, precision, emas[i])
 
     def _info(self) -> dict[str, Any]:
         """Return what the model files of now say of themselves."""

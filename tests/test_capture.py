@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,9 @@ from ect.assembly import flat_state, network_spec
 from ect.config import Config, DataConfig, NetConfig, OptimConfig
 from ect.data import ImageStream, load
 from ect.models import build
+from ect.models.guided import Guided
 from ect.objective import ConsistencyObjective, DiffusionObjective, Objective
+from ect.objectives.distillation import ConsistencyDistillation
 from ect.step import TrainStep
 from ect.tangent.network import Features
 from tests.audit import Audit, faults, watch_references
@@ -35,8 +38,11 @@ def make(
     spec = network_spec(net_cfg, "ECMPrecond", DATA, 9 if options.get("augment") else 0)
     net = build(spec).train()
     net.model.on_ops = on_ops
-    cfg = Config(precision=precision, optim=OptimConfig(lr=1e-3, emas=(".9",), clip=1.0))  # type: ignore[arg-type]
+    optim = OptimConfig(lr=1e-3, emas=(".9", "rel:.05"), clip=1.0)
+    cfg = Config(precision=precision, optim=optim)  # type: ignore[arg-type]
     step = {"seed": 1, "batch": BATCH, **options}
+    if (guidance := step.pop("guidance", None)) is not None:
+        step["teacher"] = Guided(copy.deepcopy(net).eval().requires_grad_(False), guidance)
     return TrainStep(
         objective or ConsistencyObjective(), flat_state(cfg, net), ImageStream(DATA, 1, batch=BATCH), **step
     )
@@ -55,6 +61,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "xflip": True,
         "micro_batch": 4,
     },
+    "a guided teacher": {"objective": ConsistencyDistillation(), "guidance": 2.0, "micro_batch": 4},
     "plain": {"on_ops": False},
     "plain, augmented": {"on_ops": False, "augment": 0.5, "micro_batch": 4},
 }

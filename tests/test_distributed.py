@@ -40,8 +40,8 @@ CLOCKS = ("sec_per_kimg", "seconds", "memory_bytes")
 HALVES = config(
     batch_per_device=BATCH // 2,  # sums as two ranks do, so two ranks must give the same bits
     eval=EvalConfig(samples=64, batch=16),
-    log=replace(config().log, eval_kimg=0.048, levels=True, weights_kimg=0.024),
-    optim=replace(config().optim, decay="constant"),  # a trunk
+    log=replace(config().log, eval_kimg=0.048, levels=True, weights_kimg=0.024, averages_kimg=0.024),
+    optim=replace(config().optim, decay="constant", emas=("rel:.1",)),  # a trunk
 )
 
 
@@ -171,13 +171,15 @@ def test_samples_are_those_of_one_process(folder: Path, seen: list[dict[str, Any
 
 
 @needs_gloo
-def test_raw_weights_and_searches_are_those_of_one_process(folder: Path, seen: list[dict[str, Any]]) -> None:
-    names = ["weights-000000.024.safetensors", "weights-000000.048.safetensors", "weights-000000.072.safetensors"]
-    got, want = (
-        {path.name: load_file(path) for path in (folder / name / "weights").iterdir()} for name in ("resumed", "halves")
-    )
-    assert sorted(got) == sorted(want) == names
-    assert all(torch.equal(got[name][key], tensor) for name in names for key, tensor in want[name].items())
+def test_kept_weights_and_searches_are_those_of_one_process(folder: Path, seen: list[dict[str, Any]]) -> None:
+    names = [f"averages/average-000000.{nimg:03}-rel.1.safetensors" for nimg in (24, 48, 72, 80)]
+    names += [f"weights/weights-000000.{nimg:03}.safetensors" for nimg in (24, 48, 72)]
+    for name in ("resumed", "halves"):
+        paths = [path for kind in ("averages", "weights") for path in (folder / name / kind).iterdir()]
+        assert sorted(path.relative_to(folder / name).as_posix() for path in paths) == names
+    for name in names:
+        got, want = (load_file(folder / run_dir / name) for run_dir in ("resumed", "halves"))
+        assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
     alone = searches(folder / "halves", World())
     assert [found["searches"] for found in seen] == [alone, alone] and len(alone["levels"]) == 1
 

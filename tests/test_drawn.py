@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ect.config import DRAWN, Config, DataConfig, EvalConfig, ObjectiveConfig
+from ect.config.sampling import SEEDS
 from ect.data import load
 from ect.errors import UserError
 from ect.evaluate import main as evaluate
@@ -20,7 +21,7 @@ from ect.files.drawn import FILE, first_seed
 from ect.job import Job
 from ect.options import parse
 from ect.ranks.distributed import World
-from ect.sampler import SEEDS, Heun, draw, generate
+from ect.sampler import Heun, draw, generate
 from tests.test_job import final_state, interrupt_after
 from tests.tiny import config, run
 

@@ -15,8 +15,8 @@ from ect_kernels import radam_ema
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ect import emas, evaluate, sample
-from ect.config import EvalConfig, OptimConfig
+from ect import evaluate, sample
+from ect.config import EvalConfig, OptimConfig, emas
 from ect.errors import UserError
 from ect.files.checkpoint import load_model, read_model
 from ect.job import Job
@@ -152,10 +152,14 @@ def test_the_commands_take_the_average_that_is_asked_for(
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([], "expected 1 to 3 weight averages"),
-        ([".9", ".99", ".999", ".9999"], "expected 1 to 3 weight averages"),
+        ([], "expected 1 to 4 weight averages"),
+        ([".9", ".99", ".999", ".9999", ".99999"], "expected 1 to 4 weight averages"),
         ([".9", "0.90"], "each once"),
-        (["rel:.05"], "power profile (rel:) are not there yet"),
+        (["rel:.05", "rel:0.050"], "each once"),
+        *(
+            (["rel:" + width], "relative width from 0.001 to 0.28")
+            for width in ("", "wide", "nan", "0", "-.1", ".3", "inf")
+        ),
         ([".9", "1"], "from 0 to below 1"),
         (["-.1"], "from 0 to below 1"),
         (["nan"], "from 0 to below 1"),

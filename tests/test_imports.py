@@ -16,7 +16,7 @@ ENTRY_POINTS |= {
 }
 LIGHT = {
     "ect.config",
-    "ect.emas",
+    "ect.config.emas",
     "ect.errors",
     "ect.options",
     "ect.presets",
@@ -24,7 +24,7 @@ LIGHT = {
     "ect.train",
 }  # import no torch
 WINGS = {  # wing -> what else of ect its modules may import: other wings, and files that lie in ect/ itself
-    "config": {"emas", "errors"},
+    "config": {"errors"},
     "cost": {
         "assembly",
         "config",
@@ -47,7 +47,6 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
         "assembly",
         "config",
         "data",
-        "emas",
         "errors",
         "models",
         "objective",
@@ -63,7 +62,7 @@ WINGS = {  # wing -> what else of ect its modules may import: other wings, and f
     "models": {"config", "errors"},
     "objectives": {"data", "objective"},  # its `weights` import nothing of ect: ect.objective imports them
     "optim": set(),
-    "presets": {"config", "emas"},
+    "presets": {"config"},
     "ranks": {"config", "errors", "models", "optim", "precision", "step"},
     "scaling": {
         "assembly",

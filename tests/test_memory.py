@@ -18,6 +18,7 @@ from ect.cost.memory import GB, Prediction, available, fit, predict
 from ect.data import Dataset, load
 from ect.data.readers import space
 from ect.errors import UserError
+from ect.models import build
 from ect.presets import PRESETS
 from tests.tiny import NET
 
@@ -90,6 +91,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from ect.cost import memory
+from ect.models import build
 from ect.presets import PRESETS
 from ect.data import load
 from ect.show.log import RunLog
@@ -120,3 +122,17 @@ def test_a_process_on_a_cpu_takes_what_was_predicted(batch: int, mode: str, tmp_
     assert done.returncode == 0, done.stderr
     predicted, peak = done.stdout.splitlines()[-2:]
     assert 0.85 < int(predicted) / (int(peak.split()[1]) * 1024) < 2  # torch without CUDA is smaller by half
+
+
+def test_every_average_counts_in_the_state_and_in_a_checkpoint() -> None:
+    """As many bytes as the parameters each; in a checkpoint twice, in its training state and in its model file."""
+    data, cfg = load(DataConfig()), Config(batch=4, net=NET, eval=replace(Config().eval, samples=0))
+    few, many = (
+        of(replace(cfg, optim=replace(cfg.optim, emas=emas)), 4, CPU, data)
+        for emas in ((".9",), (".9", "rel:.05", "rel:.1", "rel:.2"))
+    )
+    with torch.device("meta"):
+        net = build(network_spec(cfg.net, "ECMPrecond", data, 0))
+    size = sum(-(-p.numel() // 8) * 8 * 4 for p in net.parameters())
+    assert many.state - few.state == pytest.approx(3 * size, rel=0.1)
+    assert many.between >= 12 * size

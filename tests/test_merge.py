@@ -113,8 +113,8 @@ def test_sampling_and_evaluation_take_the_file(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "give --uniform FROM-TO or --search, one of the two"),
-        (["--uniform", "0-1", "--search"], "give --uniform FROM-TO or --search, one of the two"),
+        ([], "give --uniform FROM-TO, --posthoc WIDTH or --search, one of the three"),
+        (["--uniform", "0-1", "--search"], "give --uniform FROM-TO, --posthoc WIDTH or --search, one of the three"),
         (["--uniform", "3"], "--uniform 3: expected FROM-TO in kimg, such as 640-1280"),
         (["--uniform", "3-2"], "--uniform 3-2: expected FROM-TO"),
         (["--uniform", "0-inf"], "--uniform 0-inf: expected FROM-TO"),

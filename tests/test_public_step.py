@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ect.assembly import train_step
 from ect.config import DataConfig, NetConfig
+from ect.config.emas import beta_of
 from ect.data import load
-from ect.emas import beta_of
 from ect.models import build
 from ect.models.layers import blocks_of
 from ect.objective import ConsistencyObjective, Mapping

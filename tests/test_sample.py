@@ -23,6 +23,7 @@ def write_model(path: Path, info: dict[str, Any] | None = None, **changes: Any) 
     """A random network whose output depends on noise level and class (a fresh one is zero in its last layers)."""
     kwargs = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 8, "channel_mult": [1, 2]}
     kwargs |= {"num_blocks": 1, "attn_resolutions": [4], "label_dim": changes.pop("label_dim", 0)}
+    kwargs |= changes.pop("more", {})
     spec = {"precond": "ECMPrecond", "sigma_data": 0.5, "unet": "SongUNet", "kwargs": kwargs, **changes}
     state = build(spec).state_dict()
     generator = torch.Generator().manual_seed(7)

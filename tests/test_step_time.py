@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ect import precision
 from ect.assembly import train_step
 from ect.config import DataConfig
+from ect.config.emas import beta_of
 from ect.data import load
-from ect.emas import beta_of
 from ect.models import EDMPrecond
 from ect.objective import ConsistencyObjective
 from ect.optim import FlatState

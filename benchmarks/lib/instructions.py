@@ -1,7 +1,7 @@
 """A count of the instructions that a warp issues in our CUDA kernels' loops for a row of eight elements a lane, from SASS.
 
 A loop's count is that of the longest way through its body, without the dropout where none is asked for. What a kernel
-does outside of its loops is left out, but for radam_ema's update, which has none and is counted whole, as with three
+does outside of its loops is left out, but for radam_ema's update, which has none and is counted whole, as with four
 averages. Compiling takes a while: the counts of a version of csrc/ are kept under build/sass.
 """
 

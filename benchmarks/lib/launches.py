@@ -78,13 +78,13 @@ def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
             }
             yield f"{channels}+{more}x{height}", common
     elif op == "radam_ema":
-        from ect_kernels.radam_ema import new_state
+        from ect_kernels.radam_ema import MAX_EMAS, new_state
 
         arenas = {name: torch.empty(1 << 22) for name in ("params", "grads", "exp_avg", "exp_avg_sq")}
-        emas, shadow = [torch.empty(1 << 22) for _ in range(3)], None
+        emas, shadow = [torch.empty(1 << 22) for _ in range(MAX_EMAS)], None
         if dtype != torch.float32:
             shadow = torch.empty(1 << 22, dtype=dtype)
-        f64, i64 = new_state("radam", 1e-4, (0.9, 0.99), 1e-8, ema_betas=(0.99, 0.999, 0.9999), loss_scale=1024.0)
+        f64, i64 = new_state("radam", 1e-4, (0.9, 0.99), 1e-8, ema_betas=(0.99, 0.999, 0.9999, 0.0), loss_scale=1024.0)
         yield "arena", {**arenas, "emas": emas, "shadow": shadow, "state_f64": f64, "state_i64": i64}
     elif op == "levels":
         given = {"seed": seed, "stage": torch.tensor(3), "n0": 0, "batch": N}

@@ -18,8 +18,8 @@ from torch import Tensor
 from ect import precision
 from ect.assembly import build_objective, flat_state, network_spec, train_step
 from ect.config import Config, DataConfig
+from ect.config.emas import beta_of
 from ect.data import Dataset, ImageStream, load
-from ect.emas import beta_of
 from ect.models import EDMPrecond, build
 from ect.objective import ConsistencyObjective
 from ect.presets import PRESETS

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from ect import emas
+from ect.config import emas
 from ect.config import target as targets
 from ect.errors import UserError
 
@@ -122,11 +122,13 @@ FALLING = Limit(
 )
 EACH_BELOW_1 = Limit("from 0 to below 1", lambda values: all(0 <= value < 1 for value in values))
 FEW_EMAS = Limit(f"1 to {emas.MAX_EMAS} weight averages, each once", emas.are_few)
-NO_POWER_EMAS = Limit(
-    "constant decays such as .9999; averages by a power profile (rel:) are not there yet", emas.have_no_power
-)
+SIGMA_REL = Limit(f"a relative width from {emas.NARROWEST} to {emas.WIDEST}", emas.is_width)
+POWER_EMAS = Limit(f"power profiles such as rel:.05, of {SIGMA_REL.expected}", emas.have_widths)
 TARGET = Limit(targets.EXPECTED, lambda text: targets.wanted(text) is not None)
-EMA_DECAYS = Limit("decays per step, from 0 to below 1, such as .9999", emas.are_decays)
+GUIDANCE = Limit("a weight from 0 to 100", lambda weight: 0 <= weight <= 100)
+EMA_DECAYS = Limit(
+    "decays per step from 0 to below 1, such as .9999, or power profiles such as rel:.05", emas.are_decays
+)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ class ObjectiveConfig:
     direction: Literal["difference", "features"] = "difference"
     """The way of D_t to its target: along their difference (ECT), or along the gradient of their distance in features of the
     data set, which python -m ect.tangent trains before ('features'; Align Your Tangent, arXiv 2510.00658)."""
+    guidance: Annotated[float | None, GUIDANCE] = None
+    """Distil a guided teacher: its answer with a class, D, moved away from that without, D_u + guidance (D - D_u). None: D."""
 
 
 @dataclass(frozen=True)
@@ -220,11 +224,13 @@ class OptimConfig:
     """After decay_kimg: keep lr, fall linearly to 0 at total_kimg, or fall as sqrt(decay_kimg / kimg). 'cooldown': keep lr, but
     over the last cooldown_share of the run fall as 1 - sqrt(u), with u from 0 to 1."""
     decay_kimg: Annotated[float, FROM_0, KIMG] = 0.0
-    emas: Annotated[tuple[str, ...], FEW_EMAS, NO_POWER_EMAS, EMA_DECAYS] = (".9999",)
-    """Weight averages, 1 to 3: the decay of each per step, as in --optim.emas .9999 .999. The first is the model that a run
-    makes; ect.sample and ect.evaluate take the second with --ema 1."""
+    emas: Annotated[tuple[str, ...], FEW_EMAS, POWER_EMAS, EMA_DECAYS] = (".9999",)
+    """Weight averages, 1 to 4: the decay of each per step, or the relative width of its power profile (EDM2), as in
+    --optim.emas .9999 rel:.05. The first is the model that a run makes; ect.sample and ect.evaluate take the second with
+    --ema 1."""
     ema_rampup: Annotated[float | None, ABOVE_0, NUMBER] = None
-    """Early in a run, let each average's half-life be at most this fraction of the images seen (EDM: 0.05)."""
+    """Early in a run, let the half-life of each average of constant decay be at most this fraction of the images seen (EDM:
+    0.05). A power profile needs none."""
     cooldown_share: Annotated[float, ABOVE_0, BELOW_1] = COOLDOWN_SHARE
     """Part of the run that its cooldown takes, .1 to .2 as published."""
 
@@ -247,6 +253,11 @@ class LogConfig:
     weights_kimg: Annotated[float, FROM_0, KIMG] = 0.0
     """Interval at which the weights themselves, no average, are kept in the folder `weights`, in fp16 (0: never); python -m
     ect.merge makes averages of them."""
+    averages_kimg: Annotated[float, FROM_0, KIMG] = 0.0
+    """Interval at which the averages by power profiles (--optim.emas rel:.05 rel:.10) are kept in the folder `averages`, and at
+    the end (0: never); python -m ect.merge --posthoc makes averages of other widths of them."""
+    kept_precision: Literal["fp16", "fp32"] = "fp16"
+    """Precision of the parameters that weights_kimg and averages_kimg keep."""
 
 
 @dataclass(frozen=True)

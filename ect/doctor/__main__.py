@@ -18,6 +18,7 @@ from ect.config import Config
 from ect.doctor.findings import checkpoint, kimg, of_phase, plain
 from ect.doctor.records import Phase
 from ect.errors import UserError
+from ect.files import kept
 from ect.files.lock import holder
 from ect.files.run_folder import CONFIG, load
 from ect.ranks.distributed import World
@@ -69,6 +70,8 @@ def examine(path: Path) -> Iterator[str]:
         yield _line("checkpoint", found[2])
         if found[0] is not None or any(phase.folder.glob("checkpoint-*.json")):  # a resume takes that phase, or none
             best = found
+    if cfg is not None:
+        yield _line("averages", _averages(folder, cfg))
     yield _line("state", _state(folder, phases[-1], phases, best[1], cfg))
     yield _line("next", _advice(folder, phases, best, cfg))
 
@@ -85,6 +88,15 @@ def _configuration(folder: Path) -> tuple[Config | None, str]:
         return load(folder), ""
     except UserError as error:
         return None, plain(error)
+
+
+def _averages(folder: Path, cfg: Config) -> str:
+    named = plain(", ".join(cfg.optim.emas), 200)
+    try:
+        found = kept.averages(folder)
+    except UserError:
+        return named
+    return f"{named}; {len(found)} kept by power profiles, up to {kimg(found[-1].nimg)}"
 
 
 def _ours(phase: Phase) -> bool:

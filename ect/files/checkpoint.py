@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ect.emas import MAX_EMAS
+from ect.config.emas import MAX_EMAS
 from ect.errors import UserError
 from ect.files import edm_pickle
 from ect.files.atomic import atomic, left_by_a_kill, remove

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ect.config import DRAWN, HEUN_STEPS, Config, DataConfig
+from ect.config.sampling import SEEDS
 from ect.data import Dataset, load
 from ect.data.datasets import TEACHER
 from ect.data.readers.labels import one_hot
@@ -21,7 +22,7 @@ from ect.files.origin import load_teacher
 from ect.files.run_folder import run_folder
 from ect.precision import PRECISIONS, sampling
 from ect.ranks.distributed import World
-from ect.sampler import SEEDS, Heun, draw, generate
+from ect.sampler import Heun, draw, generate
 
 FILE = "teacher-samples.npz"
 """Name of the file in a run's folder: arrays images, uint8 [N, H, W, C], and classes, int64 [N] or empty."""

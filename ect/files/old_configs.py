@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ect.config import ObjectiveConfig, OptimConfig
-from ect.emas import emas_of
+from ect.config.emas import emas_of
 from ect.errors import UserError
 from ect.presets import PRESETS
 

@@ -15,6 +15,7 @@ from ect.files.checkpoint import Saved, load_model, read_model, read_spec
 from ect.files.model_file import check_fits, load_weights
 from ect.files.resume import weights_fingerprint
 from ect.models import EDMPrecond, build, preconditioning
+from ect.models.guided import Guided, guided
 from ect.objective import Objective
 from ect.tangent import file as features_file
 from ect.tangent.network import Features
@@ -31,7 +32,7 @@ class Origin:
     spec: dict[str, Any]
     net: EDMPrecond
     notes: list[str]
-    teacher: EDMPrecond | None = None
+    teacher: EDMPrecond | Guided | None = None
     teacher_digest: str | None = None
     features: Features | None = None
     features_digest: str | None = None
@@ -82,7 +83,8 @@ def _network(
         raise UserError(f"--init-from {error}") from error
     check_fits(snapshot, str(cfg.init_from))
     kwargs = {**snapshot.spec["kwargs"], "augment_dim": augment_dim, "label_dim": dataset.label_dim}
-    kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout}
+    kept = cfg.objective.guidance is None  # a guided teacher's answers are for a class
+    kwargs |= {"dropout": cfg.net.dropout, "label_dropout": cfg.net.label_dropout if kept else 0.0}
     precond = preconditioning(snapshot.spec["unet"], objective.precond)
     spec = {**snapshot.spec, "precond": precond, "kwargs": kwargs}
     expected = (kwargs["img_resolution"], kwargs["in_channels"])
@@ -117,4 +119,6 @@ def load_teacher(cfg: Config, device: torch.device, asked_by: str) -> tuple[EDMP
             f"{asked_by}: --init-from {cfg.init_from} is a consistency model, whose answers give no ODE; give a diffusion "
             "model, or tune this one with --objective.target self"
         )
+    if cfg.objective.guidance is not None:
+        guided(net, cfg.objective.guidance, None, "--objective.guidance")  # refuses what does not fit
     return net, info

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ect.emas import spelled
+from ect.config.emas import spelled
 from ect.errors import UserError
 from ect.files.fit import check_finite
 

@@ -1,4 +1,4 @@
-"""python -m ect.merge makes one network of the raw weights that a run kept: by a plain mean, or by a search."""
+"""python -m ect.merge makes one network of the weights that a run kept: a mean, an average of any width, or by a search."""
 
 from __future__ import annotations
 
@@ -19,13 +19,28 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from ect.config import BATCH, FROM_1, IMAGES, SEED, SIGMA_MAX, SOME, THREADS, Limit, at_most, refuse_beyond
+from ect.config import (
+    BATCH,
+    FROM_0,
+    FROM_1,
+    IMAGES,
+    KIMG,
+    SEED,
+    SIGMA_MAX,
+    SIGMA_REL,
+    SOME,
+    THREADS,
+    Limit,
+    at_most,
+    refuse_beyond,
+)
 from ect.errors import UserError
 from ect.files import kept
 from ect.files.kept import Kept
 from ect.files.run_folder import load
 from ect.merge import lcsc, search
 from ect.merge.blend import Blend, Coefficients, parts_of
+from ect.merge.posthoc import distance, posthoc_coefficients
 from ect.merge.profiles import uniform
 from ect.options import refuse_idle
 from ect.precision import PRECISIONS, sampling
@@ -42,8 +57,9 @@ _WIDTH = 120  # columns, where there is no terminal that has a width
 
 @dataclass(frozen=True)
 class Options:
-    """Make one network of the raw weights that a run kept (--log.weights-kimg): by --uniform or by --search.
+    """Make one network of the weights that a run kept: by --uniform, by --posthoc or by --search.
 
+    --posthoc takes averages by power profiles (--log.averages-kimg), the others raw weights (--log.weights-kimg).
     ect.sample and ect.evaluate take the file that is written, which says what it is made of.
     """
 
@@ -51,6 +67,10 @@ class Options:
     """The folder of a run."""
     uniform: str | None = None
     """FROM-TO, in kimg: the plain mean of all weights kept there, such as 640-1280."""
+    posthoc: float | None = None
+    """The average of another relative width, such as .075, by the power profiles that were kept (EDM2)."""
+    at: float | None = None
+    """The kimg at which --posthoc's average ends: some at which averages were kept. Default: the last."""
     search: bool = False
     """Search for the linear combination that samples best (LCSC; it needs the extra 'search')."""
     out: Path = Path("merged.safetensors")
@@ -100,10 +120,16 @@ def merge(options: Options, console: Console, world: World = World()) -> None:
     _check(options)
     device, run, out = resolve(options.device, world), options.run.expanduser(), options.out.expanduser()
     set_threads(options.threads, world)
-    weights, about = kept.listed(run), {"run": str(options.run), "way": "uniform"}
+    weights = kept.listed(run) if options.posthoc is None else kept.averages(run)
+    about: dict[str, Any] = {"run": str(options.run), "way": "uniform"}
     if options.uniform is not None:
         blend = Blend(parts_of(within(weights, options.uniform, "--uniform")), device)
         coefficients = uniform(len(blend.parts))
+    elif options.posthoc is not None:
+        weights = until(weights, options.at)
+        blend = Blend(parts_of(weights), device)
+        coefficients, told = _posthoc(weights, options.posthoc, console)
+        about |= told
     else:
         half = f"{weights[-1].nimg / 2000}-{weights[-1].nimg / 1000}"
         blend = Blend(search.parts(run, load(run), within(weights, options.range or half, "--range")), device)
@@ -114,6 +140,15 @@ def merge(options: Options, console: Console, world: World = World()) -> None:
         print(
             f"wrote {out}, of {int((coefficients != 0).sum())} sets of weights"
         )  # a path is not to be broken into lines
+
+
+def _posthoc(stored: Sequence[Kept], sigma_rel: float, console: Console) -> tuple[Coefficients, dict[str, Any]]:
+    nimg, widths = [one.nimg for one in stored], [one.sigma_rel or 0.0 for one in stored]
+    found = posthoc_coefficients(nimg, widths, nimg[-1], sigma_rel)
+    off = distance(found, nimg, widths, nimg[-1], sigma_rel)
+    met = f"the profile of width {sigma_rel:g} at {nimg[-1] / 1000:g} kimg is met to {100 * off:.2g} %"
+    console.print(met, highlight=False)
+    return found, {"way": "posthoc", "sigma_rel": sigma_rel, "distance": off}
 
 
 def _search(
@@ -159,6 +194,15 @@ def _range(asked: str, option: str) -> tuple[float, float]:
     raise UserError(f"{option} {asked:.60}: expected FROM-TO in kimg, such as 640-1280")
 
 
+def until(weights: Sequence[Kept], kimg: float | None) -> list[Kept]:
+    """Return what was kept until some kimg, at which there is some; None: the last. Raises UserError where there is none."""
+    last = weights[-1].nimg if kimg is None else round(kimg * 1000)
+    if last not in {one.nimg for one in weights}:
+        near = min((one.nimg for one in weights), key=lambda nimg: abs(nimg - last))
+        raise UserError(f"--at {kimg:g}: no averages were kept there; the nearest are of {near / 1000:g} kimg")
+    return [one for one in weights if one.nimg <= last]
+
+
 _EVALUATIONS = Limit("from 1 to 1,000 network evaluations", lambda nfe: 1 <= nfe <= 1000)
 
 
@@ -168,7 +212,8 @@ def _check(options: Options) -> None:
         {
             "nfe": (options.nfe, _EVALUATIONS), "samples": (options.samples, SOME, IMAGES), "seed": (options.seed, SEED),
             "ratings": (options.ratings, FROM_1, at_most(10**6)), "batch": (options.batch, FROM_1, BATCH),
-            "threads": (options.threads, FROM_1, THREADS),
+            "threads": (options.threads, FROM_1, THREADS), "posthoc": (options.posthoc, SIGMA_REL),
+            "at": (options.at, FROM_0, KIMG),
         }
     )  # fmt: skip
     for asked, option in ((options.uniform, "--uniform"), (options.range, "--range")):
@@ -177,8 +222,10 @@ def _check(options: Options) -> None:
     levels_after_first(options.mid_t, {})
     if options.out.suffix != ".safetensors" or not options.out.expanduser().parent.is_dir():
         raise UserError(f"--out {options.out}: name a file NAME.safetensors in a folder that is there")
-    if (options.uniform is not None) == options.search:
-        raise UserError(f"{options.run}: give --uniform FROM-TO or --search, one of the two")
+    if [options.uniform is None, options.posthoc is None, not options.search].count(False) != 1:
+        raise UserError(f"{options.run}: give --uniform FROM-TO, --posthoc WIDTH or --search, one of the three")
+    if options.posthoc is None:
+        refuse_idle(options, ("at",), "it is of --posthoc; leave it out")
     if not options.search:
         idle = ("range", "nfe", "mid-t", "metric", "data", "samples", "ratings", "seed", "batch")
         refuse_idle(options, idle, "it is of --search; leave it out")

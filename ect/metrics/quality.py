@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ect.metrics.evaluator import Column, Evaluator
 from ect.models import EDMPrecond
+from ect.models.guided import Guided
 from ect.ranks.distributed import World
 from ect.sampler import Sampler, generate
 
@@ -66,7 +67,7 @@ class RemoteEvaluator(Evaluator):
 
 
 def quality_rows(
-    net: EDMPrecond,
+    net: EDMPrecond | Guided,
     evaluator: Evaluator,
     samplers: Sequence[Sampler],
     *,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ect.config import Config, DataConfig, LogConfig, NetConfig, ObjectiveConfig, OptimConfig
-from ect.emas import emas_of
+from ect.config.emas import emas_of
 
 _DATA = DataConfig(source="datasets/cifar-10-python.tar.gz")
 # DDPM++ of EDM's edm-cifar10-32x32-uncond-vp.pkl; --init-from that file is what these recipes expect.

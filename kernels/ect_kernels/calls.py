@@ -231,7 +231,9 @@ def _optimizer_state() -> tuple[Tensor, Tensor]:
     """Return the state of a step in which the norm is bounded and the averages move."""
     from ect_kernels.radam_ema import I64, new_state
 
-    floats, ints = new_state("radam", 1e-3, (0.9, 0.99), 1e-8, clip=1.0, ema_betas=(0.9, 0.99, 0.999), loss_scale=8.0)
+    floats, ints = new_state(
+        "radam", 1e-3, (0.9, 0.99), 1e-8, clip=1.0, ema_betas=(0.9, 0.99, 0.999, 0.5), loss_scale=8.0
+    )
     ints[I64.STEPS] = _STEP
     return floats, ints
 

@@ -42,7 +42,8 @@ class F64(IntEnum):
     EMA_BETA0 = 6
     EMA_BETA1 = 7
     EMA_BETA2 = 8
-    GRAD_NORM = 9  # of g before the clip; inf where the step was skipped
+    EMA_BETA3 = 9
+    GRAD_NORM = 10  # of g before the clip; inf where the step was skipped
 
 
 class I64(IntEnum):
@@ -69,7 +70,7 @@ SCALE_RANGE = (2.0**-32, 2.0**32)  # of the loss scale
 CHUNK = 16384  # gradients a block of the finite check reads: fixed, so that sums do not depend on the device
 CACHED = 1 << 16  # parameters that the reference takes at a time on a CPU
 COEFFICIENTS = 16  # fp32 scalars the update kernel reads
-MAX_EMAS = 3
+MAX_EMAS = 4
 
 
 def new_state(

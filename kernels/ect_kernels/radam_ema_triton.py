@@ -131,7 +131,9 @@ def _lerp(a, b, w):
 
 
 @triton.jit
-def radam_ema_update_kernel(weights, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2, shadow, c, n8, BLOCK: tl.constexpr):
+def radam_ema_update_kernel(
+    weights, grads, exp_avg, exp_avg_sq, ema0, ema1, ema2, ema3, shadow, c, n8, BLOCK: tl.constexpr
+):
     base = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     mask = i // 8 < n8 - base // 8
@@ -161,6 +163,9 @@ def radam_ema_update_kernel(weights, grads, exp_avg, exp_avg_sq, ema0, ema1, ema
         if ema2 is not None:
             e2 = tl.load(ema2 + base + i, mask=mask)
             tl.store(ema2 + base + i, _lerp(e2, p, tl.load(c + _C_EMA0 + 2)), mask=mask)
+        if ema3 is not None:
+            e3 = tl.load(ema3 + base + i, mask=mask)
+            tl.store(ema3 + base + i, _lerp(e3, p, tl.load(c + _C_EMA0 + 3)), mask=mask)
         if shadow is not None:
             tl.store(shadow + base + i, p.to(shadow.dtype.element_ty), mask=mask)
 

@@ -70,11 +70,14 @@ def configuration(**case: Any) -> Config:
     weighting: Any = "adaptive" if case.get("objective") == "adaptive" else "inverse_gap"
     least = 0.01 if case.get("objective") == "adaptive" else 0.0  # another option of the pair, along with it
     levels = case.get("objective") in ("adaptive", "posterior")
+    guidance = 2.0 if target == "teacher" and case.get("labels") else None
     direction: Any = "features" if case.get("objective") == "distillation" else "difference"  # along with it, likewise
     return replace(
         base, net=net, precision=case.get("precision", "fp16"), batch=BATCH, compile=False, graph=False,
         log=replace(base.log, levels=levels),
-        objective=replace(base.objective, target=target, weighting=weighting, min_gap=least, direction=direction),
+        objective=replace(
+            base.objective, target=target, weighting=weighting, min_gap=least, direction=direction, guidance=guidance
+        ),
         batch_per_device=BATCH // 2 if case.get("accumulation") else None,
         data=replace(base.data, augment=0.12 if case.get("augment") else 0.0, xflip=bool(case.get("xflip"))),
         optim=replace(base.optim, clip=1.0 if case.get("clip") else None),

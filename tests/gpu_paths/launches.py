@@ -164,7 +164,7 @@ def recipe(case: dict[str, Any]) -> Any:
 def ops() -> None:
     """What no step asks for: other numbers of averages, sizes that need the general kernels, noise that is given."""
     cuda = torch.device("cuda")
-    for count, shadow in ((0, None), (2, torch.float16), (3, torch.bfloat16)):
+    for count, shadow in ((0, None), (2, torch.float16), (3, torch.bfloat16), (4, torch.float16)):
         arenas = [torch.zeros(64, device=cuda) for _ in range(4 + count)]
         state = radam_ema.new_state("adam", 1e-3, (0.9, 0.99), 1e-8, device=cuda)
         half = None if shadow is None else arenas[0].to(shadow)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ect.config import OptimConfig
 from ect.cost.signal_noise import signal_noise
 from ect.data import load
+from ect.files.kept import averages
 from ect.files.run_folder import resolved
 from ect.metrics import Evaluator, quality_rows
 from ect.metrics.evaluator import Column
@@ -97,7 +98,9 @@ def one_level(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) -> None:
     switches = {"compile": False, "self_check": False}  # no value can be compared here
-    cfg = config(device="cuda", precision=precision, total_kimg=0.024, optim=OptimConfig(), **switches)
+    optim = OptimConfig(emas=(".9", "rel:.05", "rel:.1", "rel:.2"))
+    log = replace(config().log, averages_kimg=0.016)
+    cfg = config(device="cuda", precision=precision, total_kimg=0.024, optim=optim, log=log, **switches)
 
     with FakeGpu(GPUS["RTX 4090"], archs=cases.BUILT) as gpu:
         first = run(cfg, tmp_path / "run")
@@ -105,6 +108,7 @@ def test_a_run_writes_checkpoints_and_resumes(precision: str, tmp_path: Path) ->
         gpu.launches.clear()
         run(replace(cfg, total_kimg=0.032, resume=tmp_path / "run"), tmp_path / "run")
         assert gpu.launches["radam_ema_fwd"] >= 1
+        assert len(averages(tmp_path / "run")) == 3 * len({16, 24, 32})
         assert first is not None and "mixed devices" not in {event.kind for event in gpu.events}
 
 

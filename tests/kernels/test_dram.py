@@ -47,7 +47,7 @@ ACCESSES = {
     "consistency_loss forward": dict.fromkeys(("F_t", "F_r", "x_t", "x_r"), ("r", "rr")) | {"dF": ("w", "w")},
     # The gradients are read by the finite check, then by the update.
     "radam_ema forward": {"grads": ("rr", "rr"), "shadow": ("w", "w")}
-    | dict.fromkeys(("params", "exp_avg", "exp_avg_sq", "ema0", "ema1", "ema2"), ("rw", "rw")),
+    | dict.fromkeys(("params", "exp_avg", "exp_avg_sq", "ema0", "ema1", "ema2", "ema3"), ("rw", "rw")),
 }  # fmt: skip
 
 # (bytes, element sizes s) for each element of the op's first tensor, then of the second source; on chip, and where it is not.
@@ -58,7 +58,7 @@ BYTES = {
     "residual_group_norm_silu backward": ([(0, 4), (0, 3)], [(0, 6), (0, 5)]),
     "perturb forward": ([(9, 2)], [(9, 2)]),
     "consistency_loss forward": ([(8, 3)], [(16, 5)]),
-    "radam_ema forward": ([(4 + 28 + 3 * 8 + 2, 0)], [(4 + 28 + 3 * 8 + 2, 0)]),
+    "radam_ema forward": ([(4 + 28 + 4 * 8 + 2, 0)], [(4 + 28 + 4 * 8 + 2, 0)]),
 }
 
 # Cases that differ from others in arithmetic or width alone; of Triton's, which take seconds each, more.
@@ -261,10 +261,10 @@ def cases(form: str, op: str) -> Iterator[Case]:
 
 
 def step(clip: float | None) -> dict[str, Any]:
-    """Arguments of radam_ema: two chunks, three averages, a shadow."""
+    """Arguments of radam_ema: two chunks, four averages, a shadow."""
     arenas = {name: torch.rand(2 * CHUNK) for name in ("params", "grads", "exp_avg", "exp_avg_sq")}
-    f64, i64 = new_state("radam", 1e-4, (0.9, 0.99), 1e-8, clip, ema_betas=(0.9, 0.99, 0.999))
-    emas, shadow = [torch.rand(2 * CHUNK) for _ in range(3)], torch.zeros(2 * CHUNK, dtype=HALF)
+    f64, i64 = new_state("radam", 1e-4, (0.9, 0.99), 1e-8, clip, ema_betas=(0.9, 0.99, 0.999, 0.5))
+    emas, shadow = [torch.rand(2 * CHUNK) for _ in range(4)], torch.zeros(2 * CHUNK, dtype=HALF)
     return {**arenas, "emas": emas, "shadow": shadow, "state_f64": f64, "state_i64": i64}
 
 

@@ -14,7 +14,7 @@ from ect_kernels.consistency_loss import consistency_loss
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.levels import levels
 from ect_kernels.perturb import perturb
-from ect_kernels.radam_ema import new_state, radam_ema
+from ect_kernels.radam_ema import F64, I64, new_state, radam_ema
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
 from ect_kernels.skip_product import skip_product
 from torch import Tensor
@@ -176,7 +176,7 @@ def mixed(name: str, elsewhere: str) -> None:
             consistency_loss(*images, make("t", 2), make("r", 2), make("weight", 2), 0.0, 0.5)
         case "radam_ema":
             with torch.device("cpu" if elsewhere == "state_f64" else "cuda"):
-                f64, i64 = torch.empty(10, dtype=torch.float64), torch.empty(6, dtype=torch.int64)
+                f64, i64 = torch.empty(len(F64), dtype=torch.float64), torch.empty(len(I64), dtype=torch.int64)
             arenas = (make(k, 16) for k in ("params", "grads", "exp_avg", "exp_avg_sq"))
             radam_ema(*arenas, [make("emas", 16)], None, f64, i64.to("cuda"))
 

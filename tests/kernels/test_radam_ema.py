@@ -26,7 +26,7 @@ THERE = [
     pytest.param(("cuda", name), id=f"gpu-{name}", marks=pytest.mark.gpu) for name in ("reference", "triton", "cuda")
 ]
 BETAS, EPS, LR = (0.9, 0.99), 1e-8, 1e-2
-EMA_BETAS = (0.9, 0.5, 0.0)
+EMA_BETAS = (0.9, 0.5, 0.0, 0.999)
 
 
 @pytest.fixture(params=HERE + THERE)
@@ -113,7 +113,7 @@ def torch_optim(
 @pytest.mark.parametrize("optimizer", ["radam", "adam"])
 @pytest.mark.parametrize(
     ("n", "clip", "emas", "bad"),
-    [(8, None, 1, False), (1000, None, 3, False), (2056, 20.0, 2, True), (4096, None, 1, True), (16392, 1e9, 0, False)],
+    [(8, None, 1, False), (1000, None, 4, False), (2056, 20.0, 2, True), (4096, None, 1, True), (16392, 1e9, 0, False)],
 )
 def test_equals_torch_over_30_steps(
     where: tuple[str, str], optimizer: str, n: int, clip: float | None, emas: int, bad: bool
@@ -139,8 +139,8 @@ def test_equals_torch_over_30_steps(
 def test_loss_scale_and_skipped_steps_leave_no_trace(where: tuple[str, str]) -> None:
     n, scale = 2056, 1024.0
     grads = gradients(n, 9)
-    want = Run(where, n, {"clip": 5.0}, 3).steps(grads)
-    got = Run(where, n, {"clip": 5.0, "loss_scale": scale}, 3)
+    want = Run(where, n, {"clip": 5.0}, 4).steps(grads)
+    got = Run(where, n, {"clip": 5.0, "loss_scale": scale}, 4)
     for k, g in enumerate(grads):
         if k in (0, 3, 4, 7):
             before = got.results()
@@ -200,6 +200,20 @@ def test_settings_are_read_from_the_device_at_every_step(where: tuple[str, str])
     assert not torch.equal(a.step(g[1]).params, before)
 
 
+def test_every_average_follows_decays_that_change_with_each_step(where: tuple[str, str]) -> None:
+    """As those of power profiles do: 0 first, so that the average begins as the weights after that step."""
+    n, device = 2056, where[0]
+    run, truth = Run(where, n, emas=4), [start(n).double() for _ in range(4)]
+    for k, grads in enumerate(gradients(n, 6)):
+        betas = [(k / (k + 1)) ** power for power in (98.0, 18.0, 8.0, 1.0)]
+        run.f64[F64.EMA_BETA0 : F64.EMA_BETA3 + 1] = torch.tensor(betas, dtype=torch.float64, device=device)
+        run.step(grads)
+        for average, want, beta in zip(run.averages, truth, betas, strict=True):
+            want.lerp_(run.params.cpu().double(), 1 - beta)
+            torch.testing.assert_close(average.cpu().double(), want, rtol=1e-6, atol=1e-6)
+            assert k > 0 or torch.equal(average, run.params)
+
+
 def test_arena_of_nothing_counts_the_step(where: tuple[str, str]) -> None:
     assert Run(where, 0).step(torch.zeros(0)).i64.tolist()[:4] == [1, 0, 0, 0]
 
@@ -223,7 +237,7 @@ def test_bits_do_not_depend_on_order(where: tuple[str, str], bad: bool, monkeypa
     runs = []
     for order in ("fwd", "fwd", "rev", "rand:1", "rand:7") if where[1] == "emulated" else ("fwd", "fwd"):
         monkeypatch.setenv("CUDA_HOST_ORDER", order)
-        runs.append(Run(where, n, {"clip": 30.0}, 3).steps(grads))
+        runs.append(Run(where, n, {"clip": 30.0}, 4).steps(grads))
     for other in runs[1:]:
         for name, tensor in runs[0].results().items():
             assert torch.equal(other.results()[name], tensor), name
@@ -287,7 +301,7 @@ def test_fp64_arenas_take_the_reference() -> None:
         ({"grads": torch.zeros(24)}, "grads is"), ({"params": torch.zeros(12)}, "params is"),
         ({"exp_avg": torch.zeros(16).double()}, "exp_avg is"), ({"shadow": torch.zeros(16)}, "shadow is"),
         ({"exp_avg_sq": torch.zeros(32)[::2]}, "exp_avg_sq is"), ({"averages": [torch.zeros(8)]}, r"emas\[0\] is"),
-        ({"averages": [torch.zeros(16)] * 4}, "4 EMAs"), ({"f64": torch.zeros(3).double()}, "new_state"),
+        ({"averages": [torch.zeros(16)] * 5}, "5 EMAs"), ({"f64": torch.zeros(3).double()}, "new_state"),
     ],
 )  # fmt: skip
 def test_arenas_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
@@ -302,7 +316,7 @@ def test_arenas_that_do_not_fit_are_named(change: dict[str, Any], message: str) 
 @pytest.mark.parametrize("where", THERE)
 def test_captured_in_a_cuda_graph(where: tuple[str, str]) -> None:
     n, grads = 40008, [g.cuda() for g in gradients(40008, 12)] if torch.cuda.is_available() else []
-    eager, replayed = (Run(where, n, {"loss_scale": 2.0}, 3) for _ in range(2))
+    eager, replayed = (Run(where, n, {"loss_scale": 2.0}, 4) for _ in range(2))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -316,6 +330,7 @@ def test_captured_in_a_cuda_graph(where: tuple[str, str]) -> None:
         static.copy_(g)
         for run in (eager, replayed):
             run.f64[F64.LR].fill_(LR / (k + 1))
+            run.f64[F64.EMA_BETA0 : F64.EMA_BETA3 + 1].fill_((k / (k + 1)) ** 8)
         graph.replay()
         eager.step(g)
     assert all(torch.equal(replayed.results()[name], tensor) for name, tensor in eager.results().items())

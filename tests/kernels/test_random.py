@@ -188,7 +188,7 @@ def test_radam_ema(number: int) -> None:
     load("radam_ema")
     draw = Draw("radam_ema", number)
     n = 8 * draw.choice((0, 1, 3, 2048, 2049, draw.randint(1, 300), draw.randint(1, 6000)))
-    half, emas = draw.choice((None, torch.float16, torch.bfloat16)), draw.randint(0, 3)
+    half, emas = draw.choice((None, torch.float16, torch.bfloat16)), draw.randint(0, radam_ema.MAX_EMAS)
     arenas = {name: draw.normal(n) for name in ("params", "exp_avg", "exp_avg_sq", *(f"ema{k}" for k in range(emas)))}
     arenas["exp_avg_sq"] = arenas["exp_avg_sq"].square() * draw.choice((0.0, 1e-6, 1.0))
     state = radam_ema.new_state(
