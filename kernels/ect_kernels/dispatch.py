@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ect_kernels import native
+from ect_kernels import cpu, native
 
-NAMES = ("reference", "triton", "cuda", "apex", "emulated")
-AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("reference",)}
+NAMES = ("reference", "native", "triton", "cuda", "apex", "emulated")
+AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("native", "reference")}
 
 
 class BackendError(RuntimeError):
@@ -90,6 +90,8 @@ class Op:
             return failure
         if name in ("cuda", "apex") and device.type != "cuda":
             return f"it needs CUDA tensors, these are on {device.type}"
+        if name == "native":
+            return cpu.why_not_built() if device.type == "cpu" else f"it runs on CPU tensors, these are on {device.type}"
         if name == "cuda":
             return native.why_not_built(device)
         if name == "triton":
