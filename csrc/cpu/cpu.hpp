@@ -88,15 +88,15 @@ template <class F> float sum(int64_t n, const F& value) {
 // The nearest whole number, for |x| < 2^22; to even where two are as near.
 inline float nearest(float x) { return x + 12582912.f - 12582912.f; }
 
-// e^x to about an ulp, 0 below the normal numbers.
+// e^x to about an ulp.
 inline float exponential(float x) {
-  const float limited = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;   // NaN: itself
+  const float limited = x < -104.f ? -104.f : x > 89.f ? 89.f : x;   // to 0 and infinity; NaN: itself
   const float n = nearest(limited * 1.44269504f), r = limited - n * 0.693359375f + n * 2.12194440e-4f;   // x = n ln 2 + r
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
-  const float y = (p * r * r + r + 1.f) * float_of(uint32_t(int32_t(n) + 126) << 23) * 2.f;   // n is 128 at most
-  return x < -87.3f ? 0.f : x > 88.72283f ? std::numeric_limits<float>::infinity() : y;
+  const int32_t power = int32_t(n), half = power >> 1;   // in two factors, for 2^n may be no normal number
+  return (p * r * r + r + 1.f) * float_of(uint32_t(half + 127) << 23) * float_of(uint32_t(power - half + 127) << 23);
 }
 inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 OLDEST = 80  # compute capability of the oldest GPUs: the kernels copy to shared memory by cp.async
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # of the CPU kernels, the widest first
 NOTE, CPU_NOTE = "_not_built.txt", "_cpu_not_built.txt"
 SOURCES = Path(__file__).parents[2] / "csrc"  # of a checkout; an installed package has none
 _REMEDIES = {NOTE: "builds it where nvcc is found", CPU_NOTE: "builds them where a C++ compiler is found"}

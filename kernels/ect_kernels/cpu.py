@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ect_kernels import build_record
+from ect_kernels import build_record, cpu_build
 
 Argument = Tensor | int | float | bool | None
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 
 
 def library_path(instruction_set: str, folder: Path = Path(__file__).parent) -> Path:
-    """Return the place of the library for an instruction set (build_record.INSTRUCTION_SETS)."""
+    """Return the place of the library for an instruction set (cpu_build.INSTRUCTION_SETS)."""
     return folder / f"_cpu_{instruction_set}{EXTENSION_SUFFIXES[0]}"
 
 
@@ -31,7 +31,8 @@ def instruction_sets() -> list[str]:
     """Return those that this CPU has, the widest first: as torch says, which ATEN_CPU_CAPABILITY can narrow."""
     has = torch.backends.cpu.get_cpu_capability()
     widest = {"AVX2": "avx2", "AVX512": "avx512"}.get(has, "portable")
-    return list(build_record.INSTRUCTION_SETS)[build_record.INSTRUCTION_SETS.index(widest) :]
+    known = list(cpu_build.INSTRUCTION_SETS)
+    return known[known.index(widest) :]
 
 
 @lru_cache(None)
