@@ -65,6 +65,13 @@ def why_not_built() -> str | None:
     return reason if found is None else None
 
 
+def built_for() -> str:
+    """Return the instruction set of the kernels in use, and why there are none for a wider one, as text."""
+    used, widest = library()[1], instruction_sets()[0]
+    note = build_record.why_not_built(note=build_record.CPU_NOTE)
+    return f"in use for {used}" + (f"; none for {widest}: {note}" if used != widest else "")
+
+
 def launcher(found: ctypes.CDLL, name: str) -> Callable[..., int]:
     """Return a launcher that takes what its C++ declaration says: addresses (None: 0), whole numbers, and floats."""
     takes = getattr(found, f"{name}_takes")
