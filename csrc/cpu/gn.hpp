@@ -41,10 +41,12 @@ struct Drop { const int64_t *seed, *n0; uint32_t threshold, layer; float inv_kee
 // map is z = (x_hat * gamma + beta) * (1 + scale) + shift.
 struct Affine {
   const float *gamma, *beta, *scale, *shift, *v; int64_t v_stride, stride;
-  float factor(int64_t n, int64_t c) const { return scale ? 1.f + scale[n * stride + c] : 1.f; }
-  float gain(int64_t n, int64_t c) const { return gamma[c] * factor(n, c); }
-  float add(int64_t n, int64_t c) const { return v ? v[n * v_stride + c] : 0.f; }
-  float bias(int64_t n, int64_t c) const { return beta[c] * factor(n, c) + (shift ? shift[n * stride + c] : 0.f); }
+  // Writes a sample's v, and gain and bias of z = x_hat * gain + bias.
+  void write(int64_t n, int64_t c, float* RESTRICT v_, float* RESTRICT gain, float* RESTRICT bias) const {
+    for (int64_t k = 0; k < c; k++) v_[k] = v ? v[n * v_stride + k] : 0.f;
+    for (int64_t k = 0; k < c; k++) gain[k] = gamma[k] * (scale ? 1.f + scale[n * stride + k] : 1.f);
+    for (int64_t k = 0; k < c; k++) bias[k] = scale ? beta[k] * (1.f + scale[n * stride + k]) + shift[n * stride + k] : beta[k];
+  }
 };
 
 struct Forward {
@@ -88,7 +90,7 @@ struct Room {
   std::vector<float> vectors, factor, tile;
   std::vector<uint32_t> words;
   Room(const Shape& s_, const Drop& d)
-      : s(s_), drop(d), sums(4 * s_.channels()), vectors(6 * s_.channels()), factor(d.seed ? s_.rows() * s_.channels() : 0),
+      : s(s_), drop(d), sums(4 * s_.channels()), vectors(8 * s_.channels()), factor(d.seed ? s_.rows() * s_.channels() : 0),
         words(factor.size() / 2 + 8) {}
   double* sum(int i) { return sums.data() + i * s.channels(); }
   float* vector(int i) { return vectors.data() + i * s.channels(); }
@@ -158,16 +160,43 @@ template <bool ACT, bool DROP, class T> inline void activate(const Rows& r, cons
   });
 }
 
+// From a sample's moments: mean and rstd of its groups, and m, w and add of z = ((x + v) - m) * w + add.
+inline void finish_moments(const Forward& f, int64_t n, double* RESTRICT sums, double* RESTRICT squares, const float* pivot, const float* gain,
+                           const float* bias, float* RESTRICT m, float* RESTRICT w, float* RESTRICT add) {
+  const Shape& s = f.s;
+  const int64_t c = s.channels();
+  const double rows = double(s.hw), by_rows = 1. / rows, by_channels = 1. / double(s.cg);
+  for (int64_t k = 0; k < c; k++) {
+    const double from = sums[k] * by_rows;
+    squares[k] -= sums[k] * from;   // about the channel's mean
+    sums[k] = double(pivot[k]) + from;
+  }
+  for (int64_t g = 0, k = 0; g < s.groups(); g++) {
+    double mean = 0., m2 = 0.;
+    for (int64_t i = k; i < k + s.cg; i++) mean += sums[i];
+    mean *= by_channels;
+    for (int64_t i = k; i < k + s.cg; i++) m2 += squares[i] + rows * (sums[i] - mean) * (sums[i] - mean);
+    const float rounded = float(mean), rstd = float(1. / std::sqrt(m2 * by_rows * by_channels + f.eps));
+    const float rest = float(double(rounded) - mean);   // what rounding takes from a large mean
+    f.mean[n * s.groups() + g] = rounded;
+    f.rstd[n * s.groups() + g] = rstd;
+    for (const int64_t end = k + s.cg; k < end; k++) { m[k] = rounded; w[k] = rstd; add[k] = rest; }
+  }
+  for (int64_t k = 0; k < c; k++) {
+    w[k] *= gain[k];
+    add[k] = bias[k] + add[k] * w[k];
+  }
+}
+
 template <class T, class A> void forward(const Forward& f, int64_t n, Room& room) {
   const Shape& s = f.s;
-  const int64_t c = s.channels(), groups = s.groups();
+  const int64_t c = s.channels();
   double *sums = room.sum(0), *squares = room.sum(1);
-  float *v = room.vector(0), *m = room.vector(1), *w = room.vector(2), *add = room.vector(3), *pivot = room.vector(4), *bias = room.vector(5);
+  float *v = room.vector(0), *m = room.vector(1), *w = room.vector(2), *add = room.vector(3);
+  float *gain = room.vector(4), *bias = room.vector(5), *pivot = room.vector(6), *biases = room.vector(7);
   std::fill(sums, sums + 2 * c, 0.);
-  for (int64_t k = 0; k < c; k++) {
-    v[k] = f.affine.add(n, k);
-    bias[k] = (f.bias && k < s.c1 ? f.bias[k] : 0.f) + (f.skip_bias && k < s.c1 ? f.skip_bias[k] : 0.f);
-  }
+  f.affine.write(n, c, v, gain, bias);
+  for (int64_t k = 0; k < s.c1; k++) biases[k] = (f.bias ? f.bias[k] : 0.f) + (f.skip_bias ? f.skip_bias[k] : 0.f);
   const T* const x = static_cast<const T*>(f.x) + n * s.hw * s.c1;
   const T* const other = s.c2 ? static_cast<const T*>(f.other) + n * s.hw * s.c2 : nullptr;
   const auto measure = [&](const Rows& r, const T* from, bool begins) {
@@ -179,32 +208,12 @@ template <class T, class A> void forward(const Forward& f, int64_t n, Room& room
     if (f.a) {
       const int64_t at = (n * s.hw + row) * s.c1;
       const A *a = static_cast<const A*>(f.a) + at, *skip = f.skip ? static_cast<const A*>(f.skip) + at : nullptr;
-      add_up(one, a, skip, bias, f.skip_scale, static_cast<T*>(f.sum) + at);
+      add_up(one, a, skip, biases, f.skip_scale, static_cast<T*>(f.sum) + at);
     }
     measure(one, x + row * s.c1, row == 0);
     if (other) measure(two, other + row * s.c2, row == 0);
   });
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t begin = g * s.cg, end = begin + s.cg;
-    double mean = 0., m2 = 0.;
-    for (int64_t k = begin; k < end; k++) {
-      const double from = sums[k] / double(s.hw);
-      squares[k] -= sums[k] * from;   // about the channel's mean
-      sums[k] = double(pivot[k]) + from;
-      mean += sums[k];
-    }
-    mean /= double(s.cg);
-    for (int64_t k = begin; k < end; k++) m2 += squares[k] + double(s.hw) * (sums[k] - mean) * (sums[k] - mean);
-    const double rstd = 1. / std::sqrt(m2 / double(s.hw * s.cg) + f.eps);
-    f.mean[n * groups + g] = float(mean);
-    f.rstd[n * groups + g] = float(rstd);
-    for (int64_t k = begin; k < end; k++) {
-      const double gain = rstd * double(f.affine.gain(n, k));
-      m[k] = float(mean);
-      w[k] = float(gain);
-      add[k] = float(double(f.affine.bias(n, k)) + (double(m[k]) - mean) * gain);   // what rounding takes from a large mean
-    }
-  }
+  finish_moments(f, n, sums, squares, pivot, gain, bias, m, w, add);
   blocks(s, [&](int64_t row, int64_t count) {
     const float* factor = room.draw(n, row, count);
     T* y = static_cast<T*>(f.y) + (n * s.hw + row) * c;
@@ -242,11 +251,11 @@ template <bool ACT, bool DROP, class T> inline void differentiate(const Rows& r,
 }
 
 // out = scale * (tile - (c1 + ((x + v) - m) * c2) + more), and to sums those of more = dx_in + djoined, where these are given.
-// vectors: v, m, c1, c2.
-template <bool ADDS, bool JOINS, class T, class O> inline void finish(const Rows& r, const T* x, const float* tile, const T* dx_in, const T* djoined, const float* vectors, float scale, O* out, double* sums) {
+// vectors: v, m. terms: c1, c2.
+template <bool ADDS, bool JOINS, class T, class O> inline void finish(const Rows& r, const T* x, const float* tile, const T* dx_in, const T* djoined, const float* vectors, const float* terms, float scale, O* out, double* sums) {
   strips(r.own, [&](auto width, int64_t k) {
     constexpr int W = decltype(width)::value;
-    const float *v = vectors + k, *m = v + r.all, *c1 = m + r.all, *c2 = c1 + r.all;
+    const float *v = vectors + k, *m = v + r.all, *c1 = terms + k, *c2 = c1 + r.all;
     float s[W] = {};
     for (int64_t i = 0; i < r.count; i++) {
       const int64_t at = i * r.own + k, whole = i * r.all + k;
@@ -263,18 +272,53 @@ template <bool ADDS, bool JOINS, class T, class O> inline void finish(const Rows
   });
 }
 
+// From a sample's sums of du, du x_hat and x_hat: gradients of what is by channel, the terms of dx, and in s2 its sums.
+inline void finish_sums(const Backward& f, int64_t n, double* RESTRICT s0, double* RESTRICT s1, double* RESTRICT s2, const float* rstd, const float* weight,
+                        float* RESTRICT c1, float* RESTRICT c2) {
+  const Shape& s = f.s;
+  const int64_t c = s.channels(), at = n * c;
+  const double rows = double(s.hw), by_count = 1. / double(s.hw * s.cg);
+  for (int64_t k = 0; k < c;) {
+    const int64_t begin = k, end = k + s.cg;
+    double mean = 0., slope = 0., left = 0.;   // over the group, of weight du, weight du x_hat and x_hat
+    for (; k < end; k++) {
+      mean += double(weight[k]) * s0[k];
+      slope += double(weight[k]) * s1[k];
+      left += s2[k];
+    }
+    mean *= by_count; slope *= by_count; left *= by_count;
+    slope -= left * mean;   // `left` is 0 but for the rounding of a large mean: x_hat - left has lost nothing to it
+    for (k = begin; k < end; k++) {
+      s1[k] -= left * s0[k];
+      s2[k] = double(weight[k]) * s0[k] - rows * mean - slope * (s2[k] - rows * left);   // the sum of dx
+      c1[k] = float(mean - slope * left);
+      c2[k] = float(slope * double(rstd[k]));
+    }
+  }
+  const float *gamma = f.affine.gamma, *beta = f.affine.beta, *scale = f.affine.scale ? f.affine.scale + n * f.affine.stride : nullptr;
+  float *RESTRICT dgamma = f.rows + at, *RESTRICT dbeta = dgamma + s.n * c;
+  for (int64_t k = 0; k < c; k++) {
+    const double factor = scale ? double(1.f + scale[k]) : 1.;
+    dgamma[k] = float(factor * s1[k]);
+    dbeta[k] = float(factor * s0[k]);
+  }
+  if (f.dscale) for (int64_t k = 0; k < c; k++) f.dscale[at + k] = float(double(gamma[k]) * s1[k] + double(beta[k]) * s0[k]);
+  if (f.dshift) for (int64_t k = 0; k < c; k++) f.dshift[at + k] = float(s0[k]);
+  if (f.dv) for (int64_t k = 0; k < c; k++) f.dv[at + k] = float(s2[k]);
+}
+
 // A: type of dx.
 template <class T, class A> void backward(const Backward& f, int64_t n, Room& room) {
   const Shape& s = f.s;
-  const int64_t c = s.channels(), groups = s.groups(), plane = s.n * c;
+  const int64_t c = s.channels();
   double *s0 = room.sum(0), *s1 = room.sum(1), *s2 = room.sum(2), *more = room.sum(3);
   std::fill(s0, s0 + 4 * c, 0.);
-  float *v = room.vector(0), *m = room.vector(1), *rstd = room.vector(2), *gain = room.vector(3), *bias = room.vector(4), *weight = room.vector(5);
-  for (int64_t k = 0; k < c; k++) {
-    const int64_t g = n * groups + k / s.cg;
-    v[k] = f.affine.add(n, k); m[k] = f.mean[g]; rstd[k] = f.rstd[g];
-    gain[k] = f.affine.gain(n, k); bias[k] = f.affine.bias(n, k); weight[k] = gain[k] * rstd[k];
-  }
+  float *v = room.vector(0), *m = room.vector(1), *rstd = room.vector(2), *gain = room.vector(3), *bias = room.vector(4);
+  float *weight = room.vector(5), *c1 = room.vector(6), *c2 = room.vector(7);
+  f.affine.write(n, c, v, gain, bias);
+  for (int64_t g = n * s.groups(), k = 0; k < c; g++)
+    for (const int64_t end = k + s.cg; k < end; k++) { m[k] = f.mean[g]; rstd[k] = f.rstd[g]; }
+  for (int64_t k = 0; k < c; k++) weight[k] = gain[k] * rstd[k];
   const T* const x = static_cast<const T*>(f.x) + n * s.hw * s.c1;
   const T* const other = s.c2 ? static_cast<const T*>(f.other) + n * s.hw * s.c2 : nullptr;
   A* const dx = static_cast<A*>(f.dx) + n * s.hw * s.c1;
@@ -294,41 +338,18 @@ template <class T, class A> void backward(const Backward& f, int64_t n, Room& ro
       if (other) differentiate<act.value, drop.value>({count, s.c2, s.c1, c}, other + row * s.c2, dy + s.c1, factor + s.c1, v + s.c1, tile_other + row * s.c2, s0 + s.c1);
     });
   });
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t begin = g * s.cg, end = begin + s.cg;
-    const double count = double(s.hw * s.cg);
-    double c1 = 0., c2 = 0., c3 = 0.;   // means over the group of weight du, weight du x_hat and x_hat
-    for (int64_t k = begin; k < end; k++) {
-      c1 += double(weight[k]) * s0[k];
-      c2 += double(weight[k]) * s1[k];
-      c3 += s2[k];
-    }
-    c1 /= count; c2 /= count; c3 /= count;
-    c2 -= c3 * c1;   // c3 is 0 but for the rounding of a large mean: x_hat - c3 has lost nothing to it
-    for (int64_t k = begin; k < end; k++) {
-      const double factor = double(f.affine.factor(n, k)), scaled = s1[k] - c3 * s0[k];
-      const int64_t at = n * c + k;
-      f.rows[at] = float(factor * scaled);
-      f.rows[plane + at] = float(factor * s0[k]);
-      if (f.dscale) f.dscale[at] = float(double(f.affine.gamma[k]) * scaled + double(f.affine.beta[k]) * s0[k]);
-      if (f.dshift) f.dshift[at] = float(s0[k]);
-      s0[k] = double(weight[k]) * s0[k] - double(s.hw) * c1 - c2 * (s2[k] - double(s.hw) * c3);   // the sum of dx
-      if (f.dv) f.dv[at] = float(s0[k]);
-      gain[k] = float(c2 * double(rstd[k]));   // the array is that of the second pass from here on, and so is rstd
-      rstd[k] = float(c1 - c2 * c3);
-    }
-  }
+  finish_sums(f, n, s0, s1, s2, rstd, weight, c1, c2);
   blocks(s, [&](int64_t row, int64_t count) {
     const int64_t at = n * s.hw + row;
     const T* dx_in = f.dx_in ? static_cast<const T*>(f.dx_in) + at * s.c1 : nullptr;
     const T* djoined = f.djoined ? static_cast<const T*>(f.djoined) + at * c : nullptr;
     constants(dx_in != nullptr, djoined != nullptr, [&](auto adds, auto joins) {
-      finish<adds.value, joins.value>({count, s.c1, 0, c}, x + row * s.c1, tile + row * s.c1, dx_in, djoined, v, f.skip_scale, dx + row * s.c1, more);
-      if (other) finish<false, joins.value>({count, s.c2, s.c1, c}, other + row * s.c2, tile_other + row * s.c2, static_cast<const T*>(nullptr), joins ? djoined + s.c1 : nullptr, v + s.c1, 1.f, dother + row * s.c2, more + s.c1);
+      finish<adds.value, joins.value>({count, s.c1, 0, c}, x + row * s.c1, tile + row * s.c1, dx_in, djoined, v, c1, f.skip_scale, dx + row * s.c1, more);
+      if (other) finish<false, joins.value>({count, s.c2, s.c1, c}, other + row * s.c2, tile_other + row * s.c2, static_cast<const T*>(nullptr), joins ? djoined + s.c1 : nullptr, v + s.c1, c1 + s.c1, 1.f, dother + row * s.c2, more + s.c1);
     });
   });
   if (f.residual)
-    for (int64_t k = 0; k < c; k++) f.rows[2 * plane + n * c + k] = k < s.c1 ? float(double(f.skip_scale) * (more[k] + s0[k])) : 0.f;
+    for (int64_t k = 0; k < c; k++) f.rows[(2 * s.n + n) * c + k] = k < s.c1 ? float(double(f.skip_scale) * (more[k] + s2[k])) : 0.f;
 }
 
 // Calls run(sample, room) for every sample, those of a thread with the same room.
