@@ -273,6 +273,7 @@ OP = Op(
         Backend(reference_fwd, reference_bwd),
         FORWARD,
         BACKWARD,
+        native=lambda *args: limits(args[-1], 4096),
         triton=lambda *args: limits(args[-1], 1024),
         cuda=lambda *args: limits(args[-1], 4096),
     )

@@ -195,6 +195,7 @@ OP = Op(
         Backend(reference_fwd, reference_bwd),
         FORWARD,
         BACKWARD,
+        native=cuda_limits,
         triton=triton_limits,
         cuda=cuda_limits,
     ),

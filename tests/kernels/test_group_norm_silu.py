@@ -22,6 +22,7 @@ HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU = torch.cuda.is_available()
 CPU_BACKENDS = [
     pytest.param("cpu", "reference"),
+    pytest.param("cpu", "native"),
     pytest.param(
         "cpu", "triton", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
     ),

@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 GRADS = ("a", "gamma", "beta", "bias", "skip", "skip_bias", "other")
 TARGETS = [
     ("triton", "cpu"),
+    ("native", "cpu"),
     ("emulated", "cpu"),
     pytest.param("triton", "cuda", marks=pytest.mark.gpu),
     pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
