@@ -87,7 +87,7 @@ def _folders(home: Path, kind: str, file: str) -> Paths:
 
 
 class Kind(NamedTuple):
-    """The kernels for a kind of device: as the environment and messages call them, where the reason is kept, what runs instead."""
+    """The kernels for a kind of device: their name, where it is kept why there are none, and what runs instead."""
 
     name: str
     note: str

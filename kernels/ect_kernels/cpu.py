@@ -46,7 +46,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     try:
         found = load(path)
     except (OSError, AttributeError) as error:
-        return None, f"the CPU kernels cannot be loaded: {str(error).splitlines()[0]}; pip install -e . builds them anew"
+        return (
+            None,
+            f"the CPU kernels cannot be loaded: {str(error).splitlines()[0]}; pip install -e . builds them anew",
+        )
     stale = build_record.why_stale(found, cpu=True)
     return (found, name) if stale is None else (None, f"the CPU kernels are out of date: {stale}")
 

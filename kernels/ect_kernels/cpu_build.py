@@ -15,13 +15,16 @@ from pathlib import Path
 from ect_kernels.build_record import SOURCES, digest
 
 INSTRUCTION_SETS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512".split(),
-    "avx2": "-mavx2 -mfma".split(),
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
 """The widest first, with what tells a compiler."""
-# Not -ffast-math: NaN and infinities have their meaning, and sums their order.
-FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden -pthread".split()
+FLAGS = [
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread",
+    # Not -ffast-math: NaN and infinities have their meaning, and sums their order.
+    "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+]  # fmt: skip
 
 
 class CannotBuild(Exception):
@@ -58,7 +61,9 @@ def flags(instruction_set: str, sources: Path = SOURCES) -> list[str]:
 
 def _run(words: Sequence[str]) -> None:
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+        )
     except OSError as error:
         raise CannotBuild(f"{words[0]} does not run: {error}") from error
     if done.returncode != 0:

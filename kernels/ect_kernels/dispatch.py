@@ -91,7 +91,9 @@ class Op:
         if name in ("cuda", "apex") and device.type != "cuda":
             return f"it needs CUDA tensors, these are on {device.type}"
         if name == "native":
-            return cpu.why_not_built() if device.type == "cpu" else f"it runs on CPU tensors, these are on {device.type}"
+            return (
+                cpu.why_not_built() if device.type == "cpu" else f"it runs on CPU tensors, these are on {device.type}"
+            )
         if name == "cuda":
             return native.why_not_built(device)
         if name == "triton":

@@ -12,6 +12,7 @@ from ect_kernels import cpu, cpu_build, philox
 from ect_kernels.testing import emulator
 from torch import Tensor
 
+
 @pytest.fixture(scope="module", params=cpu.instruction_sets())
 def functions(request: pytest.FixtureRequest) -> ctypes.CDLL:
     """tests/cpu/functions.cpp."""
@@ -95,7 +96,9 @@ def test_normal_numbers_are_torchs_to_rounding(functions: ctypes.CDLL) -> None:
     words[:4] = torch.tensor([0xFFFFFFFF, 0, 0, 0xFFFFFFFF])  # u = 1, whose logarithm is 0, and the smallest
     u = ((words >> 8).float() + 0.5) * 2.0**-24
     radius = (-2 * u[0::2].log()).sqrt()
-    want[:4] = torch.stack([radius * (2 * math.pi * u[1::2]).cos(), radius * (2 * math.pi * u[1::2]).sin()], 1).flatten()[:4]
+    want[:4] = torch.stack(
+        [radius * (2 * math.pi * u[1::2]).cos(), radius * (2 * math.pi * u[1::2]).sin()], 1
+    ).flatten()[:4]
     got = mapped(functions.normals, words.to(torch.int32))
     torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
 
@@ -112,7 +115,9 @@ def test_sums_are_in_one_order(functions: ctypes.CDLL) -> None:
     (1, 10, 1 << 20, 1), (4, 10, 1 << 20, 4), (4, 3, 1 << 20, 3), (4, 10, 10, 1), (0, 5, 1 << 20, 1), (4, 0, 1, 0),
     (64, 3, 1 << 16, 3), (3, 4, 1 << 15, 2),
 ])  # fmt: skip
-def test_threads_share_out_every_item_once(functions: ctypes.CDLL, threads: int, n: int, size: int, ranges: int) -> None:
+def test_threads_share_out_every_item_once(
+    functions: ctypes.CDLL, threads: int, n: int, size: int, ranges: int
+) -> None:
     times = torch.zeros(n, dtype=torch.int64)
     integers = [ctypes.c_int64(value) for value in (threads, n, size)]
     functions.shares.restype = ctypes.c_int64

@@ -185,7 +185,12 @@ def test_the_cpu_kernels_are_stale_by_their_own_sources(tmp_path: Path) -> None:
     for name in ("a.cu", "launchers.h", "cpu/a.cpp", "cpu/a.hpp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
-    for name, changes in {"a.cu": (True, False), "launchers.h": (True, True), "cpu/a.cpp": (False, True), "cpu/a.hpp": (False, True)}.items():
+    for name, changes in {
+        "a.cu": (True, False),
+        "launchers.h": (True, True),
+        "cpu/a.cpp": (False, True),
+        "cpu/a.hpp": (False, True),
+    }.items():
         before = [build_record.digest(tmp_path, on_cpu) for on_cpu in (False, True)]
         (tmp_path / name).write_text("2")
         after = [build_record.digest(tmp_path, on_cpu) for on_cpu in (False, True)]
@@ -202,4 +207,6 @@ def test_a_launcher_says_what_it_takes() -> None:
     pointer, integer, double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     assert arguments == [*[pointer] * 8, integer, *[double] * 5, pointer]
     with pytest.raises(RuntimeError, match="levels_fwd: the CPU kernel does not take these arguments"):
-        cpu.launch("levels_fwd", *[torch.zeros(1, dtype=torch.int64)] * 2, None, *[torch.zeros(1)] * 5, 0, 1, 1, 2.0, 1, 1)
+        cpu.launch(
+            "levels_fwd", *[torch.zeros(1, dtype=torch.int64)] * 2, None, *[torch.zeros(1)] * 5, 0, 1, 1, 2.0, 1, 1
+        )
