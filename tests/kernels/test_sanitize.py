@@ -1,4 +1,4 @@
-"""The sanitizer builds: the emulator's catch planted bugs of every kind; every CUDA kernel of csrc/ passes, and every CPU kernel."""
+"""The sanitizer builds: they catch planted bugs of every kind, and every kernel of csrc/, for a GPU and for a CPU, passes them."""
 
 from __future__ import annotations
 
