@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,15 +86,21 @@ def launcher(found: ctypes.CDLL, name: str) -> Callable[..., int]:
 
 
 @lru_cache(None)
-def _launcher(name: str) -> Callable[..., int]:
+def _launcher(name: str) -> tuple[Callable[..., int], list[int]]:
+    """Return a launcher, and which of its arguments are addresses; the last one, the threads, is none."""
     found, reason = library()
     if found is None:
         raise RuntimeError(f"{name}: {reason}")
-    return launcher(found, name)
+    function = launcher(found, name)
+    return function, [i for i, kind in enumerate(function.argtypes[:-1]) if kind is ctypes.c_void_p]  # type: ignore[attr-defined]
 
 
 def launch(name: str, *args: Argument) -> None:
     """Run launcher `name` on as many threads as torch would use. Raises RuntimeError where it refuses its arguments."""
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-    if _launcher(name)(*values, torch.get_num_threads()):
+    function, addresses = _launcher(name)
+    values: list[Any] = list(args)
+    for i in addresses:
+        if values[i] is not None:
+            values[i] = values[i].data_ptr()
+    if function(*values, torch.get_num_threads()):
         raise RuntimeError(f"{name}: the CPU kernel does not take these arguments")

@@ -134,7 +134,7 @@ def one_device(op: str, names: Iterable[str], args: Iterable[Any]) -> torch.devi
     """
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, args, strict=False):
-        for tensor in value if isinstance(value, list | tuple) else [value]:
+        for tensor in value if isinstance(value, list | tuple) else (value,):
             if not isinstance(tensor, Tensor):
                 continue
             if first is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Any, get_type_hints
 
 import torch
@@ -65,27 +66,30 @@ class Pass:
         compiled graph holds the op, not the choice.
         """
 
-        def unpack(args: tuple[Any, ...]) -> list[Any]:
-            left = iter(args)
-            return [kind(*islice(left, len(kind._fields))) for kind in self.inputs]
+        hints = [hint for kind in self.inputs for hint in get_type_hints(kind).items()]
+        ends = list(accumulate((len(kind._fields) for kind in self.inputs), initial=0))
+        parts = [(kind._make, slice(*pair)) for kind, pair in zip(self.inputs, pairwise(ends), strict=True)]
+        places = [i for i, (_, kind) in enumerate(hints) if kind in (Tensor, Tensor | None)]
+        tensors, names = itemgetter(*places), [hints[i][0] for i in places]
+
+        def unpack(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple([make(args[part]) for make, part in parts])
 
         def plain(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
             return tuple(results) if len(results) > 1 else results[0]
 
         def function(*args: Any) -> Tensor | tuple[Tensor, ...]:
-            device = native.one_device(self.op, names, args)
+            device = native.one_device(self.op, names, tensors(args))
             unpacked = unpack(args)
-            backend = op.pick(device, tuple(unpacked), args[-1])
+            backend = op.pick(device, unpacked, args[-1])
             if unpacked[-1][0].numel() == 0:
                 return plain(tuple(t.zero_() for t in self.room(*unpacked)))
             return plain(getattr(op.backends[backend], self.way)(*self.prepare(*unpacked)))
 
         def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
-            native.one_device(self.op, names, args)
+            native.one_device(self.op, names, tensors(args))
             return plain(self.room(*unpack(args)))
 
-        hints = [hint for kind in self.inputs for hint in get_type_hints(kind).items()]
-        names = [name for name, _ in hints]
         arguments = ", ".join([*(f"{KINDS[kind]} {name}" for name, kind in hints), "str backend"])
         results = ", ".join("Tensor" for _ in get_type_hints(self.room)["return"]._fields)
         name = self.op + ("" if self.way == "fwd" else "_bwd")
