@@ -17,7 +17,9 @@ def wide(x: Tensor) -> torch.dtype:
 
 def fp32(v: Tensor | None) -> Tensor | None:
     """Return a vector as the kernels read it: contiguous float32."""
-    if v is None or (v.dtype == torch.float32 and v.is_contiguous()):  # nothing to do costs nothing: it is for each call of an op
+    if v is None or (
+        v.dtype == torch.float32 and v.is_contiguous()
+    ):  # nothing to do costs nothing: it is for each call of an op
         return v
     return v.to(torch.float32).contiguous()
 

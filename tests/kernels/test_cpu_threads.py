@@ -57,7 +57,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_bits_do_not_depend_on_the_number_of_threads(instruction_set: str, threads: None) -> None:
     seen = set()
     for call in calls():
-        large = [value for _, value in call.arguments if getattr(value, "dtype", None) in (torch.float32, torch.bfloat16)]
+        large = [
+            value for _, value in call.arguments if getattr(value, "dtype", None) in (torch.float32, torch.bfloat16)
+        ]
         if not large or call.function in seen:
             continue
         seen.add(call.function)

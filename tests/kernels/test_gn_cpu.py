@@ -1,4 +1,4 @@
-"""The CPU kernels of the two norm ops in every instruction set that was built: fp64 truth, and equal bits on any number of threads."""
+"""The CPU kernels of the norm ops in every instruction set that was built: fp64 truth, equal bits on any number of threads."""
 
 from __future__ import annotations
 

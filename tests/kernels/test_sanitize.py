@@ -1,4 +1,4 @@
-"""The emulator's sanitizer builds: they catch planted bugs of every kind, and pass every CUDA kernel of csrc/, and every CPU kernel."""
+"""The sanitizer builds: they catch planted bugs of every kind, and pass every kernel of csrc/, CUDA's and the CPU's."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_kernels_pass_the_sanitizers(source: Path, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["address", "thread"])
-@pytest.mark.parametrize("source", [path for path in sorted(CPU.glob("*.cpp")) if path.stem != "library"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "source", [path for path in sorted(CPU.glob("*.cpp")) if path.stem != "library"], ids=lambda p: p.stem
+)
 def test_kernels_of_the_cpu_pass_the_sanitizers(source: Path, kind: str) -> None:
     """The same calls as of the CUDA kernels: heap blocks of the exact size, results that are written in every place."""
     result = run(kind, source, HERE / f"san_{source.stem}.cpp", flags=CPU_FLAGS)
