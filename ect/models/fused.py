@@ -219,12 +219,12 @@ def _to_norms(layer: nn.Module) -> Rows:
         assert isinstance(layer, Conv2d)
         return {} if layer.bias is None else {"bias": layer.bias}
     found = {}
+    convolutions = ("conv0", "conv1", "skip", "proj") if layer.style.adaptive_scale else ("conv1", "skip", "proj")
     for name, part in layer.named_children():
         if isinstance(part, GroupNorm):
-            found[f"{name}.weight"], found[f"{name}.bias"] = part.weight, part.bias
-        elif name in ("conv1", "skip", "proj") or (name == "conv0" and layer.style.adaptive_scale):
-            if (bias := part.bias) is not None:
-                found[f"{name}.bias"] = bias
+            found[f"{name}.weight"] = part.weight
+        if isinstance(part, GroupNorm) or (name in convolutions and part.bias is not None):
+            found[f"{name}.bias"] = part.bias
     return found
 
 
