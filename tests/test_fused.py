@@ -4,6 +4,7 @@ graph break."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -31,9 +32,22 @@ VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The ops run on this backend, as with --kernels."""
+    dispatch.set_choice(request.param)
+    try:
+        dispatch.check_named(torch.device("cpu"))
+    except dispatch.BackendError as error:
+        pytest.skip(str(error))
+    yield
+    dispatch.set_choice(None)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["reference", "native"], indirect=True)
 @pytest.mark.parametrize("name", NETS)
-def test_fused_network_matches_golden(name: str) -> None:
+def test_fused_network_matches_golden(name: str, kernels: None) -> None:
     case, g = MANIFEST[name], load(name)
     net = CLASSES[case["cls"]](**case["kwargs"])
     net.load_state_dict(part(g, "state."))

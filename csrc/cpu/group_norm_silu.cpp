@@ -9,9 +9,9 @@ int group_norm_silu_fwd(const void* x, const float* gamma, const float* beta, co
   f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, scale, shift, v, v_stride, stride};
   f.act = act != 0; f.eps = eps;
-  f.x = x; f.y = y; f.mean = mean; f.rstd = rstd;
-  if (!gn::shape(f.s, n, hw, c, 0, groups)) return 1;
-  BY_DTYPE(dtype, gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::forward<T, T>(f, i, room); }));
+  f.sources[0] = {x, dtype, c}; f.y = {y, dtype, c}; f.mean = mean; f.rstd = rstd;
+  if (!f.s.set(n, hw, c, 0, groups)) return 1;
+  gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::forward(f, i, room); });
   return 0;
 }
 
@@ -24,9 +24,9 @@ int group_norm_silu_bwd(const void* dy, const void* x, const float* gamma, const
   f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, scale, shift, v, v_stride, stride};
   f.act = act != 0; f.skip_scale = 1.f;
-  f.dy = dy; f.x = x; f.mean = mean; f.rstd = rstd;
-  f.dx = dx; f.dv = dv; f.dscale = dscale; f.dshift = dshift; f.rows = partials;
-  if (!gn::shape(f.s, n, hw, c, 0, groups)) return 1;
-  BY_DTYPE(dtype, gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::backward<T, T>(f, i, room); }));
+  f.dy = {dy, dtype, c}; f.sources[0] = {x, dtype, c}; f.mean = mean; f.rstd = rstd;
+  f.grads[0] = {dx, dtype, c}; f.dv = dv; f.dscale = dscale; f.dshift = dshift; f.rows = partials;
+  if (!f.s.set(n, hw, c, 0, groups)) return 1;
+  gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::backward(f, i, room); });
   return 0;
 }

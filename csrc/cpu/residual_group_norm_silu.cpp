@@ -1,13 +1,6 @@
 // The seam between two blocks and its backward; formulas: kernels/ect_kernels/residual_group_norm_silu.py.
 #include "gn.hpp"
 
-// Runs the statement with A, the type of a, and T, that of x: the same, or one of the two float.
-#define BY_DTYPES(of_a, of_x, ...) \
-  if (of_a == of_x) { BY_DTYPE(of_x, using A = T; __VA_ARGS__) } \
-  else if (of_a == F32) { using A = float; BY_DTYPE(of_x, __VA_ARGS__) } \
-  else if (of_x == F32) { BY_DTYPE(of_a, using A = T; { using T = float; __VA_ARGS__; }) } \
-  else return 1;
-
 int residual_group_norm_silu_fwd(const void* a, const float* bias, const void* skip, const float* skip_bias, const void* other,
                                  const float* gamma, const float* beta, const int64_t* seed, const int64_t* n0, void* x, void* y,
                                  float* mean, float* rstd, int64_t n, int64_t hw, int64_t c, int64_t c2, int64_t dtype, int64_t groups,
@@ -17,10 +10,10 @@ int residual_group_norm_silu_fwd(const void* a, const float* bias, const void* s
   f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};
   f.act = act != 0; f.eps = eps;
-  f.x = x; f.other = other; f.y = y; f.mean = mean; f.rstd = rstd;
-  f.a = a; f.skip = skip; f.bias = bias; f.skip_bias = skip_bias; f.sum = x; f.skip_scale = float(skip_scale);
-  if (!gn::shape(f.s, n, hw, c, c2, groups)) return 1;
-  BY_DTYPES(dtype_of_a, dtype, gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::forward<T, A>(f, i, room); }));
+  f.sources[0] = {x, dtype, c}; f.sources[1] = {other, dtype, c2}; f.y = {y, dtype, c + c2}; f.mean = mean; f.rstd = rstd;
+  f.a = {a, dtype_of_a, c}; f.skip = {skip, dtype_of_a, c}; f.bias = bias; f.skip_bias = skip_bias; f.skip_scale = float(skip_scale);
+  if (!f.s.set(n, hw, c, c2, groups)) return 1;
+  gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::forward(f, i, room); });
   return 0;
 }
 
@@ -33,9 +26,10 @@ int residual_group_norm_silu_bwd(const void* dy, const void* dx, const void* djo
   f.drop = {threshold ? seed : nullptr, n0, uint32_t(threshold), uint32_t(layer), float(inv_keep)};
   f.affine = {gamma, beta, nullptr, nullptr, nullptr, 0, 0};
   f.act = act != 0; f.skip_scale = float(skip_scale); f.residual = true;
-  f.dy = dy; f.x = x; f.other = other; f.mean = mean; f.rstd = rstd;
-  f.dx = da; f.dother = dother; f.rows = partials; f.dx_in = dx; f.djoined = djoined;
-  if (!gn::shape(f.s, n, hw, c, c2, groups)) return 1;
-  BY_DTYPES(dtype_of_a, dtype, gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::backward<T, A>(f, i, room); }));
+  f.dy = {dy, dtype, c + c2}; f.sources[0] = {x, dtype, c}; f.sources[1] = {other, dtype, c2}; f.mean = mean; f.rstd = rstd;
+  f.grads[0] = {da, dtype_of_a, c}; f.grads[1] = {dother, dtype, c2}; f.rows = partials;
+  f.dx = {dx, dtype, c}; f.djoined = {djoined, dtype, c + c2};
+  if (!f.s.set(n, hw, c, c2, groups)) return 1;
+  gn::samples(f, threads, [&](int64_t i, gn::Room& room) { gn::backward(f, i, room); });
   return 0;
 }

@@ -258,7 +258,7 @@ def apex_bwd(s: Saved, i: Inputs) -> Grads:
 
 
 def _prepare_fwd(i: Inputs) -> tuple[Inputs]:
-    return (i._replace(x=tensors.nhwc(i.x), gamma=vector(i.gamma), beta=vector(i.beta)),)
+    return (Inputs(tensors.nhwc(i.x), vector(i.gamma), vector(i.beta), *i[3:]),)
 
 
 def _prepare_bwd(s: Saved, i: Inputs) -> tuple[Any, ...]:

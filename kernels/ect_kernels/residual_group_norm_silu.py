@@ -62,8 +62,7 @@ class Seam(NamedTuple):
 
 def _nothing_to_sum(s: Seam, i: Norm) -> bool:
     """Return whether x is a itself."""
-    parts = (s.bias, s.skip, s.skip_bias)
-    return all(part is None for part in parts) and s.skip_scale == 1.0 and s.dtype == i.x.dtype
+    return s.bias is s.skip is s.skip_bias is None and s.skip_scale == 1.0 and s.dtype == i.x.dtype
 
 
 class Output(NamedTuple):
@@ -215,10 +214,11 @@ class _Seam(torch.autograd.Function):
         ctx: Any, backend: str, summed: bool, dx: bool, djoined: bool, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         s, i = Seam(*args[: len(Seam._fields)]), Norm(*args[len(Seam._fields) :])
-        one = s._replace(bias=vector(s.bias), skip_bias=vector(s.skip_bias))
-        left = Seam(None, None, None, 1.0, s.other, s.dtype) if summed else one
+        left = Seam(None, None, None, 1.0, s.other, s.dtype)
+        if not summed:
+            left = Seam(vector(s.bias), s.skip, vector(s.skip_bias), *s[3:])
         gamma, beta = vector(i.gamma), vector(i.beta)
-        x, y, mean, rstd = forward_op(*left, *i._replace(gamma=gamma, beta=beta), backend)
+        x, y, mean, rstd = forward_op(*left, i.x, gamma, beta, *i[3:], backend)
         x = i.x.view_as(i.x) if _nothing_to_sum(left, i) else x
         n, channels, h, w = y.shape
         joined = x.detach() if s.other is None else x.new_empty(1).expand(n, channels, h, w)

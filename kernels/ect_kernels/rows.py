@@ -82,7 +82,7 @@ def vector(t: Some) -> Some:
     """Return the [C] of a vector, or of rows that are all alike."""
     if t is None or t.dim() == 1:
         return t
-    return t[0] if len(t) else t.new_zeros(t.shape[1])
+    return t.select(0, 0) if t.shape[0] else t.new_zeros(t.shape[1])
 
 
 class Form(NamedTuple):
@@ -102,9 +102,15 @@ def gradients(rows: Tensor, forms: Sequence[Form | None]) -> list[Tensor | None]
 
     The K-th also serves further vectors, which were added to the K-th.
     """
-    totals = rows.sum(1) if any(f is not None and not f.by_sample for f in forms) else rows
+    planes = rows.unbind()
+    totals = planes if all(f is None or f.by_sample for f in forms) else rows.sum(1).unbind()
     found: list[Tensor | None] = []
     for k, f in enumerate(forms):
-        plane = min(k, len(rows) - 1)
-        found.append(None if f is None else (rows if f.by_sample else totals)[plane][..., : f.channels].to(f.dtype))
+        if f is None:
+            found.append(None)
+            continue
+        gradient = (planes if f.by_sample else totals)[min(k, len(planes) - 1)]
+        if gradient.shape[-1] != f.channels:
+            gradient = gradient[..., : f.channels]
+        found.append(gradient if gradient.dtype == f.dtype else gradient.to(f.dtype))
     return found

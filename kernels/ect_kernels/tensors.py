@@ -45,7 +45,8 @@ def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -
     Its strides are the same for fakes also where H = W = 1 would make them ambiguous.
     """
     n, _, h, w = like.shape
-    return like.new_empty((n, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
+    strides = (h * w * channels, 1, w * channels, channels)
+    return torch.empty_strided((n, channels, h, w), strides, dtype=dtype or like.dtype, device=like.device)
 
 
 def check_shapes(op: str, *named: tuple[Any, ...]) -> None:

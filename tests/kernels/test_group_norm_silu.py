@@ -223,11 +223,13 @@ def test_empty_batch(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"v": True, "p": 0.2}, {"v": True, "modulated": True, "act": False}])
 @pytest.mark.parametrize("shape", [(2, 12, 3, 4, 5), (1, 8, 2, 1, 1), (0, 12, 3, 4, 5)], ids=str)
-def test_opcheck(shape: tuple[int, int, int, int, int], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_opcheck(backend: str, shape: tuple[int, int, int, int, int], options: dict[str, Any]) -> None:
+    prepare("cpu", backend)
     kwargs = inputs(*shape, dtype=HALF, **options)
     leaves = {k: kwargs.get(k) for k in GRADS}
     drop = (kwargs.get("seed"), torch.tensor(1) if "seed" in kwargs else None)
-    rest = (*drop, kwargs["groups"], 1e-6, kwargs["act"], kwargs.get("p", 0.0), 3, "reference")
+    rest = (*drop, kwargs["groups"], 1e-6, kwargs["act"], kwargs.get("p", 0.0), 3, backend)
     torch.library.opcheck(torch.ops.ect.group_norm_silu.default, (*leaves.values(), *rest))
     y, mean, rstd = torch.ops.ect.group_norm_silu(*leaves.values(), *rest)
     gradient = (torch.ones_like(y), mean, rstd, *leaves.values(), *rest)
@@ -270,13 +272,14 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 
 def test_limits() -> None:
-    prepare("cpu", "emulated")
-    with pytest.raises(BackendError, match="4097 channels a group \\(only up to 4096"):
-        group_norm_silu(**inputs(1, 4097, 1, 1, 1, FP32), backend="emulated")
-    check(group_norm_silu, "emulated", case("widest group", 1, 4096, 1, 2, 1, FP32, v=True), "cpu")
     double = inputs(1, 8, 2, 3, 3, torch.float64)
-    with pytest.raises(BackendError, match="'emulated' cannot run: dtype torch\\.float64"):
-        group_norm_silu(**double, backend="emulated")
+    for backend in ("emulated", "native"):
+        prepare("cpu", backend)
+        with pytest.raises(BackendError, match="4097 channels a group \\(only up to 4096"):
+            group_norm_silu(**inputs(1, 4097, 1, 1, 1, FP32), backend=backend)
+        check(group_norm_silu, backend, case("widest group", 1, 4096, 1, 2, 1, FP32, v=True), "cpu")
+        with pytest.raises(BackendError, match=f"'{backend}' cannot run: dtype torch\\.float64"):
+            group_norm_silu(**double, backend=backend)
     if not GPU and native.why_no_triton(torch.device("cpu")) is None:
         with pytest.raises(BackendError, match="'triton' cannot run: dtype torch\\.float64"):
             group_norm_silu(**double, backend="triton")

@@ -1,4 +1,4 @@
-"""The sanitizer builds: they catch planted bugs of every kind, and every kernel of csrc/, for a GPU and for a CPU, passes them."""
+"""The sanitizer builds: they catch planted bugs of every kind, and pass every kernel of csrc/, CUDA's and the CPU's."""
 
 from __future__ import annotations
 
