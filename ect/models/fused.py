@@ -36,11 +36,13 @@ def wanted(choice: bool | None, x: Tensor) -> bool:
     """Say whether a network whose `UNet.on_ops` is `choice` runs on the ops of ect_kernels, on the device of x.
 
     Left open (None), it does where the norms have a compiled form: on a GPU, and on a CPU where C++ was built. It also does
-    wherever a backend of any op was asked for by name.
+    wherever a backend of any op was asked for by name. On a CPU torch.compile fuses PyTorch's own operations into less than
+    calls of our ops cost it, so it gets these.
     """
     if choice is not None:
         return choice
-    return x.is_cuda or bool(dispatch.named()) or all("native" in op.candidates(x.device) for op in _NORMS)
+    in_cpp = all("native" in op.candidates(x.device) for op in _NORMS) and not torch.compiler.is_compiling()
+    return x.is_cuda or bool(dispatch.named()) or in_cpp
 
 
 @dataclass(eq=False)
