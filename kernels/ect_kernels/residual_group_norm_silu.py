@@ -202,6 +202,17 @@ OP = Op(
 forward_op, backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
+def _results(backend: str, summed: bool, s: Seam, i: Norm) -> tuple[Tensor, ...]:
+    """Return (x, y, joined, mean, rstd); of rows, gamma and beta are one."""
+    left = Seam(None, None, None, 1.0, s.other, s.dtype)
+    if not summed:
+        left = Seam(vector(s.bias), s.skip, vector(s.skip_bias), *s[3:])
+    x, y, mean, rstd = forward_op(*left, *i, backend)
+    x = i.x.view_as(i.x) if _nothing_to_sum(left, i) else x
+    joined = x.detach() if s.other is None else x.new_empty(1).expand(y.shape)
+    return x, y, joined, mean, rstd
+
+
 class _Seam(torch.autograd.Function):
     """(x, y, joined) with a gradient for each; no registered op could return x twice.
 
@@ -214,14 +225,8 @@ class _Seam(torch.autograd.Function):
         ctx: Any, backend: str, summed: bool, dx: bool, djoined: bool, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         s, i = Seam(*args[: len(Seam._fields)]), Norm(*args[len(Seam._fields) :])
-        left = Seam(None, None, None, 1.0, s.other, s.dtype)
-        if not summed:
-            left = Seam(vector(s.bias), s.skip, vector(s.skip_bias), *s[3:])
         gamma, beta = vector(i.gamma), vector(i.beta)
-        x, y, mean, rstd = forward_op(*left, i.x, gamma, beta, *i[3:], backend)
-        x = i.x.view_as(i.x) if _nothing_to_sum(left, i) else x
-        n, channels, h, w = y.shape
-        joined = x.detach() if s.other is None else x.new_empty(1).expand(n, channels, h, w)
+        x, y, joined, mean, rstd = _results(backend, summed, s, i._replace(gamma=gamma, beta=beta))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t, given in ((x, dx), (joined, djoined)) if not given))
         ctx.save_for_backward(mean, rstd, s.other, x, gamma, beta, i.seed, i.n0)
@@ -280,5 +285,9 @@ def residual_group_norm_silu(
     first = None if seed is None else philox.first_sample(NAME, n0, a.device)
     i = Norm(a, gamma, beta, None, None, None, seed, first, groups, eps, act, p, layer)
     s = Seam(bias, skip, skip_bias, skip_scale, other, dtype)
-    outputs: tuple[Tensor, ...] = _Seam.apply(backend or "", summed, dx, djoined and joined, *s, *i)
-    return outputs if joined else outputs[:2]
+    outputs: tuple[Tensor, ...]
+    if torch.is_grad_enabled():
+        outputs = _Seam.apply(backend or "", summed, dx, djoined and joined, *s, *i)
+    else:
+        outputs = _results(backend or "", summed, s, i._replace(gamma=vector(gamma), beta=vector(beta)))
+    return outputs[:3] if joined else outputs[:2]
