@@ -87,15 +87,20 @@ def _folders(home: Path, kind: str, file: str) -> Paths:
 
 
 class Kind(NamedTuple):
-    """The kernels for a kind of device: their name, where it is kept why there are none, and what runs instead."""
+    """The kernels for a kind of device.
+
+    skip, required: variables of the environment. note: the file that keeps why there are none. instead: what runs then.
+    """
 
     name: str
+    skip: str
+    required: str
     note: str
     instead: str
 
 
-CUDA = Kind("CUDA", build_record.NOTE, "Triton or PyTorch will be used.")
-CPU = Kind("CPU", build_record.CPU_NOTE, "PyTorch will be used, which is slower.")
+CUDA = Kind("CUDA", "ECT_SKIP_CUDA", "ECT_CUDA_REQUIRED", build_record.NOTE, "Triton or PyTorch will be used.")
+CPU = Kind("CPU", "ECT_SKIP_CPU", "ECT_CPU_REQUIRED", build_record.CPU_NOTE, "PyTorch will be used, which is slower.")
 
 
 class Build(build_ext):
@@ -118,14 +123,14 @@ class Build(build_ext):
         out.unlink(missing_ok=True)  # nothing of an earlier build must pass for this one's
         kind = self._kind(ext)
         try:
-            if os.environ.get(f"ECT_SKIP_{kind.name}") == "1":
-                raise CannotBuild(f"ECT_SKIP_{kind.name}=1 left them out")
+            if os.environ.get(kind.skip) == "1":
+                raise CannotBuild(f"{kind.skip}=1 left them out")
             made = self._cuda(out) if kind is CUDA else self._cpu(ext.name.rpartition("_")[2], out)
         except CannotBuild as reason:
             build_record.write(out.parent, str(reason), kind.note)
-            if os.environ.get(f"ECT_{kind.name}_REQUIRED") == "1":
+            if os.environ.get(kind.required) == "1":
                 raise SystemExit(
-                    f"ect: the {kind.name} kernels cannot be built, and ECT_{kind.name}_REQUIRED=1: {reason}"
+                    f"ect: the {kind.name} kernels cannot be built, and {kind.required}=1: {reason}"
                 ) from reason
             _say(f"the {kind.name} kernels were NOT built: {reason}", kind.instead)
             return

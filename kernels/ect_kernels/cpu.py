@@ -76,23 +76,24 @@ def built_for() -> str:
     return f"in use for {used}" + (f"; none for {widest}: {note}" if used != widest else "")
 
 
-def launcher(found: ctypes.CDLL, name: str) -> Callable[..., int]:
-    """Return a launcher that takes what its C++ declaration says: addresses (None: 0), whole numbers, and floats."""
+def launcher(found: ctypes.CDLL, name: str) -> tuple[Callable[..., int], list[int]]:
+    """Return a launcher, which takes what its C++ declaration says, and which of its arguments are addresses (None: 0).
+
+    The last argument, the number of threads, is no address.
+    """
     takes = getattr(found, f"{name}_takes")
     takes.restype = ctypes.c_char_p
-    function = getattr(found, name)
-    function.argtypes = [TYPES[kind] for kind in takes().decode()]
-    return function  # type: ignore[no-any-return]
+    kinds, function = takes().decode(), getattr(found, name)
+    function.argtypes = [TYPES[kind] for kind in kinds]
+    return function, [i for i, kind in enumerate(kinds[:-1]) if kind == "p"]
 
 
 @lru_cache(None)
 def _launcher(name: str) -> tuple[Callable[..., int], list[int]]:
-    """Return a launcher, and which of its arguments are addresses; the last one, the threads, is none."""
     found, reason = library()
     if found is None:
         raise RuntimeError(f"{name}: {reason}")
-    function = launcher(found, name)
-    return function, [i for i, kind in enumerate(function.argtypes[:-1]) if kind is ctypes.c_void_p]  # type: ignore[attr-defined]
+    return launcher(found, name)
 
 
 def launch(name: str, *args: Argument) -> None:

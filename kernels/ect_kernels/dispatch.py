@@ -141,7 +141,7 @@ def clear_refused() -> None:
 
 
 def forget() -> None:
-    """Find out anew, at the next call of each op, what can run here."""
+    """Let each op find out anew, at its next call, what can run here."""
     for op in OPS.values():
         op._known.clear()
 

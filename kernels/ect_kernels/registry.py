@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""What runs, by the name of the op."""
+"""The functions that run, by the name of the op."""
 
 _libraries: dict[str, torch.library.Library] = {}
 

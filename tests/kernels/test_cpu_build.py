@@ -203,9 +203,10 @@ def test_a_launcher_says_what_it_takes() -> None:
     found, _ = cpu.library()
     if found is None:
         pytest.skip(str(cpu.why_not_built()))
-    arguments = cpu.launcher(found, "levels_fwd").argtypes  # type: ignore[attr-defined]
+    function, addresses = cpu.launcher(found, "levels_fwd")
+    arguments = function.argtypes  # type: ignore[attr-defined]
     pointer, integer, double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-    assert arguments == [*[pointer] * 8, integer, *[double] * 5, pointer]
+    assert arguments == [*[pointer] * 8, integer, *[double] * 5, pointer] and addresses == list(range(8))
     with pytest.raises(RuntimeError, match="levels_fwd: the CPU kernel does not take these arguments"):
         cpu.launch(
             "levels_fwd", *[torch.zeros(1, dtype=torch.int64)] * 2, None, *[torch.zeros(1)] * 5, 0, 1, 1, 2.0, 1, 1
