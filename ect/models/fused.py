@@ -220,12 +220,12 @@ def _to_norms(layer: nn.Module) -> Rows:
     if not isinstance(layer, UNetBlock):
         assert isinstance(layer, Conv2d)
         return {} if layer.bias is None else {"bias": layer.bias}
-    found = {}
+    found: Rows = {}
     convolutions = ("conv0", "conv1", "skip", "proj") if layer.style.adaptive_scale else ("conv1", "skip", "proj")
     for name, part in layer.named_children():
         if isinstance(part, GroupNorm):
-            found[f"{name}.weight"] = part.weight
-        if isinstance(part, GroupNorm) or (name in convolutions and part.bias is not None):
+            found[f"{name}.weight"], found[f"{name}.bias"] = part.weight, part.bias
+        elif name in convolutions and isinstance(part, Conv2d) and part.bias is not None:
             found[f"{name}.bias"] = part.bias
     return found
 

@@ -37,7 +37,7 @@ def instruction_sets() -> list[str]:
 
 
 @lru_cache(None)
-def library() -> tuple[ctypes.CDLL | None, str]:
+def library() -> tuple[Library | None, str]:
     """Return the library and its instruction set, or None and why there is none to use."""
     for name in instruction_sets():
         if (path := library_path(name)).is_file():
@@ -45,7 +45,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     else:
         return None, f"the CPU kernels were not built: {build_record.why_not_built(note=build_record.CPU_NOTE)}"
     try:
-        found = load(path)
+        found = Library(path)
     except (OSError, AttributeError) as error:
         return (
             None,
@@ -55,12 +55,14 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return (found, name) if stale is None else (None, f"the CPU kernels are out of date: {stale}")
 
 
-def load(path: Path) -> ctypes.CDLL:
-    """Load a library of launchers, with the digest of its sources as `sources`. Raises OSError, AttributeError."""
-    found = ctypes.CDLL(str(path))
-    found.ect_sources.restype = ctypes.c_char_p
-    found.sources = found.ect_sources().decode()
-    return found
+class Library(ctypes.CDLL):
+    """A library of launchers; sources: the digest of what it was built from. Raises OSError, AttributeError."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        digest = self.ect_sources
+        digest.restype = ctypes.c_char_p
+        self.sources = digest().decode()
 
 
 def why_not_built() -> str | None:

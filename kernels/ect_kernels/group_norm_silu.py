@@ -325,7 +325,7 @@ def group_norm_silu(
     first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)
     inputs = Inputs(x, gamma, beta, v, scale, shift, seed, first, groups, eps, act, p, layer)
     if not torch.is_grad_enabled():
-        return _forward_op(*inputs, backend or "")[0]  # type: ignore[no-any-return]
+        return _forward_op(*inputs, backend or "")[0]
     y: Tensor = _Norm.apply(*inputs, backend or "")
     return y
 

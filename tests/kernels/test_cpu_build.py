@@ -133,7 +133,7 @@ def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
 
 def loads(monkeypatch: pytest.MonkeyPatch, sources: str | None = None) -> None:
     digest = build_record.digest(cpu=True) if sources is None else sources
-    monkeypatch.setattr(cpu, "load", lambda path: SimpleNamespace(path=path.name, sources=digest))
+    monkeypatch.setattr(cpu, "Library", lambda path: SimpleNamespace(path=path.name, sources=digest))
 
 
 @pytest.mark.parametrize(("capability", "there", "used"), [

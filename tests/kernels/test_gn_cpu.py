@@ -34,7 +34,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     path = cpu.library_path(request.param)
     if not path.is_file():
         pytest.skip(f"no {path.name}: {build_record.why_not_built(note=build_record.CPU_NOTE)}")
-    found = cpu.load(path)
+    found = cpu.Library(path)
     assert build_record.why_stale(found, cpu=True) is None
     monkeypatch.setattr(cpu, "_launcher", lru_cache(None)(lambda name: cpu.launcher(found, name)))
 
