@@ -36,7 +36,7 @@ gpu:  # the first hour on a GPU machine without a network, twice ten minutes (PA
 gpu-paths: .venv/.test-installed  # the code of a GPU without one: every combination, where `make test` takes every pair
 	$(BIN)/python -m pytest tests/gpu_paths --full
 
-sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, under the address, undefined-behaviour and thread sanitizers
+sanitize: .venv/.test-installed  # every CUDA kernel on the CPU, and every CPU kernel, under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py
 
 fuzz: .venv/.test-installed  # hypothesis on every reader of files, ten minutes each (SECONDS=60: less), by a seed that it prints

@@ -1,10 +1,12 @@
-"""Builds csrc/ into ect_kernels._C where nvcc is found; everything else about the package is in pyproject.toml.
+"""Builds csrc/cpu where a C++ compiler is found, and csrc/ into ect_kernels._C where nvcc is.
 
-csrc knows nothing of torch: nvcc compiles each .cu file to an object (ninja, in parallel), the C++ compiler compiles the one
-pybind11 file, and cudart is linked statically. Whatever stands in the way of that, the install succeeds without the extension,
-says loudly why, and leaves the reason where `python -m ect_kernels` finds it.
+Everything else about the package is in pyproject.toml. csrc knows nothing of torch. The CPU kernels are a library for each
+instruction set (ect_kernels/cpu_build.py). For a GPU nvcc compiles each .cu file to an object (ninja, in parallel), the C++
+compiler compiles the one pybind11 file, and cudart is linked statically. Whatever stands in the way of that, the install
+succeeds without, says loudly why, and leaves the reason where `python -m ect_kernels` finds it.
 ECT_CUDA_ARCHS="80;90" chooses the GPUs (csrc/targets.py); default: the GPUs present, else 80;90 and PTX. CXX names the C++
-compiler, nvcc's too. ECT_CUDA_REQUIRED=1 fails the install where there is no extension; ECT_SKIP_CUDA=1 leaves it out.
+compiler, nvcc's too. ECT_CUDA_REQUIRED=1 and ECT_CPU_REQUIRED=1 fail the install where there are no such kernels;
+ECT_SKIP_CUDA=1 and ECT_SKIP_CPU=1 leave them out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,14 +32,11 @@ USUAL = Path("/usr/local/cuda")
 sys.path[:0] = [str(CSRC), str(ROOT / "kernels")]
 
 import targets  # noqa: E402
-from ect_kernels import build_record  # noqa: E402
+from ect_kernels import build_record, cpu_build  # noqa: E402
+from ect_kernels.cpu_build import CannotBuild  # noqa: E402
 
 ERRORS, WIDTH = 4, 200  # lines of a failed compilation that are repeated, and characters of each
 Paths = Sequence[Path]
-
-
-class CannotBuild(Exception):
-    """The reason why there is no extension, with the remedy, in one line."""
 
 
 class Toolkit:
@@ -87,38 +86,74 @@ def _folders(home: Path, kind: str, file: str) -> Paths:
     return [path for pattern in patterns for path in sorted(home.glob(pattern)) if (path / file).is_file()][:1]
 
 
-class BuildCuda(build_ext):
-    """Compiles with nvcc and the C++ compiler through ninja."""
+class Kind(NamedTuple):
+    """The kernels for a kind of device.
+
+    skip, required: variables of the environment. note: the file that keeps why there are none. instead: what runs then.
+    """
+
+    name: str
+    skip: str
+    required: str
+    note: str
+    instead: str
+
+
+CUDA = Kind("CUDA", "ECT_SKIP_CUDA", "ECT_CUDA_REQUIRED", build_record.NOTE, "Triton or PyTorch will be used.")
+CPU = Kind("CPU", "ECT_SKIP_CPU", "ECT_CPU_REQUIRED", build_record.CPU_NOTE, "PyTorch will be used, which is slower.")
+
+
+class Build(build_ext):
+    """Compiles for a GPU with nvcc and the C++ compiler through ninja, for a CPU with the C++ compiler."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True
+
+    def build_extensions(self) -> None:
+        for ext in self.extensions:
+            build_record.write(Path(self.get_ext_fullpath(ext.name)).parent, None, self._kind(ext).note)
+        super().build_extensions()
+
+    def _kind(self, ext: Extension) -> Kind:
+        return CUDA if ext is extension else CPU
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.unlink(missing_ok=True)  # nothing of an earlier build must pass for this one's
+        kind = self._kind(ext)
         try:
-            if os.environ.get("ECT_SKIP_CUDA") == "1":
-                raise CannotBuild("ECT_SKIP_CUDA=1 left them out")
-            built = self._build(out)
+            if os.environ.get(kind.skip) == "1":
+                raise CannotBuild(f"{kind.skip}=1 left them out")
+            made = self._cuda(out) if kind is CUDA else self._cpu(ext.name.rpartition("_")[2], out)
         except CannotBuild as reason:
-            build_record.write(out.parent, str(reason))
-            if os.environ.get("ECT_CUDA_REQUIRED") == "1":
+            build_record.write(out.parent, str(reason), kind.note)
+            if os.environ.get(kind.required) == "1":
                 raise SystemExit(
-                    f"ect: the CUDA kernels cannot be built, and ECT_CUDA_REQUIRED=1: {reason}"
+                    f"ect: the {kind.name} kernels cannot be built, and {kind.required}=1: {reason}"
                 ) from reason
-            _say(f"the CUDA kernels were NOT built: {reason}", "Triton or PyTorch will be used.")
+            _say(f"the {kind.name} kernels were NOT built: {reason}", kind.instead)
             return
-        build_record.write(out.parent, None)
-        names = ", ".join(f"sm_{t.arch}{' with PTX' if t.ptx else ''}" for t in built)
-        print(f"ect: built the CUDA kernels for {names}", file=sys.stderr)
+        print(f"ect: built the {kind.name} kernels for {made}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """Put the extension, or the reason, in the place of what an earlier editable or in-place build left there."""
+        """Put what was built, or the reason, in the place of what an earlier editable or in-place build left there."""
         package = Path(self.get_finalized_command("build_py").get_package_dir("ect_kernels"))
-        for ext in self.extensions:
-            built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
-            (package / built.name).unlink(missing_ok=True)
-            build_record.write(package, None if built.exists() else build_record.why_not_built(built.parent))
+        for kind in (CUDA, CPU):
+            mine = [ext for ext in self.extensions if self._kind(ext) is kind]
+            built = [Path(self.build_lib) / self.get_ext_filename(ext.name) for ext in mine]
+            for path in built:
+                (package / path.name).unlink(missing_ok=True)
+            missing = [path for path in built if not path.exists()]
+            reason = build_record.why_not_built(missing[0].parent, kind.note) if missing else None
+            build_record.write(package, reason, kind.note)
         super().copy_extensions_to_source()
 
-    def _build(self, out: Path) -> list[targets.Target]:
+    def _cpu(self, instruction_set: str, out: Path) -> str:
+        cpu_build.build(instruction_set, out)
+        return instruction_set
+
+    def _cuda(self, out: Path) -> str:
         toolkit = Toolkit()
         asked, notes = targets.wanted(os.environ.get("ECT_CUDA_ARCHS", ""))
         chosen, more = targets.buildable(asked, toolkit.known())
@@ -133,7 +168,7 @@ class BuildCuda(build_ext):
         _run_ninja(folder)
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "_C.so", out)  # whole or not at all
-        return chosen
+        return ", ".join(f"sm_{t.arch}{' with PTX' if t.ptx else ''}" for t in chosen)
 
 
 class SourceRoots:
@@ -243,7 +278,8 @@ def _say(*lines: str) -> None:
 
 
 extension = Extension("ect_kernels._C", sources=[], optional=True)
+libraries = [Extension(f"ect_kernels._cpu_{name}", sources=[], optional=True) for name in cpu_build.buildable()]
 setup(
-    ext_modules=[extension] if sys.platform == "linux" else [],
-    cmdclass={"build_ext": BuildCuda, "editable_wheel": Editable},
+    ext_modules=[*libraries, *([extension] if sys.platform == "linux" else [])],
+    cmdclass={"build_ext": Build, "editable_wheel": Editable},
 )

@@ -70,6 +70,16 @@ def _unwritten_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _backends_are_found_anew() -> Iterator[None]:
+    """What can run here is found once a process, but tests change it."""
+    from ect_kernels import dispatch
+
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+@pytest.fixture(autouse=True)
 def _shared_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's memory is predicted at its start, two thirds of what a small run costs: once for each network of a process."""
     from tests import predictions  # here, for the same reason

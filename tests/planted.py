@@ -67,3 +67,4 @@ def plant(
     planted = dispatch.Backend(changed(reference.fwd, forward), changed(reference.bwd, backward), limits)  # type: ignore[arg-type]
     patch.setattr(known, "backends", {**known.backends, name: planted})
     patch.setitem(dispatch.AUTO, "cpu", (name, "reference"))
+    dispatch.forget()

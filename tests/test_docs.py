@@ -50,7 +50,7 @@ PLACED = {  # what a command wants without an option
     "synthetic_cifar.py": ["a file"],
 }
 SHORT = [  # what is run in earnest: it needs seconds, and nothing that is not here
-    "python -m ect_kernels --check",
+    pytest.param("python -m ect_kernels --check", marks=pytest.mark.slow),  # where there are CPU kernels
     "python -m ect.train --preset cifar10-1h --objective.q 4",
     pytest.param("python -m ect.sample ect/models/digits.safetensors", marks=pytest.mark.slow),
     pytest.param("python benchmarks/footprint.py", marks=pytest.mark.slow),

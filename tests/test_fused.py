@@ -4,13 +4,14 @@ graph break."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from ect_kernels import dispatch
+from ect_kernels import cpu, dispatch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -31,9 +32,22 @@ VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The ops run on this backend, as with --kernels."""
+    dispatch.set_choice(request.param)
+    try:
+        dispatch.check_named(torch.device("cpu"))
+    except dispatch.BackendError as error:
+        pytest.skip(str(error))
+    yield
+    dispatch.set_choice(None)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["reference", "native"], indirect=True)
 @pytest.mark.parametrize("name", NETS)
-def test_fused_network_matches_golden(name: str) -> None:
+def test_fused_network_matches_golden(name: str, kernels: None) -> None:
     case, g = MANIFEST[name], load(name)
     net = CLASSES[case["cls"]](**case["kwargs"])
     net.load_state_dict(part(g, "state."))
@@ -186,21 +200,30 @@ def test_compiles_without_a_graph_break_and_fills_no_image_with_zeros(name: str)
     assert not filled, [(n, n.users) for n in filled]
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "not compiled"])
+def has_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether this CPU has the norms in C++."""
+    monkeypatch.delenv("ECT_KERNELS", raising=False)
+    monkeypatch.setattr(cpu, "why_not_built", lambda: None if request.param else "nothing has built them")
+    return request.param
+
+
 @pytest.mark.parametrize("choice", ["", "residual_group_norm_silu=reference"])
-def test_the_choice_of_arithmetic_compiles_too(choice: str) -> None:
+def test_the_choice_of_arithmetic_compiles_too(choice: str, has_kernels: bool) -> None:
     net = UNet(8, 3, 3)
     net.forward = lambda x: x * wanted(net.on_ops, x)
     dispatch.set_choice(choice)
     try:
+        assert wanted(None, torch.ones(1)) == (has_kernels or bool(choice))
         assert torch.compile(net, fullgraph=True, backend="eager")(torch.ones(1)) == bool(choice)
     finally:
         dispatch.set_choice(None)
 
 
-def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> None:
     x = torch.zeros(1)
-    monkeypatch.delenv("ECT_KERNELS", raising=False)
-    assert not wanted(None, x) and wanted(True, x)
+    assert wanted(None, x) == has_kernels and wanted(True, x) and not wanted(False, x)
+    assert not wanted(None, torch.zeros(1, device="meta"))
     monkeypatch.setenv("ECT_KERNELS", "*=reference")
     assert wanted(None, x) and not wanted(False, x)
     monkeypatch.delenv("ECT_KERNELS")
@@ -209,3 +232,12 @@ def test_who_wants_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
         assert wanted(None, x)
     finally:
         dispatch.set_choice(None)
+
+
+def test_norms_that_were_refused_are_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "why_not_built", lambda: None)
+    try:
+        dispatch.refuse("group_norm_silu", "native", torch.device("cpu"), "wrong values")
+        assert not wanted(None, torch.zeros(1))
+    finally:
+        dispatch.clear_refused()

@@ -187,11 +187,12 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 def seconds(function: Callable[[], Any], device: torch.device, runs: int = 0) -> float:
     """Return the median time of one call.
 
-    runs: 0 means 20 on a GPU and, on the CPU, 3, or 1 that takes over a second (interpreters).
+    runs: 0 means 20, on the CPU as many of them as take a tenth of a second, but at least 3, or 1 that takes over a second
+    (interpreters).
     """
     if device.type != "cuda":
         times: list[float] = []
-        while len(times) < (runs or (1 if sum(times) > 1 else 3)):
+        while len(times) < (runs or (1 if sum(times) > 1 else 3 if sum(times) > 0.1 else 20)):
             start = time.perf_counter()
             function()
             times.append(time.perf_counter() - start)
@@ -211,8 +212,8 @@ def seconds(function: Callable[[], Any], device: torch.device, runs: int = 0) ->
 
 
 @cache
-def copy_bandwidth(device: torch.device) -> float:
-    """Return the bytes per second, read and written, of a large copy on the device."""
-    source = torch.empty(FLUSH, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * FLUSH / seconds(lambda: target.copy_(source), device)
+def copy_bandwidth(device: torch.device, size: int = 2 * FLUSH) -> float:
+    """Return the bytes per second of a copy on the device that moves `size` bytes, read and written."""
+    source = torch.zeros(max(size // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return size / seconds(lambda: target.copy_(source), device)

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 from ect_kernels import dispatch
+from ect_kernels import group_norm_silu as norm
+from ect_kernels import residual_group_norm_silu as seam
 from ect_kernels.group_norm_silu import group_norm_silu
 from ect_kernels.residual_group_norm_silu import residual_group_norm_silu
 from ect_kernels.rows import by_sample, split_columns
@@ -27,15 +29,20 @@ from torch import Tensor, nn
 from ect.models.layers import Conv2d, GroupNorm, MaskKey, UNetBlock
 from ect.models.products import QKV, add_skip, attention, ordered_qkv, required
 
+_NORMS = norm.OP, seam.OP
+
 
 def wanted(choice: bool | None, x: Tensor) -> bool:
     """Say whether a network whose `UNet.on_ops` is `choice` runs on the ops of ect_kernels, on the device of x.
 
-    Left open (None), it does on a GPU, and wherever a backend of any op was asked for by name.
+    Left open (None), it does where the norms have a compiled form: on a GPU, and on a CPU where C++ was built. It also does
+    wherever a backend of any op was asked for by name. On a CPU torch.compile fuses PyTorch's own operations into less than
+    calls of our ops cost it, so it gets these.
     """
     if choice is not None:
         return choice
-    return x.is_cuda or bool(dispatch.named())
+    in_cpp = all("native" in op.candidates(x.device) for op in _NORMS) and not torch.compiler.is_compiling()
+    return x.is_cuda or bool(dispatch.named()) or in_cpp
 
 
 @dataclass(eq=False)
@@ -201,17 +208,26 @@ def rows_of(layers: Sequence[nn.Module], n: int) -> list[Rows]:
 
     One sum over the samples gives the gradients of all.
     """
-    names = [[name for name, _ in layer.named_parameters() if _to_a_norm(layer, name)] for layer in layers]
-    pairs = [(layer, name) for layer, group in zip(layers, names, strict=True) for name in group]
-    rows = iter(by_sample([layer.get_parameter(name) for layer, name in pairs], n))
-    return [{name: next(rows) for name in group} for group in names]
+    groups = [_to_norms(layer) for layer in layers]
+    rows = iter(by_sample([vector for group in groups for vector in group.values()], n))
+    return [dict(zip(group, rows, strict=False)) for group in groups]
 
 
-def _to_a_norm(layer: nn.Module, name: str) -> bool:
-    if isinstance(layer, UNetBlock):
-        convolutions = ["conv1.bias", "skip.bias", "proj.bias"] + ["conv0.bias"] * layer.style.adaptive_scale
-        return name.startswith("norm") or name in convolutions
-    return isinstance(layer, GroupNorm) or name == "bias"
+def _to_norms(layer: nn.Module) -> Rows:
+    """Return the vectors of a layer that norm ops take, by name."""
+    if isinstance(layer, GroupNorm):
+        return {"weight": layer.weight, "bias": layer.bias}
+    if not isinstance(layer, UNetBlock):
+        assert isinstance(layer, Conv2d)
+        return {} if layer.bias is None else {"bias": layer.bias}
+    found: Rows = {}
+    convolutions = ("conv0", "conv1", "skip", "proj") if layer.style.adaptive_scale else ("conv1", "skip", "proj")
+    for name, part in layer.named_children():
+        if isinstance(part, GroupNorm):
+            found[f"{name}.weight"], found[f"{name}.bias"] = part.weight, part.bias
+        elif name in convolutions and isinstance(part, Conv2d) and part.bias is not None:
+            found[f"{name}.bias"] = part.bias
+    return found
 
 
 def conditioning(blocks: Sequence[UNetBlock], emb: Tensor) -> list[tuple[Tensor, ...]]:

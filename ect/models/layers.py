@@ -285,7 +285,9 @@ class UNetBlock(nn.Module):
 
 def blocks_of(net: nn.Module) -> list[UNetBlock]:
     """Return the residual blocks of a network, or of a part of it, in the order in which they were made."""
-    return [layer for layer in net.modules() if isinstance(layer, UNetBlock)]
+    if isinstance(net, UNetBlock):
+        return [net]
+    return [block for part in net.children() for block in blocks_of(part)]
 
 
 def sinusoids(x: Tensor, frequencies: Tensor, sines_first: bool) -> Tensor:

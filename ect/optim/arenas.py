@@ -105,7 +105,8 @@ class Arenas(Generic[Net]):
         """
         groups: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
         for view, grad in zip(self._grad_views, grads, strict=True):
-            groups.setdefault((grad.dtype, memory_order(grad) == memory_order(view)), []).append((view, grad))
+            alike = grad.stride() == view.stride() or memory_order(grad) == memory_order(view)
+            groups.setdefault((grad.dtype, alike), []).append((view, grad))
         for pairs in groups.values():
             views, given = map(list, zip(*pairs, strict=True))
             if add and given[0].dtype != self.grads.dtype:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ect_kernels import dispatch, native
+from ect_kernels import cpu, dispatch, native
 
 OPS = (
     "group_norm_silu",
@@ -29,11 +29,13 @@ OPS = (
 )
 
 
-def built() -> str:
-    """Return one line about the CUDA extension."""
-    if (reason := native.why_no_extension()) is not None:
-        return f"CUDA kernels: NOT available: {reason}"
-    return f"CUDA kernels: built for {native.built_for()}"
+def built() -> list[str]:
+    """Return a line about the CUDA extension, and one about the CPU kernels."""
+    cuda, on_cpu = native.why_no_extension(), cpu.why_not_built()
+    return [
+        f"CUDA kernels: built for {native.built_for()}" if cuda is None else f"CUDA kernels: NOT available: {cuda}",
+        f"CPU kernels: {cpu.built_for()}" if on_cpu is None else f"CPU kernels: NOT available: {on_cpu}",
+    ]
 
 
 def checked(console: Console, device: torch.device) -> bool:
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] = ()) -> int:
         importlib.import_module(f"ect_kernels.{name}")
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console.print(built(), highlight=False)
+    console.print(*built(), sep="\n", highlight=False)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu (no CUDA device)"
     table = Table("op", "backend", "why", title=f"Backends on {where}")
     for row in dispatch.table(device):

@@ -21,6 +21,7 @@ from ect_kernels import native
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass, backends
 from ect_kernels.preconditioning import coefficients
+from ect_kernels.registry import register
 from ect_kernels.tensors import check_shapes, nhwc, wide
 
 DRAM = {
@@ -121,32 +122,31 @@ def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
 
 
 FORWARD = Pass("consistency_loss", "fwd", (Inputs,), _output, _prepare, _launcher)
-OP = Op("consistency_loss", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_limits))
+OP = Op("consistency_loss", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_limits, native=_limits))
 _forward_op = FORWARD.register(OP)
 
 
-@torch.library.custom_op("ect::consistency_loss_bwd", mutates_args=(), schema="(Tensor dF, Tensor dloss) -> Tensor")
-def _backward_op(dF: Tensor, dloss: Tensor) -> Tensor:
-    """Multiply dF by the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
-    return torch.mul(dF, dloss.view(-1, 1, 1, 1), out=torch.empty_like(dF))
+_backward_op = register(
+    "consistency_loss_bwd", "(Tensor dF, Tensor dloss) -> Tensor",
+    lambda dF, dloss: torch.mul(dF, dloss.view(-1, 1, 1, 1), out=torch.empty_like(dF)),
+    lambda dF, dloss: torch.empty_like(dF),
+)  # fmt: skip
+"""Multiply dF by the gradient that reaches each sample's loss; the product is formed in fp32 and rounded once."""
 
 
-_backward_op.register_fake(lambda dF, dloss: torch.empty_like(dF))
+class _Loss(torch.autograd.Function):
+    """The op with a gradient for its first argument."""
 
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        loss, dF = _forward_op(*args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dF)
+        return loss
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
-
-
-def _autograd(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dloss is None:
-        return (None,) * 10
-    return _backward_op(*ctx.saved_tensors, dloss), *[None] * 9
-
-
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if dloss is None else _backward_op(*ctx.saved_tensors, dloss), *[None] * 9
 
 
 def consistency_loss(
@@ -167,5 +167,5 @@ def consistency_loss(
     if not c >= 0:
         raise ValueError(f"consistency_loss: c is {c}, expected 0 or more")
     inputs = Inputs(F_t, F_r, x_t, x_r, t, r, weight, c, sigma_data)
-    loss: Tensor = _forward_op(*inputs, backend or "")[0]
+    loss: Tensor = _Loss.apply(*inputs, backend or "")
     return loss

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ect_kernels import native
+from ect_kernels import cpu, native
 
-NAMES = ("reference", "triton", "cuda", "apex", "emulated")
-AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("reference",)}
+NAMES = ("reference", "native", "triton", "cuda", "apex", "emulated")
+AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("native", "reference")}
 
 
 class BackendError(RuntimeError):
@@ -47,6 +47,7 @@ class Op:
     name: str
     backends: Mapping[str, Backend]
     _warned: set[str] = field(default_factory=set)
+    _known: dict[torch.device, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -77,7 +78,12 @@ class Op:
         raise BackendError(f"{self.name}: {first}; no backend does")
 
     def candidates(self, device: torch.device) -> list[str]:
-        return [name for name in AUTO.get(device.type, ("reference",)) if self.why_not(name, device) is None]
+        """Return the backends that `auto` may choose on `device`, in order: found once, until `forget` or `refuse`."""
+        found = self._known.get(device)
+        if found is None:
+            names = AUTO.get(device.type, ("reference",))
+            found = self._known[device] = [name for name in names if self.why_not(name, device) is None]
+        return found
 
     def usable(self, device: torch.device) -> list[str]:
         return [name for name in self.backends if self.why_not(name, device) is None]
@@ -90,6 +96,10 @@ class Op:
             return failure
         if name in ("cuda", "apex") and device.type != "cuda":
             return f"it needs CUDA tensors, these are on {device.type}"
+        if name == "native":
+            return (
+                cpu.why_not_built() if device.type == "cpu" else f"it runs on CPU tensors, these are on {device.type}"
+            )
         if name == "cuda":
             return native.why_not_built(device)
         if name == "triton":
@@ -116,6 +126,7 @@ def refuse(op: str, backend: str, device: torch.device, reason: str) -> None:
             f"{op}: the reference failed on {device} ({reason}), and there is no other form to fall back to"
         )
     _refused[op, backend, device.type] = reason
+    forget()
 
 
 def refused(device: torch.device) -> dict[tuple[str, str], str]:
@@ -126,6 +137,13 @@ def refused(device: torch.device) -> dict[tuple[str, str], str]:
 def clear_refused() -> None:
     """Let everything run again."""
     _refused.clear()
+    forget()
+
+
+def forget() -> None:
+    """Let each op find out anew, at its next call, what can run here."""
+    for op in OPS.values():
+        op._known.clear()
 
 
 def parse_choice(text: str) -> dict[str, str]:
@@ -149,7 +167,10 @@ def set_choice(text: str | None) -> None:
 
 def requested(op: str) -> str | None:
     """Return the backend asked for by name for this op, or None for auto."""
-    for choice in (_choice, parse_choice(os.environ.get("ECT_KERNELS", ""))):
+    text = os.environ.get("ECT_KERNELS")
+    if not _choice and not text:  # at every call of an op, so quickly
+        return None
+    for choice in (_choice, parse_choice(text or "")):
         every = choice.get("*")
         name = choice.get(op, every if every in OPS[op].backends else None)
         if name is not None:
@@ -181,7 +202,8 @@ def table(device: torch.device) -> list[tuple[str, str, str]]:
             rows.append((op.name, name, "asked for by name" if reason is None else f"CANNOT RUN: {reason}"))
             continue
         name = op.candidates(device)[0]
-        passed = [f"{other}: {op.why_not(other, device)}" for other in ("cuda", "triton") if op.why_not(other, device)]
-        why = "; ".join(passed) if name == "reference" and passed else f"first choice on {device.type}"
+        first = AUTO.get(device.type, ("reference",))
+        passed = [f"{other}: {op.why_not(other, device)}" for other in first[: first.index(name)]]
+        why = "; ".join(passed) if passed else f"first choice on {device.type}"
         rows.append((op.name, name, why))
     return rows

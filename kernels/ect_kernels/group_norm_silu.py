@@ -258,7 +258,7 @@ def apex_bwd(s: Saved, i: Inputs) -> Grads:
 
 
 def _prepare_fwd(i: Inputs) -> tuple[Inputs]:
-    return (i._replace(x=tensors.nhwc(i.x), gamma=vector(i.gamma), beta=vector(i.beta)),)
+    return (Inputs(tensors.nhwc(i.x), vector(i.gamma), vector(i.beta), *i[3:]),)
 
 
 def _prepare_bwd(s: Saved, i: Inputs) -> tuple[Any, ...]:
@@ -273,6 +273,7 @@ OP = Op(
         Backend(reference_fwd, reference_bwd),
         FORWARD,
         BACKWARD,
+        native=lambda *args: limits(args[-1], 4096),
         triton=lambda *args: limits(args[-1], 1024),
         cuda=lambda *args: limits(args[-1], 4096),
     )
@@ -281,24 +282,25 @@ OP = Op(
 _forward_op, _backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(mean, rstd, *inputs[:8])
-    ctx.rest = inputs[8:]
+class _Norm(torch.autograd.Function):
+    """The op with a gradient for its first six arguments."""
 
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y, mean, rstd = _forward_op(*args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, rstd, *args[:8])
+        ctx.rest = args[8:]
+        return y
 
-def _autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 14
-    mean, rstd, *saved = ctx.saved_tensors
-    dx, rows, *others = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
-    others = [None if t is None else g.to(t.dtype) for g, t in zip(others, saved[3:6], strict=True)]
-    return dx, *gradients(rows, [form(t) for t in saved[1:3]]), *others, *[None] * 8
-
-
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 14
+        mean, rstd, *saved = ctx.saved_tensors
+        dx, rows, *others = _backward_op(dy, mean, rstd, *saved, *ctx.rest)
+        others = [None if t is None else g.to(t.dtype) for g, t in zip(others, saved[3:6], strict=True)]
+        return dx, *gradients(rows, [form(t) for t in saved[1:3]]), *others, *[None] * 8
 
 
 def group_norm_silu(
@@ -322,7 +324,9 @@ def group_norm_silu(
     seed = seed if philox.dropout_threshold(p) > 0 else None
     first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)
     inputs = Inputs(x, gamma, beta, v, scale, shift, seed, first, groups, eps, act, p, layer)
-    y: Tensor = _forward_op(*inputs, backend or "")[0]
+    if not torch.is_grad_enabled():
+        return _forward_op(*inputs, backend or "")[0]
+    y: Tensor = _Norm.apply(*inputs, backend or "")
     return y
 
 

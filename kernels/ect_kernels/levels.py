@@ -89,7 +89,7 @@ def _limits(i: Inputs) -> str | None:
 
 
 FORWARD = Pass("levels", "fwd", (Inputs,), _room, lambda i: (i,), _launcher)
-OP = Op("levels", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_limits))
+OP = Op("levels", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_limits, native=_limits))
 _forward_op = FORWARD.register(OP)
 
 

@@ -132,9 +132,15 @@ def one_device(op: str, names: Iterable[str], args: Iterable[Any]) -> torch.devi
 
     Raises ValueError, naming the first tensor that is elsewhere: a kernel would take its address all the same.
     """
+    try:
+        devices = {value.device for value in args if value is not None}
+    except AttributeError:  # there are lists, or numbers
+        devices = set()
+    if len(devices) == 1:
+        return devices.pop()
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, args, strict=False):
-        for tensor in value if isinstance(value, list | tuple) else [value]:
+        for tensor in value if isinstance(value, list | tuple) else (value,):
             if not isinstance(tensor, Tensor):
                 continue
             if first is None:

@@ -103,7 +103,7 @@ def _launcher(i: Inputs, out: Output) -> tuple[native.Argument, ...]:
 
 
 FORWARD = Pass("perturb", "fwd", (Inputs,), _output, _prepare, _launcher)
-OP = Op("perturb", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_cuda_limits))
+OP = Op("perturb", backends(Backend(reference_fwd), FORWARD, triton=_limits, cuda=_cuda_limits, native=_limits))
 _forward_op = FORWARD.register(OP)
 
 

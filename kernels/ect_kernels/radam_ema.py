@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ect_kernels import native
+from ect_kernels import cpu, native
 from ect_kernels.dispatch import Backend, Op
+from ect_kernels.registry import register
 
 
 class F64(IntEnum):
@@ -166,7 +167,7 @@ def _coefficients(state_f64: Tensor, state_i64: Tensor, bad: Tensor, norm: Tenso
     return [shrink, unscale * go, ceiling, floor, size * go, 1 - betas[1], *betas, *emas]
 
 
-def _native(
+def _launch(
     backend: str,
     params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: list[Tensor], shadow: Tensor | None,
     state_f64: Tensor, state_i64: Tensor,
@@ -177,10 +178,13 @@ def _native(
     coefficients = params.new_empty(COEFFICIENTS)
     averages = [*emas, *[None] * (MAX_EMAS - len(emas))]
     half = 0 if shadow is None else native.DTYPES[shadow.dtype]
-    native.launch(
-        backend, "radam_ema_fwd", params, grads, exp_avg, exp_avg_sq, *averages, shadow, half, state_f64, state_i64,
-        partials, blocks, coefficients, n,
+    arguments = (
+        params, grads, exp_avg, exp_avg_sq, *averages, shadow, half, state_f64, state_i64, partials, blocks, coefficients, n,
     )  # fmt: skip
+    if backend == "native":
+        cpu.launch("radam_ema_fwd", *arguments)
+    else:
+        native.launch(backend, "radam_ema_fwd", *arguments)
 
 
 def _triton(params: Tensor, *more: Any) -> None:
@@ -197,8 +201,7 @@ def _limits(params: Tensor, *_: Tensor | list[Tensor] | None) -> str | None:
 OP = Op("radam_ema", {
     "reference": Backend(reference),
     "triton": Backend(_triton, limits=_limits),
-    "cuda": Backend(partial(_native, "cuda"), limits=_limits),
-    "emulated": Backend(partial(_native, "emulated"), limits=_limits),
+    **{name: Backend(partial(_launch, name), limits=_limits) for name in ("native", "cuda", "emulated")},
 })  # fmt: skip
 
 
@@ -211,15 +214,13 @@ def _fake(*args: Any) -> None:
     native.one_device("radam_ema", ARGUMENTS, args)
 
 
-# Not torch.library.custom_op: its first call imports the compiler, seconds that a CPU run without it would pay for nothing.
-_library = torch.library.Library("ect", "FRAGMENT")
-_library.define(
-    "radam_ema(Tensor(a!) params, Tensor(b!) grads, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)[] emas, "
+_op = register(
+    "radam_ema",
+    "(Tensor(a!) params, Tensor(b!) grads, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)[] emas, "
     "Tensor(f!)? shadow, Tensor(g!) state_f64, Tensor(h!) state_i64, str backend) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _run,
+    _fake,
 )
-_library.impl("radam_ema", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("ect::radam_ema", _fake, lib=_library)
 
 
 def radam_ema(
@@ -242,4 +243,4 @@ def radam_ema(
         raise ValueError(f"{len(emas)} EMAs; at most {MAX_EMAS}")
     if state_f64.shape != (len(F64),) or state_i64.shape != (len(I64),):
         raise ValueError("state_f64 or state_i64 was not made by new_state()")
-    torch.ops.ect.radam_ema(params, grads, exp_avg, exp_avg_sq, emas, shadow, state_f64, state_i64, backend or "")
+    _op(params, grads, exp_avg, exp_avg_sq, emas, shadow, state_f64, state_i64, backend or "")

@@ -62,8 +62,7 @@ class Seam(NamedTuple):
 
 def _nothing_to_sum(s: Seam, i: Norm) -> bool:
     """Return whether x is a itself."""
-    parts = (s.bias, s.skip, s.skip_bias)
-    return all(part is None for part in parts) and s.skip_scale == 1.0 and s.dtype == i.x.dtype
+    return s.bias is s.skip is s.skip_bias is None and s.skip_scale == 1.0 and s.dtype == i.x.dtype
 
 
 class Output(NamedTuple):
@@ -195,11 +194,23 @@ OP = Op(
         Backend(reference_fwd, reference_bwd),
         FORWARD,
         BACKWARD,
+        native=cuda_limits,
         triton=triton_limits,
         cuda=cuda_limits,
     ),
 )
 forward_op, backward_op = FORWARD.register(OP), BACKWARD.register(OP)
+
+
+def _results(backend: str, summed: bool, s: Seam, i: Norm) -> tuple[Tensor, ...]:
+    """Return (x, y, joined, mean, rstd); of rows, gamma and beta are one."""
+    left = Seam(None, None, None, 1.0, s.other, s.dtype)
+    if not summed:
+        left = Seam(vector(s.bias), s.skip, vector(s.skip_bias), *s[3:])
+    x, y, mean, rstd = forward_op(*left, *i, backend)
+    x = i.x.view_as(i.x) if _nothing_to_sum(left, i) else x
+    joined = x.detach() if s.other is None else x.new_empty(1).expand(y.shape)
+    return x, y, joined, mean, rstd
 
 
 class _Seam(torch.autograd.Function):
@@ -214,13 +225,8 @@ class _Seam(torch.autograd.Function):
         ctx: Any, backend: str, summed: bool, dx: bool, djoined: bool, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         s, i = Seam(*args[: len(Seam._fields)]), Norm(*args[len(Seam._fields) :])
-        one = s._replace(bias=vector(s.bias), skip_bias=vector(s.skip_bias))
-        left = Seam(None, None, None, 1.0, s.other, s.dtype) if summed else one
         gamma, beta = vector(i.gamma), vector(i.beta)
-        x, y, mean, rstd = forward_op(*left, *i._replace(gamma=gamma, beta=beta), backend)
-        x = i.x.view_as(i.x) if _nothing_to_sum(left, i) else x
-        n, channels, h, w = y.shape
-        joined = x.detach() if s.other is None else x.new_empty(1).expand(n, channels, h, w)
+        x, y, joined, mean, rstd = _results(backend, summed, s, i._replace(gamma=gamma, beta=beta))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t, given in ((x, dx), (joined, djoined)) if not given))
         ctx.save_for_backward(mean, rstd, s.other, x, gamma, beta, i.seed, i.n0)
@@ -279,5 +285,9 @@ def residual_group_norm_silu(
     first = None if seed is None else philox.first_sample(NAME, n0, a.device)
     i = Norm(a, gamma, beta, None, None, None, seed, first, groups, eps, act, p, layer)
     s = Seam(bias, skip, skip_bias, skip_scale, other, dtype)
-    outputs: tuple[Tensor, ...] = _Seam.apply(backend or "", summed, dx, djoined and joined, *s, *i)
-    return outputs if joined else outputs[:2]
+    outputs: tuple[Tensor, ...]
+    if torch.is_grad_enabled():
+        outputs = _Seam.apply(backend or "", summed, dx, djoined and joined, *s, *i)
+    else:
+        outputs = _results(backend or "", summed, s, i._replace(gamma=vector(gamma), beta=vector(beta)))
+    return outputs[:3] if joined else outputs[:2]

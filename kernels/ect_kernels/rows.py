@@ -13,32 +13,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ect_kernels.registry import register
 from ect_kernels.tensors import Some
 
 
-@torch.library.custom_op("ect::sum_rows", mutates_args=())
-def sum_rows(rows: Sequence[Tensor]) -> Tensor:
-    """Sum all [N, C_i] over n, and return the sums one after the other: [sum of C_i].
-
-    This is an op of its own, because torch.compile would make as many copies of the sum as there are tensors.
-    """
-    return torch.cat(list(rows), dim=1).sum(0)
+def _width(tensors: Sequence[Tensor]) -> int:
+    return sum(t.shape[1] for t in tensors)
 
 
-@sum_rows.register_fake
-def _(rows: Sequence[Tensor]) -> Tensor:
-    return rows[0].new_empty(sum(t.shape[1] for t in rows))
+# Ops of their own, because torch.compile would make as many copies of the result as there are tensors.
+sum_rows = register(
+    "sum_rows", "(Tensor[] rows) -> Tensor",
+    lambda rows: torch.cat(rows, dim=1).sum(0), lambda rows: rows[0].new_empty(_width(rows)),
+)  # fmt: skip
+"""Sum all [N, C_i] over n, and return the sums one after the other: [sum of C_i]."""
 
-
-@torch.library.custom_op("ect::join_columns", mutates_args=())
-def join_columns(columns: Sequence[Tensor]) -> Tensor:
-    """Join all [N, C_i] side by side, to [N, sum of C_i]; an op of its own, as sum_rows is."""
-    return torch.cat(list(columns), dim=1)
-
-
-@join_columns.register_fake
-def _(columns: Sequence[Tensor]) -> Tensor:
-    return columns[0].new_empty(len(columns[0]), sum(t.shape[1] for t in columns))
+join_columns = register(
+    "join_columns", "(Tensor[] columns) -> Tensor",
+    lambda columns: torch.cat(columns, dim=1), lambda columns: columns[0].new_empty(len(columns[0]), _width(columns)),
+)  # fmt: skip
+"""Join all [N, C_i] side by side, to [N, sum of C_i]."""
 
 
 class _Split(torch.autograd.Function):
@@ -88,7 +82,7 @@ def vector(t: Some) -> Some:
     """Return the [C] of a vector, or of rows that are all alike."""
     if t is None or t.dim() == 1:
         return t
-    return t[0] if len(t) else t.new_zeros(t.shape[1])
+    return t.select(0, 0) if t.shape[0] else t.new_zeros(t.shape[1])
 
 
 class Form(NamedTuple):
@@ -108,9 +102,15 @@ def gradients(rows: Tensor, forms: Sequence[Form | None]) -> list[Tensor | None]
 
     The K-th also serves further vectors, which were added to the K-th.
     """
-    totals = rows.sum(1) if any(f is not None and not f.by_sample for f in forms) else rows
+    planes = rows.unbind()
+    totals = planes if all(f is None or f.by_sample for f in forms) else rows.sum(1).unbind()
     found: list[Tensor | None] = []
     for k, f in enumerate(forms):
-        plane = min(k, len(rows) - 1)
-        found.append(None if f is None else (rows if f.by_sample else totals)[plane][..., : f.channels].to(f.dtype))
+        if f is None:
+            found.append(None)
+            continue
+        gradient = (planes if f.by_sample else totals)[min(k, len(planes) - 1)]
+        if gradient.shape[-1] != f.channels:
+            gradient = gradient[..., : f.channels]
+        found.append(gradient if gradient.dtype == f.dtype else gradient.to(f.dtype))
     return found

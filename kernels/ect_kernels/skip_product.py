@@ -50,14 +50,15 @@ def _room(i: Inputs) -> Output:
 
 
 def reference_fwd(i: Inputs) -> Output:
-    dtype = wide(i.a)
+    dtype, out = wide(i.a), _room(i)
     left, right = i.weight.to(dtype).t().split([i.x.shape[1], i.other.shape[1]])
-    total = torch.addmm(pixels(i.a).to(dtype), pixels(i.x).to(dtype), left)
-    total.addmm_(pixels(i.other).to(dtype), right)
+    into = pixels(out.out) if out.out.dtype == dtype else None
+    total = torch.addmm(pixels(i.a).to(dtype), pixels(i.x).to(dtype), left, beta=i.scale, alpha=i.scale, out=into)
+    total.addmm_(pixels(i.other).to(dtype), right, alpha=i.scale)
     for bias in (i.bias, i.skip_bias):
-        total = total if bias is None else total + bias.to(dtype)
-    out = _room(i)
-    pixels(out.out).copy_(total * i.scale)
+        total = total if bias is None else total.add_(bias.to(dtype), alpha=i.scale)
+    if into is None:
+        pixels(out.out).copy_(total)
     return out
 
 

@@ -17,7 +17,11 @@ def wide(x: Tensor) -> torch.dtype:
 
 def fp32(v: Tensor | None) -> Tensor | None:
     """Return a vector as the kernels read it: contiguous float32."""
-    return None if v is None else v.to(torch.float32).contiguous()
+    if v is None or (
+        v.dtype == torch.float32 and v.is_contiguous()
+    ):  # nothing to do costs nothing: it is for each call of an op
+        return v
+    return v.to(torch.float32).contiguous()
 
 
 def fp32_rows(v: Tensor | None) -> Tensor | None:
@@ -25,7 +29,8 @@ def fp32_rows(v: Tensor | None) -> Tensor | None:
 
     They may be those of a larger tensor.
     """
-    v = None if v is None else v.to(torch.float32)
+    if v is not None and v.dtype != torch.float32:
+        v = v.to(torch.float32)
     return v if v is None or v.stride(1) == 1 else v.contiguous()
 
 
@@ -40,7 +45,8 @@ def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -
     Its strides are the same for fakes also where H = W = 1 would make them ambiguous.
     """
     n, _, h, w = like.shape
-    return like.new_empty((n, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
+    strides = (h * w * channels, 1, w * channels, channels)
+    return torch.empty_strided((n, channels, h, w), strides, dtype=dtype or like.dtype, device=like.device)
 
 
 def check_shapes(op: str, *named: tuple[Any, ...]) -> None:

@@ -13,7 +13,7 @@ static int run(const Sample& s, double c) {
   r.as<float>()[0] = 0.f;   // no teacher: what it says is not read
   memset(F_r.as<char>(), 0xFF, s.m * size);
   const int bad = consistency_loss_fwd(F_t.as<void>(), F_r.as<void>(), x_t, x_r, t, r, weight, loss, dF.as<void>(), s.n, s.m,
-                                       s.dtype, c, 0.5, nullptr);
+                                       s.dtype, c, 0.5, STREAM);
   return bad + unwritten("loss", loss, s.n, 0) + unwritten("dF", dF, m, s.dtype);
 }
 

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <memory>
 
+#ifndef STREAM
+#define STREAM nullptr   // a launcher's last argument; for those of csrc/cpu/ it is the number of threads
+#endif
+
 struct Shape { int64_t n, hw, c, c2, groups, dtype, shift; };   // shift: bytes between a 16-byte boundary and the tensors
 // On chip with 4 and 12 channels a group; read twice; odd sizes; no vectors because of the address; one wide group; two sources.
 inline const Shape SHAPES[] = {{2, 64, 64, 0, 16, 1, 0},  {1, 64, 256, 128, 32, 2, 0}, {1, 1024, 32, 16, 1, 2, 0}, {1, 900, 24, 0, 1, 0, 0},

@@ -13,10 +13,10 @@ static int run(const Shape& s, bool all) {
   const int64_t *key = all ? seed.get() : nullptr, *n0 = all ? first.get() : nullptr;
   const int64_t threshold = all ? 13107 : 0;
   int bad = group_norm_silu_fwd(x.as<void>(), gamma, beta, given(v), given(scale), given(shift), key, n0, y.as<void>(), mean, rstd,
-                                s.n, s.hw, c, s.groups, s.dtype, all, threshold, 3, c, c, 1e-6, 1.25, nullptr);
+                                s.n, s.hw, c, s.groups, s.dtype, all, threshold, 3, c, c, 1e-6, 1.25, STREAM);
   bad |= group_norm_silu_bwd(dy.as<void>(), x.as<void>(), gamma, beta, given(v), given(scale), given(shift), key, n0, mean, rstd,
                              dx.as<void>(), given(dv), given(dscale), given(dshift), partials, s.n, s.hw, c,
-                             s.groups, s.dtype, all, threshold, 3, c, c, 1.25, nullptr);
+                             s.groups, s.dtype, all, threshold, 3, c, c, 1.25, STREAM);
   bad += unwritten("y", y, m, s.dtype) + unwritten("dx", dx, m, s.dtype) + unwritten("mean", mean, ng, 0);
   bad += unwritten("rstd", rstd, ng, 0) + unwritten("partials", partials, 2 * nc, 0);
   if (all) bad += unwritten("dv", dv, nc, 0) + unwritten("dscale", dscale, nc, 0) + unwritten("dshift", dshift, nc, 0);

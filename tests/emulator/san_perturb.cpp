@@ -15,7 +15,7 @@ static int run(const Image& s, bool drawn, bool mirror) {
   const std::unique_ptr<int64_t> seed(new int64_t(-12345)), n0(new int64_t(5));
   int bad = perturb_fwd(images.as<uint8_t>(), t, r, drawn ? seed.get() : nullptr, mirror ? flip.as<uint8_t>() : nullptr,
                         drawn ? nullptr : eps.as<float>(), drawn ? n0.get() : nullptr, in_t.as<void>(), in_r.as<void>(), x_t, x_r, s.n, s.h, s.w, s.c,
-                        s.dtype, 0.5, nullptr);
+                        s.dtype, 0.5, STREAM);
   bad += unwritten("in_t", in_t, m, s.dtype) + unwritten("in_r", in_r, m, s.dtype);
   return bad + unwritten("x_t", x_t, m, 0) + unwritten("x_r", x_r, m, 0);
 }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include "san_gn.h"
 
 extern "C" int radam_ema_fwd(void*, void*, void*, void*, void*, void*, void*, void*, int64_t, void*, void*, void*, int64_t,
                              void*, int64_t, void*);
@@ -28,7 +29,7 @@ static int step(int64_t n, int emas, int64_t half, double loss_scale, bool bad) 
   float* c = (float*)malloc(16 * sizeof(float));
   if (bad) g[n - 1] = NAN, g[0] = -INFINITY;
   const float before = p[n - 1];
-  const int code = radam_ema_fwd(p, g, m, v, ema[0], ema[1], ema[2], shadow, half, f, s, partials, blocks, c, n, nullptr);
+  const int code = radam_ema_fwd(p, g, m, v, ema[0], ema[1], ema[2], shadow, half, f, s, partials, blocks, c, n, STREAM);
   const bool skip = bad && loss_scale > 0, moved = p[n - 1] != before;
   bool ok = s[0] == (skip ? 7 : 8) && s[1] == (bad ? 2 : 0) && s[3] == skip && (bad || moved) && !(skip && moved);
   for (int64_t i = 0; i < n; i++) ok = ok && std::isfinite(p[i]) && std::isfinite(g[i]);

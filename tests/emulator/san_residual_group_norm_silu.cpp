@@ -19,10 +19,10 @@ static int run(const Shape& s, bool all, int64_t of_a) {
   auto given = [&](const Array& t) { return all ? t.as<float>() : nullptr; };
   int bad = residual_group_norm_silu_fwd(a.as<void>(), given(bias), given(skip), given(skip_bias), second, gamma, beta, key, n0,
                                          x.as<void>(), y.as<void>(), mean, rstd, s.n, s.hw, s.c, s.c2, s.dtype, s.groups, of_a, all,
-                                         threshold, 3, 0.7, 1e-6, 1.25, nullptr);
+                                         threshold, 3, 0.7, 1e-6, 1.25, STREAM);
   bad |= residual_group_norm_silu_bwd(dy.as<void>(), given(dx), given(djoined), x.as<void>(), second, gamma, beta, key, n0, mean, rstd,
                                       da.as<void>(), dsecond, partials, s.n, s.hw, s.c, s.c2, s.dtype,
-                                      s.groups, of_a, all, threshold, 3, 0.7, 1.25, nullptr);
+                                      s.groups, of_a, all, threshold, 3, 0.7, 1.25, STREAM);
   bad += unwritten("x", x, m, s.dtype) + unwritten("y", y, m + m2, s.dtype) + unwritten("da", da, m, of_a);
   bad += unwritten("dother", dother, m2, s.dtype) + unwritten("mean", mean, ng, 0) + unwritten("rstd", rstd, ng, 0);
   bad += unwritten("partials", partials, 3 * s.n * c, 0);

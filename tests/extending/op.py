@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from ect_kernels.dispatch import Backend, Op
 from ect_kernels.passes import Pass
 from ect_kernels.tensors import check_shapes
@@ -57,20 +58,22 @@ OP = Op("scale_rows", {"reference": Backend(reference_fwd, reference_bwd)})
 forward_op, backward_op = FORWARD.register(OP), BACKWARD.register(OP)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.backend = inputs[2]
+class _ScaleRows(torch.autograd.Function):
+    """The op with a gradient for x."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor, backend: str) -> Any:
+        ctx.save_for_backward(x, s)
+        ctx.backend = backend
+        return forward_op(x, s, backend)
 
-def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return backward_op(dy, *ctx.saved_tensors, ctx.backend), None, None
-
-
-forward_op.register_autograd(_autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return backward_op(dy, *ctx.saved_tensors, ctx.backend), None, None
 
 
 def scale_rows(x: Tensor, s: Tensor, backend: str | None = None) -> Tensor:
     """Return s[n] x[n] of x [N, C, H, W] and s [N], in x's dtype. Raises ValueError, dispatch.BackendError."""
     check_shapes("scale_rows", ("s", s, (len(x),)))
-    y: Tensor = forward_op(x, s, backend or "")
+    y: Tensor = _ScaleRows.apply(x, s, backend or "")
     return y

@@ -7,7 +7,6 @@ CPU are real, and autograd runs. What a step does that a GPU would have to wait 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,9 +16,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from ect_kernels import native
+from ect_kernels import native, registry
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -364,9 +362,7 @@ def _read(tensor: FakeTensor) -> Tensor:
 
 def implementation(name: str) -> Callable[..., Any]:
     """What runs on the device for an op ect.<name>.default."""
-    op = name.split(".")[1]
-    definition = OPDEFS.get(f"ect::{op}")
-    return importlib.import_module(f"ect_kernels.{op}")._run if definition is None else definition._init_fn
+    return registry.FUNCTIONS[name.split(".")[1]]
 
 
 def _fault(func: Any, name: str, tensors: list[Tensor], wanted: str | None) -> str | None:

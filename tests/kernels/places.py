@@ -16,6 +16,7 @@ NO_FORM = {
         "skip_product",
         "cuda",
     ): "a matrix product with an epilogue: Triton reaches the tensor cores, CUDA C++ would need CUTLASS",
+    ("skip_product", "native"): "a matrix product, which in single precision is the library's",
 }
 """(op, form): why an op is not written in this form."""
 NUMBERS = "a few numbers an image, no tensor of the data's size"
@@ -41,7 +42,7 @@ def names_kernels(path: Path, op: str) -> bool:
 class Place:
     """A file, and what it must have of an op.
 
-    form: the place is for ops in this form, "triton" or "cuda". without: op -> why it needs no such place.
+    form: the place is for ops in this form, "native", "triton" or "cuda". without: op -> why it needs no such place.
     """
 
     path: str
@@ -61,6 +62,7 @@ PLACES = [
     Place("kernels/ect_kernels/<op>.py", says(r"^DRAM = (.|\n)*^OP = Op\((.|\n)*^def <op>\(")),
     Place("kernels/ect_kernels/<op>_triton.py", says(r"^@triton.jit|^def fwd\("), "triton"),
     Place("csrc/<op>.cu", says(r"\bint <op>_fwd\("), "cuda"),
+    Place("csrc/cpu/<op>.cpp", says(r"^int <op>_fwd\("), "native"),
     Place("csrc/launchers.h", says(r"^int <op>_fwd\((.|\n)*\bX\(<op>_fwd\)"), "cuda"),
     Place("kernels/ect_kernels/__main__.py", says(r'^    "<op>",$')),
     Place("kernels/ect_kernels/calls.py", says(r"^    from ect_kernels.<op> import .*\b<op>\b")),
@@ -98,7 +100,7 @@ PLACES = [
 def missing(op: Op, root: Path) -> list[str]:
     """Return the places in the tree at `root` that do not know an op, by path, and the forms that it lacks without a reason."""
     found = []
-    for form in ("triton", "cuda"):
+    for form in ("native", "triton", "cuda"):
         if form not in op.backends and (op.name, form) not in NO_FORM:
             found.append(f"a form in {form}, or a reason in NO_FORM of tests/kernels/places.py")
     for place in PLACES:

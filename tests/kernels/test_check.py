@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ect_kernels import check, dispatch, native
+from ect_kernels import check, cpu, dispatch, native
 from ect_kernels.__main__ import OPS, main
 from ect_kernels.calls import ARENA, SAMPLES, Call, Recorder, Shape, default_calls
 
@@ -235,6 +235,15 @@ def test_the_emulated_kernels_pass_at_the_shapes_of_a_network(
     assert report.failed == {} and report.calls[OPS[0], "emulated"] == len(of(calls, OPS[0]))
 
 
+@pytest.mark.slow
+def test_so_do_the_cpu_kernels(calls: list[Call]) -> None:
+    if (reason := cpu.why_not_built()) is not None:
+        pytest.skip(reason)
+    report = check.check(calls, CPU)
+    assert report.failed == {} and {op for op, _ in report.calls} == set(OPS) - {"skip_product"}
+    assert report.calls[OPS[0], "native"] == len(of(calls, OPS[0]))
+
+
 @pytest.mark.parametrize(
     ("fault", "named", "status", "said"),
     [
@@ -256,7 +265,10 @@ def test_the_command_checks_what_the_ops_would_use(
     assert said in out and ("1 backends failed" in out) == (status == 1 and not named)
 
 
-def test_the_command_says_where_there_is_nothing_to_check(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_where_there_is_nothing_to_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))
     assert main(["--check"]) == 0 and "check: nothing but references runs here" in capsys.readouterr().out
 
 

@@ -42,8 +42,8 @@ def test_an_op_from_outside_is_told_what_it_lacks() -> None:
     with added("op") as own:
         found = missing(own.OP, ROOT)
     forms = [place for place in found if place.startswith("a form in ")]
-    assert [place.split()[3].rstrip(",") for place in forms] == ["triton", "cuda"]
-    assert found[2:] == [place.file("scale_rows") for place in PLACES if place.form is None]
+    assert [place.split()[3].rstrip(",") for place in forms] == ["native", "triton", "cuda"]
+    assert found[3:] == [place.file("scale_rows") for place in PLACES if place.form is None]
 
 
 def tree(root: Path, without: Place | None) -> None:
@@ -62,7 +62,7 @@ def tree(root: Path, without: Place | None) -> None:
 def test_a_toy_op_lacks_what_was_left_out_and_nothing_else(left_out: Place | None, tmp_path: Path) -> None:
     tree(tmp_path, left_out)
     with forgotten():
-        toy = Op(TOY, dict.fromkeys(("reference", "triton", "cuda"), Backend(lambda *args: None)))
+        toy = Op(TOY, dict.fromkeys(("reference", "native", "triton", "cuda"), Backend(lambda *args: None)))
         assert missing(toy, tmp_path) == ([] if left_out is None else [left_out.file(TOY)])
 
 

@@ -22,6 +22,7 @@ HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU = torch.cuda.is_available()
 CPU_BACKENDS = [
     pytest.param("cpu", "reference"),
+    pytest.param("cpu", "native"),
     pytest.param(
         "cpu", "triton", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
     ),
@@ -222,21 +223,26 @@ def test_empty_batch(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"v": True, "p": 0.2}, {"v": True, "modulated": True, "act": False}])
 @pytest.mark.parametrize("shape", [(2, 12, 3, 4, 5), (1, 8, 2, 1, 1), (0, 12, 3, 4, 5)], ids=str)
-def test_opcheck(shape: tuple[int, int, int, int, int], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_opcheck(backend: str, shape: tuple[int, int, int, int, int], options: dict[str, Any]) -> None:
+    prepare("cpu", backend)
     kwargs = inputs(*shape, dtype=HALF, **options)
-    leaves = {k: kwargs[k].detach().requires_grad_() if k in kwargs else None for k in GRADS}
+    leaves = {k: kwargs.get(k) for k in GRADS}
     drop = (kwargs.get("seed"), torch.tensor(1) if "seed" in kwargs else None)
-    rest = (*drop, kwargs["groups"], 1e-6, kwargs["act"], kwargs.get("p", 0.0), 3, "reference")
+    rest = (*drop, kwargs["groups"], 1e-6, kwargs["act"], kwargs.get("p", 0.0), 3, backend)
     torch.library.opcheck(torch.ops.ect.group_norm_silu.default, (*leaves.values(), *rest))
     y, mean, rstd = torch.ops.ect.group_norm_silu(*leaves.values(), *rest)
-    plain = [None if t is None else t.detach() for t in leaves.values()]
-    torch.library.opcheck(torch.ops.ect.group_norm_silu_bwd.default, (torch.ones_like(y), mean, rstd, *plain, *rest))
+    gradient = (torch.ones_like(y), mean, rstd, *leaves.values(), *rest)
+    torch.library.opcheck(torch.ops.ect.group_norm_silu_bwd.default, gradient)
 
 
 def test_compiles_as_one_graph() -> None:
     kwargs = inputs(2, 24, 4, 5, 7, FP32, v=True, p=0.2)
+    leaves = [kwargs[name].requires_grad_() for name in ("x", "gamma", "beta", "v")]
     compiled = torch.compile(lambda: group_norm_silu(**kwargs) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(), group_norm_silu(**kwargs) * 2)
+    got, want = compiled(), group_norm_silu(**kwargs) * 2
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, *(torch.autograd.grad(y.square().sum(), leaves) for y in (got, want))))
 
 
 def test_plain_pytorch() -> None:
@@ -266,13 +272,14 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 
 def test_limits() -> None:
-    prepare("cpu", "emulated")
-    with pytest.raises(BackendError, match="4097 channels a group \\(only up to 4096"):
-        group_norm_silu(**inputs(1, 4097, 1, 1, 1, FP32), backend="emulated")
-    check(group_norm_silu, "emulated", case("widest group", 1, 4096, 1, 2, 1, FP32, v=True), "cpu")
     double = inputs(1, 8, 2, 3, 3, torch.float64)
-    with pytest.raises(BackendError, match="'emulated' cannot run: dtype torch\\.float64"):
-        group_norm_silu(**double, backend="emulated")
+    for backend in ("emulated", "native"):
+        prepare("cpu", backend)
+        with pytest.raises(BackendError, match="4097 channels a group \\(only up to 4096"):
+            group_norm_silu(**inputs(1, 4097, 1, 1, 1, FP32), backend=backend)
+        check(group_norm_silu, backend, case("widest group", 1, 4096, 1, 2, 1, FP32, v=True), "cpu")
+        with pytest.raises(BackendError, match=f"'{backend}' cannot run: dtype torch\\.float64"):
+            group_norm_silu(**double, backend=backend)
     if not GPU and native.why_no_triton(torch.device("cpu")) is None:
         with pytest.raises(BackendError, match="'triton' cannot run: dtype torch\\.float64"):
             group_norm_silu(**double, backend="triton")

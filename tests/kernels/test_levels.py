@@ -16,6 +16,7 @@ from tests.kernels import conftest
 torch.set_num_threads(1)
 TARGETS = [
     ("reference", "cpu"),
+    ("native", "cpu"),
     ("triton", "cpu"),
     ("emulated", "cpu"),
     pytest.param("triton", "cuda", marks=pytest.mark.gpu),
@@ -83,4 +84,5 @@ def test_bad_arguments_are_refused(backend: str, device: str, changes: dict[str,
 
 def test_opcheck() -> None:
     scalars = torch.tensor(5), torch.tensor(1), torch.tensor(3)
-    torch.library.opcheck(_forward_op, (*scalars, 5, -1.1, 2.0, 2.0, 8.0, 1.0, "reference"))
+    for backend in ("reference", "native"):
+        torch.library.opcheck(_forward_op, (*scalars, 5, -1.1, 2.0, 2.0, 8.0, 1.0, backend))

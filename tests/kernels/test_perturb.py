@@ -20,6 +20,7 @@ HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU = torch.cuda.is_available()
 BACKENDS = [
     pytest.param("cpu", "reference"),
+    pytest.param("cpu", "native"),
     pytest.param(
         "cpu", "triton", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
     ),
@@ -114,7 +115,7 @@ def test_noise_is_the_plain_steps(size: tuple[int, int, int, int], n0: int, devi
 def test_reference_is_the_plain_step(flip: bool) -> None:
     """To the bit: y, eps and x_t of TrainStep, and c_in x of EDMPrecond."""
     kwargs = inputs(4, 8, 8, 3, flip=flip)
-    in_t, in_r, x_t, x_r = perturb(**kwargs)
+    in_t, in_r, x_t, x_r = perturb(**kwargs, backend="reference")
     y = to_float(kwargs["images"], kwargs.get("flip"))
     eps = philox.normal(kwargs["seed"], philox.STREAM_EPS, 3, 4, 192, y.device).view(y.shape)
     sigma_t, sigma_r = (kwargs[k].view(4, 1, 1, 1) for k in "tr")
@@ -199,8 +200,9 @@ def test_layouts_and_empty_batch(device: str, backend: str) -> None:
 def test_opcheck(size: tuple[int, int, int, int], options: dict[str, bool]) -> None:
     k = inputs(*size, HALF, **options)
     seed, n0 = (None, None) if "eps" in k else (k["seed"], torch.tensor(3))
-    args = (k["images"], k["t"], k["r"], seed, k.get("flip"), k.get("eps"), n0, 0.5, HALF, "reference")
-    torch.library.opcheck(torch.ops.ect.perturb.default, args)
+    args = (k["images"], k["t"], k["r"], seed, k.get("flip"), k.get("eps"), n0, 0.5, HALF)
+    for backend in ("reference", "native"):
+        torch.library.opcheck(torch.ops.ect.perturb.default, (*args, backend))
 
 
 def test_compiles_as_one_graph() -> None:

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from ect_kernels import dispatch
-from ect_kernels.radam_ema import F64, I64, new_state, radam_ema, reference
+from ect_kernels.radam_ema import F64, I64, OP, new_state, radam_ema, reference
 from torch import Tensor
 
 from ect.cost.trace import trace
-from tests.kernels.conftest import load_emulated
+from tests.kernels.conftest import load_emulated, need
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 HERE = [
     pytest.param(("cpu", "reference"), id="reference"),
+    pytest.param(("cpu", "native"), id="native"),
     pytest.param(("cpu", "triton"), id="triton", marks=INTERPRETED),
     pytest.param(("cpu", "emulated"), id="emulated"),
 ]
@@ -31,8 +32,7 @@ EMA_BETAS = (0.9, 0.5, 0.0, 0.999)
 
 @pytest.fixture(params=HERE + THERE)
 def where(request: pytest.FixtureRequest) -> tuple[str, str]:
-    if request.param[1] == "emulated":
-        load_emulated("radam_ema")
+    need(OP, request.param[1], request.param[0])
     return request.param
 
 
@@ -248,7 +248,8 @@ def test_opcheck_and_compile() -> None:
     run = Run(("cpu", "reference"), 16, emas=2)
     run.grads.fill_(0.5)
     args = (run.params, run.grads, run.exp_avg, run.exp_avg_sq, run.averages, run.shadow, run.f64, run.i64)
-    torch.library.opcheck(torch.ops.ect.radam_ema.default, (*args, "reference"))
+    for backend in ("reference", "native"):
+        torch.library.opcheck(torch.ops.ect.radam_ema.default, (*args, backend))
     torch.library.opcheck(torch.ops.ect.radam_ema.default, (*args[:4], [], None, *args[6:], "reference"))
     eager, compiled = (Run(("cpu", "reference"), 16, emas=2) for _ in range(2))
 

@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 GRADS = ("a", "gamma", "beta", "bias", "skip", "skip_bias", "other")
 TARGETS = [
     ("triton", "cpu"),
+    ("native", "cpu"),
     ("emulated", "cpu"),
     pytest.param("triton", "cuda", marks=pytest.mark.gpu),
     pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
@@ -295,13 +296,14 @@ def test_saves_only_inputs_of_the_norm() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("absent", [(), ("bias", "skip_bias"), ("skip", "other")])
-def test_opcheck(absent: tuple[str, ...]) -> None:
-    kwargs = inputs(16, 0 if "other" in absent else 8, 8, 4, 4)(torch.device("cpu"))
+def test_opcheck(absent: tuple[str, ...], backend: str) -> None:
+    kwargs = inputs(16, 0 if "other" in absent else 8, 8, 4, 4)(need(backend, "cpu"))
     k = kwargs | dict.fromkeys(absent)
     seam = (k["bias"], k["skip"], k["skip_bias"], 0.5, k["other"], torch.float32)
     vectors = (k["gamma"], k["beta"], None, None, None, k["seed"], torch.tensor(3))
-    rest = (8, 1e-6, True, 0.2, 5, "reference")
+    rest = (8, 1e-6, True, 0.2, 5, backend)
     torch.library.opcheck(forward_op, (*seam, k["a"], *vectors, *rest))
     x, y, mean, rstd = forward_op(*seam, k["a"], *vectors, *rest)
     for djoined in (None, y.clone()):

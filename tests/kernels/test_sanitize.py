@@ -1,4 +1,4 @@
-"""The emulator's sanitizer builds: they catch planted bugs of every kind, and pass every CUDA kernel of csrc/."""
+"""The sanitizer builds: they catch planted bugs of every kind, and pass every kernel of csrc/, CUDA's and the CPU's."""
 
 from __future__ import annotations
 
@@ -36,15 +36,22 @@ CAUGHT = [
 KINDS = ("program", "address", "thread")
 
 
+CPU = emulator.ROOT / "csrc" / "cpu"
+# Three threads, however small their shares.
+CPU_FLAGS = ("-DSTREAM=reinterpret_cast<void*>(3)", "-DGRAIN=1", f"-I{CPU}", "-pthread")
+
+
 @cache
-def _build(kind: str, *files: Path) -> Path:
-    return emulator.build(kind, *files)
+def _build(kind: str, *files: Path, flags: tuple[str, ...] = ()) -> Path:
+    return emulator.build(kind, *files, flags=flags)
 
 
-def run(kind: str, source: Path, main: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def run(
+    kind: str, source: Path, main: Path, *args: str, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Build (once) and run a sanitizer main; skips where g++ or CUDA's headers are missing."""
     try:
-        program = _build(kind, source, main)
+        program = _build(kind, source, main, flags=flags)
     except FileNotFoundError as error:
         pytest.skip(str(error))
     # Threads last to first, so that what a missing barrier leaves open is read before it is written.
@@ -77,6 +84,17 @@ def test_kernels_pass_the_sanitizers(source: Path, kind: str) -> None:
     main = HERE / f"san_{source.stem}.cpp"
     assert main.is_file(), f"no sanitizer main {main.name} for {source.name}"
     result = run(kind, source, main)
+    assert result.returncode == 0, (result.stdout + result.stderr)[:4000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize(
+    "source", [path for path in sorted(CPU.glob("*.cpp")) if path.stem != "library"], ids=lambda p: p.stem
+)
+def test_kernels_of_the_cpu_pass_the_sanitizers(source: Path, kind: str) -> None:
+    """The same calls as of the CUDA kernels: heap blocks of the exact size, results that are written in every place."""
+    result = run(kind, source, HERE / f"san_{source.stem}.cpp", flags=CPU_FLAGS)
     assert result.returncode == 0, (result.stdout + result.stderr)[:4000]
 
 

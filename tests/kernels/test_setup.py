@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,9 +18,8 @@ import torch
 from ect_kernels import build_record, native
 from ect_kernels.__main__ import built
 
-ROOT = Path(__file__).parents[2]
-LIST_80_90 = 'if [ "$1" = --list-gpu-code ]; then printf "sm_75\\nsm_80\\nsm_90\\n"; exit; fi\n'
-COMPILE = 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo made > "$2"; fi; shift; done\n'
+from tests.kernels.machine import COMPILE, LIST_80_90, ROOT, Machine, env, gpus, tool, without
+
 NEEDS_NINJA = pytest.mark.skipif(
     importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None, reason="needs ninja"
 )
@@ -43,69 +41,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@dataclass
-class Machine:
-    """A folder with a toolkit and its tools as shell scripts, and builds that see no other."""
-
-    folder: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.home = self.folder / "cuda home"  # a space, as folders of users have
-        self.file("include/cuda_runtime_api.h", "")
-        self.file("lib64/libcudart_static.a", "")
-        self.tool("nvcc", LIST_80_90 + 'echo "$@" >> "$ECT_TEST_LOG"\n' + COMPILE)
-        self.tool("c++", COMPILE)
-        self.file("python/pybind11.py", f"def get_include(): return {str(self.home)!r}\n")
-        if importlib.util.find_spec("ninja") is None and (ninja := shutil.which("ninja")):
-            (self.home / "bin/ninja").symlink_to(ninja)
-
-    def file(self, name: str, text: str) -> Path:
-        path = self.home / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    def tool(self, name: str, text: str) -> None:
-        self.file(f"bin/{name}", "#!/bin/sh\n" + text).chmod(0o755)
-
-    def build(self, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "-t", str(self.folder / "temp"), *options]
-        kept = {name: os.environ[name] for name in ("HOME", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
-        env = {
-            **kept, "CUDA_HOME": str(self.home), "PATH": str(self.home / "bin"), "PYTHONPATH": str(self.home / "python"),
-            "ECT_TEST_LOG": str(self.folder / "log"), **self.env,
-        }  # fmt: skip
-        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
-
-    def targets(self) -> set[str]:
-        """-gencode of every call of nvcc, which are one set."""
-        calls = (self.folder / "log").read_text().splitlines()
-        found = {frozenset(word[9:] for word in call.split() if word.startswith("-gencode=")) for call in calls}
-        assert len(found) == 1 and len(calls) == len(list((ROOT / "csrc").glob("*.cu")))
-        return set(next(iter(found)))
-
-
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
-
-
-def gpus(*said: str) -> Callable[[Machine], None]:
-    """nvidia-smi that prints these lines."""
-    return lambda machine: machine.tool("nvidia-smi", "".join(f"echo '{line}'\n" for line in said))
-
-
-def without(name: str) -> Callable[[Machine], None]:
-    return lambda machine: (machine.home / name).unlink()
-
-
-def tool(name: str, text: str) -> Callable[[Machine], None]:
-    return lambda machine: machine.tool(name, text)
-
-
-def env(**values: str) -> Callable[[Machine], None]:
-    return lambda machine: machine.env.update(values)
 
 
 OLD_GCC = (
@@ -147,7 +85,7 @@ def test_what_cannot_be_built_is_left_out_loudly(machine: Machine, case: str, re
     said = {"0": "*** ect: the CUDA kernels were NOT built:", "1": "cannot be built, and ECT_CUDA_REQUIRED=1:"}
     assert said[required] in done.stderr and reason in done.stderr and "Traceback" not in done.stderr
     assert reason in build_record.why_not_built(machine.folder / "lib/ect_kernels")
-    assert not list((machine.folder / "lib").rglob("*.so"))
+    assert not list((machine.folder / "lib").rglob("_C*.so"))
 
 
 # (ECT_CUDA_ARCHS, what nvidia-smi says, targets where nvcc knows 75, 80, 86, 90 and 100, what is said about the rest)
@@ -239,7 +177,7 @@ def test_a_failed_build_in_place_leaves_no_older_extension(machine: Machine) -> 
     (root / "csrc/levels.cu").write_text("changed")
     done = machine.build(*inplace, root=root)
     assert done.returncode == 0, done.stderr
-    assert not module.exists() and not list((root / "build").rglob("*.so")) and other.exists()
+    assert not module.exists() and not list((root / "build").rglob("_C*.so")) and other.exists()
     assert "unsupported GNU version" in build_record.why_not_built(package)
     machine.tool("nvcc", LIST_80_90 + COMPILE)
     assert machine.build(*inplace, root=root).returncode == 0
@@ -347,10 +285,10 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 def test_an_extension_that_cannot_be_used_says_why(
     module: Callable[..., None], found: object, error: ImportError | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_record, "why_not_built", lambda: "because of this")
+    monkeypatch.setattr(build_record, "why_not_built", lambda **_: "because of this")
     module(found, error)
     assert native.extension() is None
-    for text in (native.why_not_built(torch.device("cuda")), built()):
+    for text in (native.why_not_built(torch.device("cuda")), built()[0]):
         assert text is not None and f"the CUDA extension {reason}" in text
 
 

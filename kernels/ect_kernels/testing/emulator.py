@@ -47,14 +47,14 @@ def sources() -> list[Path]:
     return sorted((ROOT / "csrc").glob("*.cu"))
 
 
-def build(kind: str, *files: Path, defines: Sequence[str] = ()) -> Path:
+def build(kind: str, *files: Path, defines: Sequence[str] = (), flags: Sequence[str] = ()) -> Path:
     """Compile `files` into a shared library or a program for the CPU.
 
     kind: 'plain' is a library; 'record' is one whose launches are written down, not run; 'program', 'address' and
-    'thread' are programs, for `files` that have a main.
+    'thread' are programs, for `files` that have a main. flags: further ones for the compiler.
     """
-    flags = [*FLAGS[kind], *(f"-D{d}" for d in defines)]
-    headers = [*sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc").rglob("*.h"))]
+    flags = [*FLAGS[kind], *(f"-D{d}" for d in defines), *flags]
+    headers = [path for suffix in ("cuh", "h", "hpp") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
     headers += sorted((ROOT / "tests/emulator").glob("*.h"))
     digest = hashlib.sha256(repr((flags, [f.name for f in files])).encode())
     for file in (*files, *headers):
