@@ -105,8 +105,13 @@ def possible(cfg: Config) -> bool:
 BESIDE: dict[tuple[str, ...], list[tuple[tuple[str, ...], Any]]] = {
     ("objective", "weight_floor"): [(("objective", "kind"), "consistency"), (("objective", "weighting"), "adaptive")],
     ("data", "teacher_samples"): [(("data", "source"), "teacher"), (("init_from",), Path("teacher.pkl"))],
+    ("objective", "guidance"): [
+        (("objective", "kind"), "consistency"), (("objective", "target"), "teacher"), (("data", "labels"), True),
+        (("net", "label_dropout"), 0.1),
+    ],
+    ("log", "averages_kimg"): [(("optim", "emas"), (".5", "rel:.05"))],
     ("target",): [(("log", "eval_kimg"), 1.0), (("eval", "samples"), 100)],
-}
+}  # fmt: skip
 
 
 def variants(start: Config) -> tuple[list[Config], set[tuple[str, ...]]]:

@@ -244,7 +244,7 @@ def test_loss_scale_skips_overflow_and_survives_a_round_trip(half: torch.dtype) 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("optimizer", "sgd"), ("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1), ("ema_betas", [2.0]), ("clip", 0.0),
-     ("ema_betas", [0.9] * 4), ("loss_scale", 0.0), ("loss_scale", math.inf), ("growth_interval", 0),
+     ("ema_betas", [0.9] * 5), ("loss_scale", 0.0), ("loss_scale", math.inf), ("growth_interval", 0),
      ("half", torch.float32)],
 )  # fmt: skip
 def test_impossible_values_are_named(name: str, value: object) -> None:

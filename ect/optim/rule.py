@@ -24,7 +24,7 @@ class Settings:
     """Decays of the moments, as torch.optim has them."""
     eps: float = 1e-8
     ema_betas: tuple[float, ...] = ()
-    """Decays of the weight averages per step, at most 3."""
+    """Decays of the weight averages per step, at most 4."""
     clip: float | None = None
     """Largest global gradient norm; None: no clipping."""
     loss_scale: float | None = None

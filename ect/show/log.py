@@ -294,7 +294,7 @@ def _summary_writer(run_dir: Path, resume_nimg: int | None) -> SummaryWriter | N
 
 
 def _make_older(files: list[Path]) -> None:
-    """Rename TensorBoard's files, in their order, where one is to come whose name will not sort behind them.
+    """Move TensorBoard's files to older names, in their order, where one is to come whose name will not sort behind them.
 
     A name begins with the time at which the file was begun, and TensorBoard reads them in the order of their names. A clock
     that was set back, or a resume in the same second, would put the rows of the resume before those that they replace.
