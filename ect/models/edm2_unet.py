@@ -138,7 +138,7 @@ class EDM2UNet(UNet):
 
     @torch.no_grad()
     def normalize_weights(self) -> None:
-        """Divide each output's weights by their magnitude, in place."""
+        """Set the weights of each output to unit magnitude, in place."""
         for layer in self.modules():
             if isinstance(layer, MPConv):
                 layer.weight.copy_(normalize(layer.weight))
