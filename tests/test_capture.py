@@ -28,6 +28,7 @@ FEATURES = Features(8, 1).requires_grad_(False)
 
 
 WHOLE = replace(NET, channel_mult=(1, 2), attn_resolutions=(4,), label_dropout=0.2)
+EDM2 = replace(WHOLE, arch="edm2-narrow", model_channels=16)  # which writes to its weights before the passes
 
 
 def make(
@@ -62,6 +63,8 @@ STEPS: dict[str, dict[str, Any]] = {
         "micro_batch": 4,
     },
     "a guided teacher": {"objective": ConsistencyDistillation(), "guidance": 2.0, "micro_batch": 4},
+    "EDM2": {"net_cfg": EDM2, "on_ops": False},
+    "EDM2, fp16, accumulation": {"net_cfg": EDM2, "precision": "fp16", "micro_batch": 4},
     "plain": {"on_ops": False},
     "plain, augmented": {"on_ops": False, "augment": 0.5, "micro_batch": 4},
 }

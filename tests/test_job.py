@@ -224,13 +224,13 @@ def test_init_from_refuses_another_image_size(uninterrupted: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
+@pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm", "edm2"])
 @pytest.mark.parametrize("kind", ["consistency", "diffusion"])
 def test_every_network_trains_with_both_objectives_and_every_option(arch: str, kind: str, tmp_path: Path) -> None:
     cfg = config(
         total_kimg=0.016,
         net=replace(config().net, arch=arch, model_channels=16, label_dropout=0.1),
-        data=DataConfig(labels=True, xflip=True, augment=0.2),
+        data=DataConfig(labels=True, xflip=True, augment=0.0 if arch == "edm2" else 0.2),
         objective=ObjectiveConfig(kind=kind, mapping="const", c=0.03, weighting="inverse_c_out_sq"),  # type: ignore[arg-type]
         optim=OptimConfig(clip=1.0, optimizer="adam"),
         batch_per_device=4,

@@ -138,7 +138,7 @@ class EDM2UNet(UNet):
 
     @torch.no_grad()
     def normalize_weights(self) -> None:
-        """Divide each output's weights by their magnitude, in place."""
+        """Set the weights of each output to unit magnitude, in place."""
         for layer in self.modules():
             if isinstance(layer, MPConv):
                 layer.weight.copy_(normalize(layer.weight))
@@ -186,7 +186,7 @@ class EDM2UNet(UNet):
         for layer in self.dec.values():
             assert isinstance(layer, EDM2Block)
             if h.shape[1] != layer.in_channels:
-                h = joined(h, skips.pop(), self.concat_balance)
+                h = joined(h, skips.pop(), self.concat_balance, half)  # which convolutions alone read
             h = layer(h, emb, mask, half)
         return self.out_conv(h, self.out_gain)
 
@@ -221,8 +221,8 @@ class EDM2Block(nn.Module):
             self.attn_proj = MPConv(out_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor, mask: MaskKey | None, half: torch.dtype) -> Tensor:
-        """Return the block of x [N, in_channels, H, W], in its dtype; half: the dtype of what convolutions read and write."""
-        wide = x.dtype
+        """Return the block of x [N, in_channels, H, W], in the dtype of emb; half: of what convolutions read and write."""
+        wide = emb.dtype
         x = halved(x) if self.down else doubled(x) if self.up else x
         if self.conv_skip is not None and self.encodes:
             x = self.conv_skip(x.to(half)).to(wide)
@@ -307,8 +307,9 @@ def balanced(t: float) -> tuple[float, float]:
     return (1 - t) / size, t / size
 
 
-def joined(x: Tensor, skip: Tensor, t: float) -> Tensor:
+def joined(x: Tensor, skip: Tensor, t: float, dtype: torch.dtype) -> Tensor:
     """Return x and skip side by side on channels, weighted so that each adds (1 - t) and t to the magnitude of what follows."""
     n, m = x.shape[1], skip.shape[1]
     size = math.sqrt((n + m) / ((1 - t) ** 2 + t**2))
-    return torch.cat([x * (size * (1 - t) / math.sqrt(n)), skip * (size * t / math.sqrt(m))], dim=1)
+    parts = x * (size * (1 - t) / math.sqrt(n)), skip * (size * t / math.sqrt(m))
+    return torch.cat([part.to(dtype) for part in parts], dim=1)

@@ -144,7 +144,7 @@ class _Repeat(torch.autograd.Function):
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Repeat each pixel of x [N, C, H, W]: [N, C, 2H, 2W]."""
+    """Return x [N, C, H, W] with each pixel repeated: [N, C, 2H, 2W]."""
     return sum_in_fp32(_Repeat.apply, x)
 
 

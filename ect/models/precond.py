@@ -22,7 +22,7 @@ class EDMPrecond(nn.Module):
     unet_name: ClassVar[str] = "model"
     """The U-Net's name in the network, with which those of all its parameters begin."""
     is_consistency: ClassVar[bool] = False
-    """Whether one evaluation leads to an image, as of a consistency model, and not to the mean of many."""
+    """True of a consistency model, whose one evaluation leads to an image, and not to the mean of many."""
 
     def __init__(self, net: UNet, sigma_data: float = 0.5) -> None:
         super().__init__()
@@ -112,4 +112,4 @@ class ECM2Precond(EDM2Precond):
 PRECONDS: dict[str, type[EDMPrecond]] = {
     cls.__name__: cls for cls in (EDMPrecond, ECMPrecond, EDM2Precond, ECM2Precond)
 }
-"""What a description of a network may name."""
+"""The classes that a description of a network may name."""

@@ -65,7 +65,7 @@ class UNet(nn.Module):
     """The preconditionings that this network has in the place of EDMPrecond and ECMPrecond, by these names."""
 
     takes_augment_labels: ClassVar[bool] = True
-    """Whether it can be told how an image was augmented."""
+    """False where the network cannot be told how an image was augmented."""
 
     def __init__(
         self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0

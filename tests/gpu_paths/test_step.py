@@ -54,9 +54,10 @@ def test_kernels_run_on_the_device_of_their_tensors() -> None:
 
 
 @pytest.mark.slow
-def test_a_capture_holds_one_update_and_a_call_copies_only_the_images() -> None:
+@pytest.mark.parametrize("arch", ["ddpmpp", "edm2-narrow"])
+def test_a_capture_holds_one_update_and_a_call_copies_only_the_images(arch: str) -> None:
     with FakeGpu(GPUS["H100"], archs=cases.BUILT) as gpu:
-        step = cases.step(small=True)
+        step = cases.step(small=True, arch=arch)
         step.wants_graph = True
         with closing(step.stream):
             step(0, 0)
