@@ -220,12 +220,16 @@ def _to_norms(layer: nn.Module) -> Rows:
     if not isinstance(layer, UNetBlock):
         assert isinstance(layer, Conv2d)
         return {} if layer.bias is None else {"bias": layer.bias}
-    found = {}
-    convolutions = ("conv0", "conv1", "skip", "proj") if layer.style.adaptive_scale else ("conv1", "skip", "proj")
-    for name, part in layer.named_children():
-        if isinstance(part, GroupNorm):
-            found[f"{name}.weight"] = part.weight
-        if isinstance(part, GroupNorm) or (name in convolutions and part.bias is not None):
+    norms, convolutions = {"norm0": layer.norm0, "norm1": layer.norm1}, {"conv1": layer.conv1}
+    if layer.num_heads:
+        norms["norm2"], convolutions["proj"] = layer.norm2, layer.proj
+    if layer.style.adaptive_scale:
+        convolutions["conv0"] = layer.conv0
+    if layer.skip is not None:
+        convolutions["skip"] = layer.skip
+    found: Rows = {f"{name}.weight": norm.weight for name, norm in norms.items()}
+    for name, part in (norms | convolutions).items():
+        if part.bias is not None:
             found[f"{name}.bias"] = part.bias
     return found
 

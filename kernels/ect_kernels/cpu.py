@@ -59,7 +59,7 @@ def load(path: Path) -> ctypes.CDLL:
     """Load a library of launchers, with the digest of its sources as `sources`. Raises OSError, AttributeError."""
     found = ctypes.CDLL(str(path))
     found.ect_sources.restype = ctypes.c_char_p
-    found.sources = found.ect_sources().decode()
+    vars(found)["sources"] = found.ect_sources().decode()
     return found
 
 

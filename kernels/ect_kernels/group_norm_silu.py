@@ -324,9 +324,11 @@ def group_norm_silu(
     seed = seed if philox.dropout_threshold(p) > 0 else None
     first = None if seed is None else philox.first_sample("group_norm_silu", n0, x.device)
     inputs = Inputs(x, gamma, beta, v, scale, shift, seed, first, groups, eps, act, p, layer)
-    if not torch.is_grad_enabled():
-        return _forward_op(*inputs, backend or "")[0]  # type: ignore[no-any-return]
-    y: Tensor = _Norm.apply(*inputs, backend or "")
+    y: Tensor
+    if torch.is_grad_enabled():
+        y = _Norm.apply(*inputs, backend or "")
+    else:
+        y, *_ = _forward_op(*inputs, backend or "")
     return y
 
 
