@@ -170,8 +170,8 @@ def teacher_rows(device: torch.device) -> list[Row]:
 def rows(device: torch.device) -> list[Row]:
     """Return all rows in order; those that make no sense on `device` say so in not_on.
 
-    The CPU stays in fp32 and on the plain forward pass: its half precision is emulated, and the ops' CPU form is their
-    reference, written to be read.
+    The CPU stays in fp32, for its half precision is emulated. From `+flat optimizer` on its network runs on the ops where
+    they were built in C++, but for `+compile`, which fuses PyTorch's own operations.
     """
     gpu = device.type == "cuda"
     half = "fp16" if gpu else "fp32"
