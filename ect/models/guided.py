@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ect.errors import UserError
-from ect.models.precond import ECMPrecond, EDMPrecond
+from ect.models.precond import EDMPrecond
 
 
 class Guided(nn.Module):
@@ -51,9 +51,9 @@ def guided(net: EDMPrecond, weight: float, guide: EDMPrecond | None, option: str
     or classes, or without a guide the model has no answer of its own to move away from.
     """
     asked = f"{option} {weight:g}"
-    if any(isinstance(one, ECMPrecond) for one in (net, guide)):
+    if any(one is not None and one.is_consistency for one in (net, guide)):
         raise UserError(
-            f"{asked}: guidance is of diffusion models, and {'the guide' if isinstance(guide, ECMPrecond) else 'this'} is a "
+            f"{asked}: guidance is of diffusion models, and {'this' if net.is_consistency else 'the guide'} is a "
             "consistency model; distil a guided one, with --objective.guidance"
         )
     if guide is None:
