@@ -65,6 +65,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def test_a_change_of_a_formula_changes_both_paths(formula: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, called = ConsistencyObjective(c=0.06), spied(monkeypatch)
     monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))  # the other forms are written in languages of their own
+    dispatch.forget()
     before, _ = losses(objective)
     if formula == "weighting":
         monkeypatch.setitem(WEIGHTINGS, "inverse_gap", lambda t, r, sigma_data: 5 / t)
