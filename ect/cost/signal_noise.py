@@ -83,6 +83,8 @@ def in_precision(net: EDMPrecond, precision: str, labels: Tensor | None = None) 
     if half is not None:
         round_weights(twin, net.half_weights(), half)
     emulate = precision == "tf32" and next(net.parameters()).device.type == "cpu"
+    if emulate:
+        twin.model.on_ops = False  # products inside of an op would stay fp32
     return denoiser(twin, labels, emulated_tf32 if emulate else contextlib.nullcontext)
 
 

@@ -139,8 +139,8 @@ NUMBERS: dict[str, Callable[..., object] | None] = {
     "_codecs.encode": _latin1,
 }
 ARRAYS: dict[str, Callable[..., object] | None] = {
-    "numpy.core.multiarray._reconstruct": lambda *_: Array(),  # numpy 1
-    "numpy._core.multiarray._reconstruct": lambda *_: Array(),  # numpy 2
+    "numpy.core.multiarray._reconstruct": lambda subtype, shape, dtype: Array(),  # numpy 1
+    "numpy._core.multiarray._reconstruct": lambda subtype, shape, dtype: Array(),  # numpy 2
     "numpy.ndarray": None,
     "numpy.dtype": _numpy_type,
     "_codecs.encode": _latin1,
