@@ -64,7 +64,7 @@ def at_the_floor(step: TrainStep, value: float) -> None:
 
 
 KINDS: dict[str, tuple[Callable[[TrainStep, float], None], Config, str]] = {
-    "data": (labels, config(data=DataConfig(labels=True)), "class_labels, an input of the network"),
+    "data": (labels, config(data=DataConfig(labels=True)), "class_labels, an input of model"),
     "activation": (activation, config(), "the output of model.enc.8x8_block0.conv1"),
     "activation, accumulated": (activation, config(batch_per_device=4), "the output of model.enc.8x8_block0.conv1"),
     "gradient": (gradient, config(), "the gradient of model.map_layer0.weight"),

@@ -84,9 +84,7 @@ class _Seen:
         stack = ExitStack()
         for whole, net in (("the network", step.net), ("the teacher", _network(step.teacher))):
             for name, module in [] if net is None else net.named_modules():
-                # The step calls the U-Net itself where the loss is an op.
-                itself = not name or module is getattr(net, "model", None)
-                called = whole if itself else f"{'' if net is step.net else 'the teacher: '}{name}"
+                called = f"{'' if net is step.net else 'the teacher: '}{name}" if name else whole
                 for handle in self._hooks(called, module):
                     stack.callback(handle.remove)
         return stack
