@@ -63,7 +63,8 @@ class Phase:
 
     def hours(self, gpu: Gpu, utilisation: float | None = None) -> float:
         """Return the hours of the phase on a GPU: the floor, or by FLOPs alone at a part of the peak."""
-        half, tf32 = resolve(self.cfg.precision, _CUDA).half, resolve(self.cfg.precision, _CUDA).tf32
+        arithmetic = resolve(self.cfg.precision, _CUDA)
+        half, tf32 = arithmetic.half, arithmetic.tf32
         seconds = 0.0
         for event in self.events:
             count = flops(event)
