@@ -79,8 +79,9 @@ class AugmentPipe(torch.nn.Module):
         for column, axis in ((0, 3), (1, 2)):
             images = torch.where(labels[:, column, None, None, None] == 1, images.flip(axis), images)
         # Resampling leaves rounding errors of 1e-5 even by the identity: what does not move is passed on as is.
-        moved = (labels[:, 2:] != 0).any(1)[:, None, None, None]
-        return torch.where(moved, self.warp(images, inverse, shift), images), labels
+        still = (labels[:, 2:] == 0).all(1)[:, None, None, None]
+        # In this order the result lies in memory as the images do, which is how the convolutions' weights lie.
+        return torch.where(still, images, self.warp(images, inverse, shift)), labels
 
     def draw(self, uniform: torch.Tensor, normal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw labels [n, 9], and the geometry for `warp`: inverse [n, 2, 2], shift [n, 2] in image sizes."""

@@ -84,14 +84,13 @@ def inductor_on(gpu: Gpu) -> Iterator[None]:
 
 class Backend:
     """Of torch.compile: what Dynamo made runs as it is. dynamo: its graphs. forward, backward: of the latest, as Inductor's
-    passes before the partition leave them; lower: whether to make them."""
+    passes before the partition leave them."""
 
     forward: Graph
     backward: Graph
 
-    def __init__(self, lower: bool = True) -> None:
+    def __init__(self) -> None:
         self.dynamo: list[Graph] = []
-        self.lower = lower
 
     def __call__(self, graph: Graph, inputs: Any) -> Callable[..., Any]:
         self.dynamo.append(graph)
@@ -108,9 +107,8 @@ class Backend:
             fw_compiler=_run, bw_compiler=_run, partition_fn=partition, decompositions=select_decomp_table(),
             keep_inference_input_mutations=True,
         )  # fmt: skip
-        if self.lower:
-            with contextlib.suppress(Stop):
-                backend(graph, inputs)
+        with contextlib.suppress(Stop):
+            backend(graph, inputs)
         return graph.forward
 
     def on_ops(self) -> bool:
@@ -184,9 +182,8 @@ def operations(code: str) -> Counter[str]:
 
 
 def updates(case: dict[str, Any], fake: FakeGpu) -> Backend:
-    """Two updates of two micro-batches each, whose network is compiled. Augmented images are no further than Dynamo's graph:
-    they come in another layout than the weights."""
-    step, backend = cases.step(**case, accumulation=True), Backend(lower=not case.get("augment"))
+    """Two updates of two micro-batches each, whose network is compiled."""
+    step, backend = cases.step(**case, accumulation=True), Backend()
     step.compiled = True
     step.net.model.compile(fullgraph=True, dynamic=False, backend=backend)
     with closing(step.stream), fake.for_compiler():
@@ -222,10 +219,8 @@ def found(gpus: list[Gpu], case: dict[str, Any]) -> dict[str, Any]:
     torch._dynamo.reset()
     with FakeGpu(gpus[0], archs=cases.BUILT) as fake, inductor_on(gpus[0]):
         backend = planted(fake) if case.get("plant") else updates(case, fake)
-    answer: dict[str, Any] = {"graphs": len(backend.dynamo), "on ops": backend.on_ops()}
-    if not backend.lower:
-        return answer
-    answer["zeros"] = zero_images(backend.backward)
+    zeros = zero_images(backend.backward)
+    answer: dict[str, Any] = {"graphs": len(backend.dynamo), "on ops": backend.on_ops(), "zeros": zeros}
     for gpu in gpus:
         graphs = {way: copy.deepcopy(getattr(backend, way)) for way in ("forward", "backward")}
         with told(gpu), inductor_on(gpu):

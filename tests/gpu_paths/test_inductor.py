@@ -66,13 +66,10 @@ def found(pytestconfig: pytest.Config) -> Iterator[Any]:
         yield lambda name: started()[name].result()[name]
 
 
-def cases(lowered: bool = False) -> Any:
-    """Decorates a test of a case; lowered: without those of augmented images, which stop at Dynamo's graph."""
-    gate, full = (
-        [name for name, case in some.items() if not (lowered and case.get("augment"))] for some in (GATE, FULL)
-    )
-    rest = [pytest.param(name, id=f"full: {name}", marks=pytest.mark.full) for name in full]
-    return pytest.mark.parametrize("name", [*gate, *rest])
+def cases() -> Any:
+    """Decorates a test of a case."""
+    rest = [pytest.param(name, id=f"full: {name}", marks=pytest.mark.full) for name in FULL]
+    return pytest.mark.parametrize("name", [*GATE, *rest])
 
 
 @cases()
@@ -82,12 +79,12 @@ def test_all_micro_batches_run_one_graph(name: str, found: Any) -> None:
     assert found(name)["on ops"] or "edm2" in name, "the network did not run on the ops"
 
 
-@cases(lowered=True)
+@cases()
 def test_the_backward_fills_no_images_with_zeros(name: str, found: Any) -> None:
     assert found(name)["zeros"] == []
 
 
-@cases(lowered=True)
+@cases()
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_no_layout_is_copied_round_a_convolution(name: str, arch: str, found: Any) -> None:
     lowered = found(name)[arch]
