@@ -146,14 +146,14 @@ template <bool SKIPS> void add_up(const Rows& r, const float* a, const float* sk
 inline void moments(const Rows& r, const float* x, const float* v, const float* pivot, double* sums, double* squares) {
   strips(r.own, [&](auto width, int64_t k) {
     constexpr int W = decltype(width)::value;
-    double s[W] = {}, q[W] = {};
+    float s[W] = {}, q[W] = {};
     for (int64_t i = k; i < k + r.count * r.own; i += r.own)
       LANES(j, W) {
-        const double d = double(x[i + j] + v[k + j]) - double(pivot[k + j]);
+        const float d = (x[i + j] + v[k + j]) - pivot[k + j];
         s[j] += d;
         q[j] += d * d;
       }
-    LANES(j, W) { sums[k + j] += s[j]; squares[k + j] += q[j]; }
+    LANES(j, W) { sums[k + j] += double(s[j]); squares[k + j] += double(q[j]); }
   });
 }
 
