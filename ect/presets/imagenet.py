@@ -45,7 +45,7 @@ def _recipe(size: str, batch: int) -> Config:
             betas=(0.9, 0.99),
             decay="rsqrt",
             decay_kimg=_LR_STEPS * batch / 1000,
-            emas=(".9999",),
+            emas=(".9999", "rel:0.010", "rel:0.050", "rel:0.100"),
         ),
         log=LogConfig(stats_kimg=12.8, sample_kimg=total_kimg / 20, checkpoint_kimg=total_kimg / 40),
         eval=EvalConfig(mid_t=(1.526,)),
