@@ -2,7 +2,7 @@
 the update as ect.cost.footprint counts it. Prints a table, and the totals as one JSON object.
 
     python -m tests.gpu_paths.compiled_step '{"images": 128}'
-    python -m tests.gpu_paths.compiled_step '{"preset": "imagenet64-s", "blocks": 1}'    (EDM2-S, a block a resolution)
+    python -m tests.gpu_paths.compiled_step '{"preset": "imagenet64-s"}'                 (EDM2-S; "blocks": 1 is faster)
 
 A convolution, product or attention is one launch, whatever its library makes of it; all else as launched. The traffic of an op
 is its inputs and outputs, that of Inductor's own kernels what its scheduler says that they read and write. Nothing is measured.
@@ -42,15 +42,19 @@ RESAMPLES = re.compile("avg_pool2d|_unsafe_index|upsample")
 @dataclass
 class Cost:
     """launches and bytes by name. between: bytes that all kernels between the convolutions move at the least: they write what a
-    convolution reads and read what it writes, and to come back they read what it read once more."""
+    convolution reads and read what it writes, and to come back they read what it read once more. fused: bytes that Inductor's
+    own kernels would move if those that nothing parts were one: each of their inputs read once, and of their results those
+    written that others read."""
 
     launches: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     between: int = 0
+    fused: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Cost, times: int = 1) -> None:
         for _ in range(times):
             self.between += other.between
+            self.fused.update(other.fused)
             self.launches.update(other.launches)
             self.bytes.update(other.bytes)
 
@@ -82,12 +86,48 @@ def of_images(node: Any, images: int) -> bool:
     return any(len(size) > 2 and size[0] == images for size in sizes)
 
 
+def fused_bytes(nodes: list[Any], results: set[str], images: int) -> Counter[str]:
+    """Of the scheduler's nodes: what the own kernels among them, by name, would move at the least, fused wherever no library's
+    kernel lies between. results: names of the buffers that the graph returns.
+
+    Two kernels are taken as one where they share a buffer and have as many of the library's kernels before them.
+    """
+    level: dict[str, int] = {}  # of a buffer: the library's kernels before who reads it
+    readers: dict[str, set[int]] = {}
+    moved: dict[int, dict[str, int]] = {}
+    group: dict[tuple[int, str], set[int]] = {}  # of (level, buffer): the kernels that are one
+    for i, node in enumerate(nodes):
+        reads, writes = ([dep.name for dep in deps] for deps in (node.read_writes.reads, node.read_writes.writes))
+        at = max((level.get(name, 0) for name in reads), default=0)
+        library = isinstance(node, ExternKernelSchedulerNode)
+        part = library and type(node.node).__name__ == "MultiOutput"  # a name for one of a library's results
+        level.update((name, at + (library and not part)) for name in [*writes, *node.get_buffer_names()])
+        for name in reads:
+            readers.setdefault(name, set()).add(i)
+        if not library:
+            moved[i] = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+            merged = {i}.union(*(group.get((at, name), ()) for name in moved[i]))
+            for key in {(at, name) for j in merged for name in moved[j]}:
+                group[key] = merged
+    total: Counter[str] = Counter()
+    for kernels in {id(kernels): kernels for kernels in group.values()}.values():
+        written = {name for i in kernels for name in nodes[i].get_buffer_names()}
+        sizes: Counter[str] = Counter()
+        for i in kernels:
+            for name, size in moved[i].items():
+                inner = name in written and name not in results and readers.get(name, set()) <= kernels
+                sizes[name] = 0 if inner else max(sizes[name], size)
+        total[INDUCTOR if any(of_images(nodes[i], images) for i in kernels) else WEIGHTS] += sum(sizes.values())
+    return total
+
+
 def of_graph(graph: torch.fx.GraphModule, backward: bool, images: int) -> tuple[Cost, list[Tensor]]:
     """Of a graph lowered by Inductor, and the graph's results."""
     code, lowering = inductor.lowered(graph, backward)
     cost, runs = Cost(), inductor.operations(code)
     cost.launches[INDUCTOR] = runs.pop("triton")
     with V.set_graph_handler(lowering):
+        cost.fused = fused_bytes(lowering.scheduler.nodes, set(lowering.get_output_names()), images)
         for node in lowering.scheduler.nodes:
             if not isinstance(node, ExternKernelSchedulerNode):
                 origins = {str(origin.target) for part in node.get_nodes() for origin in part.node.origins}
@@ -192,6 +232,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "norm to concat, GB": {"compiled": norms / 1e9, "eager": blocks / 1e9},
         "between convolutions, at least, GB": total.between / 1e9,
         "Inductor's own, GB": sum(total.bytes[name] for name in (INDUCTOR, RESAMPLING, WEIGHTS)) / 1e9,
+        "if all were fused, GB": {name: size / 1e9 for name, size in total.fused.items()},
     }
 
 
