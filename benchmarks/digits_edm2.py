@@ -9,22 +9,17 @@ appended to benchmarks/results/digits_edm2.jsonl; --report reads that file inste
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
 
-import torch
-from digits_quality import RESULTS as DDPMPP
-from digits_quality import SAMPLES, SEEDS, Result, rate, short, train
+import digits_quality
+from digits_quality import SAMPLES, Line, Result, lines_of, rate, short, train
 from lib.options import command, tyro_options
 from rich.console import Console
 
-from ect.errors import UserError
 from ect.job import Job, pretrain_config
 from ect.presets import PRESETS
 from ect.sampler import Heun, consistency_samplers
@@ -33,18 +28,12 @@ from ect.show.table import Table
 RESULTS = Path(__file__).parent / "results" / "digits_edm2.jsonl"
 SPREAD = 2  # standard deviations of DDPM++'s seeds above their mean: what is within it is on a par
 CLAIMED = ("diffusion, Heun, 35 NFE", "ECT, 1 NFE", "ECT, 2 NFE")
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Options:
-    seeds: Annotated[tuple[int, ...], SEEDS] = (0, 1, 2)
+class Options(digits_quality.Options):
     check: bool = False
     """Exit 1 unless EDM2's means are at most DDPM++'s and twice the spread of its seeds."""
-    report: bool = False
-    """Train nothing: report the latest line of each seed in the results file."""
-    markdown: bool = False
-    """Print the table in Markdown."""
     results: Path = RESULTS
 
 
@@ -55,16 +44,6 @@ def one_seed(seed: int, folder: Path) -> Result:
     teacher = folder / "ect" / "pretrain" / f"checkpoint-{first_kimg:010.3f}.safetensors"
     result = rate(teacher, "diffusion, Heun", [Heun(18), Heun(5)], judge)
     return result | rate(ect, "ECT", consistency_samplers(cfg.eval.mid_t), judge)
-
-
-def recorded(path: Path, seeds: Sequence[int]) -> list[Line]:
-    """Return the latest line of each seed. Raises UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"--results {path}: no such file; leave --report out to make one")
-    lines = {line["seed"]: line for line in map(json.loads, path.read_text().splitlines()) if line["seed"] in seeds}
-    if not lines:
-        raise UserError(f"--results {path}: has none of --seeds {tuple(seeds)}; leave --report out")
-    return list(lines.values())
 
 
 def values(lines: Sequence[Line], row: str, metric: str = "FDc") -> list[float]:
@@ -104,20 +83,10 @@ def show(ours: Sequence[Line], theirs: Sequence[Line], as_markdown: bool) -> boo
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro_options(Options, __doc__, argv)
-    if not options.seeds:
-        raise UserError("--seeds: name at least one")
-    if options.report:
-        ours = recorded(options.results, options.seeds)
-    else:
-        ours = []
-        for seed in options.seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                result = one_seed(seed, Path(folder))
-            ours.append({"seed": seed, "device": "cpu", "torch": torch.__version__, "result": result})
-            with options.results.open("a") as file:
-                file.write(json.dumps(ours[-1]) + "\n")
-            print(f"seed {seed} done", flush=True)
-    good = show(ours, recorded(DDPMPP, (0, 1, 2)), options.markdown)
+    ours, theirs = lines_of(options, one_seed), lines_of(digits_quality.Options(report=True), one_seed)
+    if not ours:
+        return 1
+    good = show(ours, theirs, options.markdown) and len(ours) == len(options.seeds)
     return 0 if good or not options.check else 1
 
 

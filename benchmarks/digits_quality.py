@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "digits_quality.jsonl"
 SAMPLES = 3000
 MAX_NFE = 9  # the claim: 2 evaluations of ECT beat every diffusion sampler of at most this many
 Result = dict[str, dict[str, float]]
+Line = dict[str, Any]
 
 
 SEEDS = Limit("seeds from 0 to 2^31 - 1", lambda seeds: all(map(SEED.holds, seeds)))
@@ -147,9 +148,11 @@ def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
     return all(all(h.values()) for h in held)
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro_options(Options, __doc__, argv)
+def lines_of(options: Options, one_seed: Callable[[int, Path], Result]) -> list[Line]:
+    """Train a line of the results file for each seed, and append them; or return those that it has.
+
+    A seed that fails is left out, with a word. Raises UserError where there is nothing to report.
+    """
     if not options.seeds:
         raise UserError("--seeds: name at least one")
     if options.report:
@@ -159,22 +162,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [line for line in {line["seed"]: line for line in found}.values() if line["seed"] in options.seeds]
         if not lines:
             raise UserError(f"--results {options.results}: has none of --seeds {options.seeds}; leave --report out")
-    else:
-        lines = []
-        for seed in options.seeds:
-            try:
-                with tempfile.TemporaryDirectory() as folder:
-                    result = one_seed(seed, Path(folder))
-            except Exception as error:  # the others may do better
-                print(f"seed {seed} failed: {reason(error)}", flush=True)
-                continue
-            line = {"seed": seed, "device": "cpu", "torch": torch.__version__, "result": result}
-            lines.append(line)
-            with options.results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"seed {seed} done", flush=True)
-        if not lines:
-            return 1
+        return lines
+    lines = []
+    for seed in options.seeds:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                result = one_seed(seed, Path(folder))
+        except Exception as error:  # the others may do better
+            print(f"seed {seed} failed: {reason(error)}", flush=True)
+            continue
+        lines.append({"seed": seed, "device": "cpu", "torch": torch.__version__, "result": result})
+        with options.results.open("a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+        print(f"seed {seed} done", flush=True)
+    return lines
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro_options(Options, __doc__, argv)
+    lines = lines_of(options, one_seed)
+    if not lines:
+        return 1
     good = show(lines, options.markdown) and len(lines) == len(options.seeds)
     return 0 if good or not options.check else 1
 

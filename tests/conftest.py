@@ -79,6 +79,15 @@ def _backends_are_found_anew() -> Iterator[None]:
     dispatch.forget()
 
 
+@pytest.fixture
+def pytorch_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` takes PyTorch's own operations on a CPU, not the kernels in C++, which are written in a language of their own."""
+    from ect_kernels import dispatch
+
+    monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))
+    dispatch.forget()
+
+
 @pytest.fixture(autouse=True)
 def _shared_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's memory is predicted at its start, two thirds of what a small run costs: once for each network of a process."""

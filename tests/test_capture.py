@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from ect_kernels import dispatch
 
 from ect.assembly import flat_state, network_spec
 from ect.config import Config, DataConfig, NetConfig, OptimConfig
@@ -77,16 +76,11 @@ def test_an_update_can_be_captured(name: str) -> None:
     assert faults(make(**STEPS[name])) == []
 
 
-def on_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))
-    dispatch.forget()
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("pytorch_ops")
 @pytest.mark.parametrize("name", ["fused, fp16", "augmented"])
 def test_so_it_can_where_an_op_falls_back_to_its_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     audit = Audit()
-    on_reference(monkeypatch)
     watch_references(audit, monkeypatch.setattr)
     make(**STEPS[name]).update()
     assert len(audit.calls) > 1000
@@ -160,6 +154,7 @@ def test_the_audit_finds_a_planted_fault(name: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pytorch_ops")
 def test_the_audit_sees_into_the_reference_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     from ect_kernels import perturb
 
@@ -169,7 +164,6 @@ def test_the_audit_sees_into_the_reference_ops(monkeypatch: pytest.MonkeyPatch) 
         float(i.t[0])
         return original(i)
 
-    on_reference(monkeypatch)
     op, audit = perturb.OP, Audit()
     reference = replace(op.backends["reference"], fwd=broken)
     monkeypatch.setattr(op, "backends", {**op.backends, "reference": reference})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ect_kernels import consistency_loss, dispatch, levels, philox, preconditioning
+from ect_kernels import consistency_loss, levels, philox, preconditioning
 from torch import Tensor
 
 from ect.models import ECMPrecond
@@ -61,11 +61,10 @@ MUTANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pytorch_ops")
 @pytest.mark.parametrize("formula", [*MUTANTS, "weighting"])
 def test_a_change_of_a_formula_changes_both_paths(formula: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, called = ConsistencyObjective(c=0.06), spied(monkeypatch)
-    monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))  # the other forms are written in languages of their own
-    dispatch.forget()
     before, _ = losses(objective)
     if formula == "weighting":
         monkeypatch.setitem(WEIGHTINGS, "inverse_gap", lambda t, r, sigma_data: 5 / t)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ect_kernels import dispatch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -64,13 +63,6 @@ def resume(folder: Path) -> None:
     assert Job(parse(["--resume", str(folder)]), Console(quiet=True)).run()
 
 
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All runs in PyTorch's own operations, as it did on a CPU when the runs were made."""
-    monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))
-    dispatch.forget()
-
-
 def assert_same_weights(got: Path, want: Path, start: Path, rounding: float = 0.0) -> None:
     """Two model files hold the same weights, but for rounding. start: those that the last steps began with. rounding: that is
     allowed, as a part of the way, on the machine that made them too: 0 for the operations of their time."""
@@ -88,7 +80,7 @@ def assert_same_weights(got: Path, want: Path, start: Path, rounding: float = 0.
 @pytest.mark.parametrize("operations", ["plain", "ops"])
 def test_a_run_resumes_to_the_weights_of_its_time(run: Path, operations: str, request: pytest.FixtureRequest) -> None:
     if operations == "plain":
-        request.getfixturevalue("plain")
+        request.getfixturevalue("pytorch_ops")
     resume(run)
     final, fixture = run / f"{LAST}.safetensors", FIXTURES / run.name
     start = fixture / f"{FIRST}.safetensors"
@@ -98,7 +90,7 @@ def test_a_run_resumes_to_the_weights_of_its_time(run: Path, operations: str, re
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("pytorch_ops")
 @pytest.mark.parametrize("preset", ["digits-diffusion", NO_PRESET])
 def test_a_run_resumes_in_its_diffusion_phase(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the phase is no preset of today's, and once more from the config.json that today's version wrote."""

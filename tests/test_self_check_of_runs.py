@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_goes_on_without_what_failed_and_writes_it_down(
-    whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder, out = whole
     found = resolved(folder)
@@ -74,10 +74,7 @@ def test_a_run_goes_on_without_what_failed_and_writes_it_down(
     said = f"self-check: radam_ema: {NAME} failed and is not used: radam_ema(params"
     assert said in out and said in (folder / "results.md").read_text()
     assert json.loads((folder / "results.json").read_text())["checked"][0].startswith(said)
-    monkeypatch.setitem(
-        dispatch.AUTO, "cpu", ("reference",)
-    )  # as with the planted backend, beside which there is no other
-    dispatch.forget()
+    request.getfixturevalue("pytorch_ops")  # as with the planted backend, beside which there is no other
     run(config(total_kimg=0.016), tmp_path / "plain")
     got, want = (load_file(f / "checkpoint-000000.016.state.safetensors") for f in (folder, tmp_path / "plain"))
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

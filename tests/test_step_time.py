@@ -13,7 +13,6 @@ import plots
 import pytest
 import step_time
 import torch
-from ect_kernels import dispatch
 from lib import baseline, categories, history, measure, waterfall
 from lib.products import Products
 from torch import Tensor, nn
@@ -344,6 +343,7 @@ def test_lines_are_json_and_slugs_are_file_names() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pytorch_ops")  # on the ops a step calls the U-Net itself
 def test_the_teachers_cost_compares_its_two_passes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,8 +355,6 @@ def test_the_teachers_cost_compares_its_two_passes(
         return forward(net, *args, **options)
 
     monkeypatch.setattr(EDMPrecond, "forward", spy)
-    monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))  # on the ops a step calls the U-Net itself
-    dispatch.forget()
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: None)  # a minute each
     assert step_time.main(["--device", "cpu", "--net", "digits", "--batch", "2", "--rounds", "2", "--teacher"]) == 0
     assert "ms under no_grad;" in capsys.readouterr().out.replace("\n", " ")

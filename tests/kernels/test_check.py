@@ -265,10 +265,8 @@ def test_the_command_checks_what_the_ops_would_use(
     assert said in out and ("1 backends failed" in out) == (status == 1 and not named)
 
 
-def test_the_command_says_where_there_is_nothing_to_check(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))
+@pytest.mark.usefixtures("pytorch_ops")
+def test_the_command_says_where_there_is_nothing_to_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0 and "check: nothing but references runs here" in capsys.readouterr().out
 
 
