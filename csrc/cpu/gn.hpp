@@ -3,8 +3,8 @@
 //
 // A thread has whole samples. In each direction it goes through a sample twice, the second time in cache: by blocks of rows,
 // and in a block by strips of neighbouring channels from its first row to its last, so that what belongs to a channel stays in
-// registers. Moments are summed in fp64, as differences from a channel's first value. Gradients are summed in fp32 within a
-// block and in fp64 over the blocks. Images in half precision are widened and rounded a block at a time.
+// registers. Sums are fp32 within a block and fp64 over the blocks; moments are those of the differences from a channel's first
+// value. Images in half precision are widened and rounded a block at a time.
 #pragma once
 #include <algorithm>
 #include <type_traits>
