@@ -3,8 +3,9 @@
 //
 // A thread has whole samples. In each direction it goes through a sample twice, the second time in cache: by blocks of rows,
 // and in a block by strips of neighbouring channels from its first row to its last, so that what belongs to a channel stays in
-// registers. Sums are fp32 within a block and fp64 over the blocks; moments are those of the differences from a channel's first
-// value. Images in half precision are widened and rounded a block at a time.
+// registers. Sums are fp32 within a block and fp64 over the blocks; moments are those of the differences from a channel's mean
+// in the first block, since one value may lie far from the others. Images in half precision are widened and rounded a block at
+// a time.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -142,6 +143,16 @@ template <bool SKIPS> void add_up(const Rows& r, const float* a, const float* sk
   });
 }
 
+// The mean of x + v in these rows, about.
+inline void first_mean(const Rows& r, const float* x, const float* v, float* pivot) {
+  strips(r.own, [&](auto width, int64_t k) {
+    constexpr int W = decltype(width)::value;
+    float s[W] = {};
+    for (int64_t i = k; i < k + r.count * r.own; i += r.own) LANES(j, W) s[j] += x[i + j] + v[k + j];
+    LANES(j, W) pivot[k + j] = s[j] / float(r.count);
+  });
+}
+
 // Adds to sums and squares the differences of x + v from their channel's pivot.
 inline void moments(const Rows& r, const float* x, const float* v, const float* pivot, double* sums, double* squares) {
   strips(r.own, [&](auto width, int64_t k) {
@@ -228,7 +239,7 @@ inline void forward(const Forward& f, int64_t n, Room& room) {
     }
     each(s, [&](int i, int64_t first) {
       const float* x = f.sources[i].read(at, count, room.blocks[0]);
-      if (row == 0) for (int64_t k = 0; k < s.parts[i]; k++) pivot[first + k] = x[k] + v[first + k];
+      if (row == 0) first_mean({count, s.parts[i], s.c}, x, v + first, pivot + first);
       moments({count, s.parts[i], s.c}, x, v + first, pivot + first, sums + first, squares + first);
     });
   });

@@ -20,6 +20,7 @@ from tests.kernels import test_residual_group_norm_silu as residual
 NORMS = [
     "C256 G32 8x8 fp32", "C12 G4 5x5 fp32 modulated", "C7 G7 3x3 fp32 linear", "mean 1000 chunked linear",
     "v of 300, one element fp16", "C128 G32 16x16 bf16", "zero variance fp32",
+    "first pixel far from the others",
 ]  # fmt: skip
 SEAMS = ["256+128, straddling group", "12+3, groups of 3, nothing aligned", "24+24, groups of 6", "one group", "NaN"]
 CALLS = [

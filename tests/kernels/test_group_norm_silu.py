@@ -47,7 +47,7 @@ def prepare(device: str, backend: str, dtype: torch.dtype = FP32) -> torch.devic
 def inputs(
     n: int, c: int, groups: int, h: int, w: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, v: bool = False,
     modulated: bool = False, act: bool = True, p: float = 0.0, mean: float = 0.0, std: float = 1.0, v_mean: float = 0.0,
-    n0: int = 3,
+    n0: int = 3, first: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     generator = torch.Generator().manual_seed(c * h + w)
 
@@ -55,6 +55,7 @@ def inputs(
         return (torch.randn(shape, generator=generator) * scale + offset).to(device)
 
     kwargs: dict[str, Any] = {"x": random(n, c, h, w, scale=std, offset=mean).to(dtype)}
+    kwargs["x"][:, ::groups, 0, 0] += first
     kwargs["x"] = kwargs["x"].contiguous(memory_format=torch.channels_last)
     kwargs |= {"gamma": random(c, scale=0.2, offset=1), "beta": random(c, scale=0.3), "groups": groups, "eps": 1e-6}
     if v:
@@ -104,6 +105,7 @@ CASES = [
     # Little is left of a gradient in a group of two: terms rounded to the tensor's dtype on the way would be all of it.
     case("pairs fp16", 2, 32, 16, 1, 1, HALF, v=True),
     case("v of 300, one element fp16", 2, 1, 1, 1, 1, HALF, v=True, modulated=True, std=0.01, v_mean=300.0),
+    case("first pixel far from the others", 1, 32, 8, 32, 32, FP32, first=100.0),
     case("zero variance fp32", 1, 24, 2, 15, 20, FP32, mean=0.1, std=0.0),
     case("zero variance fp16", 1, 64, 16, 8, 8, HALF, mean=37.7, std=0.0),
 ]  # fmt: skip
