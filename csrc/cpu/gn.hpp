@@ -13,7 +13,11 @@
 
 // The loop over the channels of a strip. They are independent of each other, which the compiler need not prove, and it must not
 // unroll the loop before it has made vectors of it.
+#if defined(__clang__)
+#define LANES(j, W) _Pragma("clang loop vectorize(assume_safety)") for (int j = 0; j < W; j++)
+#else
 #define LANES(j, W) _Pragma("GCC ivdep") _Pragma("GCC unroll 1") for (int j = 0; j < W; j++)
+#endif
 
 namespace gn {
 
