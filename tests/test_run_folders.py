@@ -25,6 +25,7 @@ from ect.files.run_folder import load, new_run_dir, resolved
 from ect.job import Job
 from ect.options import parse
 from ect.train import main
+from tests.test_checkpoint import foreign
 from tests.tiny import config, run
 
 
@@ -190,10 +191,11 @@ def test_a_lock_without_room_for_its_text_holds_all_the_same(tmp_path: Path, mon
 
 
 def test_what_a_kill_left_goes_once_the_folder_is_ours(tmp_path: Path) -> None:
-    left = [tmp_path / ".config.json.1.tmp", tmp_path / ".tmpAbC", tmp_path / "pretrain" / ".latest.1.tmp"]
+    left = [tmp_path / ".config.json.1.tmp", tmp_path / ".tmpAbC123", tmp_path / "pretrain" / ".latest.1.tmp"]
+    kept = [tmp_path / "config.json", tmp_path / "pretrain" / "latest", *foreign(tmp_path)]
     left[2].parent.mkdir()
-    kept = [tmp_path / "config.json", tmp_path / "pretrain" / "latest"]
     for path in left + kept:
+        path.parent.mkdir(exist_ok=True)
         path.touch()
     with locked(tmp_path):
         assert not any(path.exists() for path in left) and all(path.exists() for path in kept)

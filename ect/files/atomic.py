@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ect.errors import UserError
+
+_LEFT = re.compile(r"\..+\.\d+\.tmp|\.tmp[0-9A-Za-z]{6}")
+"""The names of temporary files: those of `atomic`, and those under which safetensors writes."""
 
 
 @contextlib.contextmanager
@@ -35,8 +39,10 @@ def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def left_by_a_kill(folder: Path) -> list[Path]:
-    """Return what a kill while writing left in a folder: temporary files of `atomic`, and of safetensors."""
-    return [path for pattern in (".*.tmp", ".tmp*") for path in folder.glob(pattern)]
+    """Return what a kill while writing left in a folder: temporary files of `atomic`, and of safetensors; no other ones."""
+    return [
+        path for path in folder.glob(".*") if _LEFT.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    ]
 
 
 def remove(path: Path) -> None:

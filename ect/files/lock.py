@@ -20,20 +20,22 @@ except ImportError:  # Windows
 
 LOCK = "lock"
 """Name of the lock file, whose text says who holds it."""
+INSIDE = ("pretrain", "weights", "averages")
+"""The folders inside a run's in which it writes too."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep the lock of a run folder inside the block. Raises UserError, naming host and process, where another one holds it.
 
-    What a kill left half-written, in the folder or one in it, goes first. The system gives the lock back when its process
+    What a kill left half-written, in the folder or one of INSIDE, goes first. The system gives the lock back when its process
     ends, however it ends: the file that a kill leaves locks nothing. On Windows there is no such lock, and two processes in
     one folder go unnoticed; so they do, after a warning, on a file system without locks.
     """
     path = folder / LOCK
     descriptor = None if fcntl is None else _acquire(path)
     try:
-        for left in (left for place in (folder, *folder.glob("*/")) for left in left_by_a_kill(place)):
+        for left in (left for place in (folder, *map(folder.joinpath, INSIDE)) for left in left_by_a_kill(place)):
             remove(left)  # nobody else writes here
         yield
     finally:
