@@ -18,6 +18,8 @@ from ect.doctor.findings import of_phase, plain
 from ect.doctor.records import Phase
 from ect.errors import Diverged
 from ect.files.lock import locked
+from ect.ranks.distributed import Severed
+from ect.show.log import RunLog
 from tests.test_health import spoil_loss
 from tests.test_job import interrupt_after
 from tests.tiny import config, run
@@ -137,6 +139,49 @@ def test_a_run_that_diverged(
     assert said["non-finite steps"].startswith("6 bad updates, in 3 row(s): 0.048 kimg, 0.064 kimg, 0.08 kimg; ")
     assert said["checkpoint"] == f"{folder}/checkpoint-000000.032.safetensors, whole, after 0.032 kimg, healthy"
     assert said["next"].startswith(f"python -m ect.train --init-from {folder}/checkpoint-000000.032.safetensors, with")
+
+
+LOSS = "rank 1 of 2 ended without a word: it was killed"
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_rank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "results.json").unlink()
+
+    def ends(log: RunLog, error: BaseException) -> None:
+        log.ended("lost", LOSS)  # by the thread that hears of it
+        raise error
+
+    log = RunLog(folder, 80, resume_nimg=64, quiet=True)
+    log.row(72, {"loss": 1.0})
+    with pytest.raises(Severed), log:
+        ends(log, Severed("Connection closed by peer"))
+    said = examined(folder, capsys)
+    assert said["lost ranks"] == f"{LOSS}, at 0.072 kimg"
+    assert said["state"] == f"ended because a rank was lost at 0.072 kimg: {LOSS}"
+    assert said["next"].startswith(f"python -m ect.train --resume {folder}")
+    with pytest.raises(KeyboardInterrupt), RunLog(folder, 80, resume_nimg=64, quiet=True) as log:
+        ends(log, KeyboardInterrupt())  # of torchrun, which ends the others
+    assert examined(folder, capsys)["state"] == f"ended because a rank was lost at 0.064 kimg: {LOSS}"
+    with RunLog(folder, 64, resume_nimg=64, quiet=True) as log:
+        pass
+    log.ended("lost", LOSS)  # while the report was made
+    said = examined(folder, capsys)
+    assert said["state"] == "trained to its end; its report is missing, and a resume makes it"
+    assert said["lost ranks"] == f"{LOSS}, at 0.072 kimg, {LOSS}, at 0.064 kimg"
+
+
+@pytest.mark.slow
+def test_without_rank_0_another_one_says_that_it_was_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drop_last_line(folder / "history.jsonl")
+    for place in (folder, folder / "of another machine"):
+        for _ in range(2):
+            log = RunLog(place, 80, writes=False)
+            log.ended("lost", LOSS.replace("1", "0"))
+            log.ended("failed", "rank 0 says so itself")
+    said = examined(folder, capsys)
+    assert said["lost ranks"].count("rank 0 of 2") == 1 and said["state"].startswith("ended because a rank was lost")
+    assert not (folder / "of another machine").exists()
 
 
 @pytest.mark.slow

@@ -53,6 +53,8 @@ def of_phase(phase: Phase) -> Iterator[tuple[str, str]]:
         yield "loss scale", loss_scale(phase.stats)
         yield "gradient norm", gradient_norm(phase.stats)
     yield "restarts", restarts(phase)
+    if said := losses(phase):
+        yield "lost ranks", said
     if said := targets(phase):
         yield "target", said
     yield "divergence", divergence(phase)
@@ -117,6 +119,13 @@ def restarts(phase: Phase) -> str:
             f"at {kimg(event['nimg'])}" + f" after a log up to {kimg(reached or 0)} ({lost:,} images lost)" * (lost > 0)
         )
     return f"{len(resumed)}" + f": {some(told)}" * bool(told)
+
+
+def losses(phase: Phase) -> str:
+    """Return which processes of several were lost, and when."""
+    lost = [event for event in phase.history.found if event.get("event") == "lost"]
+    told = [f"{plain(event.get('text'), 200)}, at {kimg(event['nimg'])}" for event in lost]
+    return some(list(dict.fromkeys(told)))  # without rank 0, each of the others may have written it
 
 
 def targets(phase: Phase) -> str:
