@@ -151,6 +151,6 @@ def _pictures(source: Source) -> Source:
     names = [name for name in source.names if splitext(name)[1].lower() in known and not hidden(name)]
     if not names:
         raise UserError(
-            f"{source.path}: no images in it. Expected .png, .jpg or other files that PIL reads; check --data.source"
+            f"{source.path}: no images in it. Expected .png, .jpg, .webp or other pictures; check --data.source"
         )
     return replace(source, names=names)
