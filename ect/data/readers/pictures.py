@@ -97,7 +97,7 @@ def formats() -> list[str]:
 
 
 def opened(data: bytes) -> ImageFile.ImageFile:
-    """Return a picture, opened by its content in one of FORMATS, whatever its name says: a file named .png may be PostScript."""
+    """Return a picture, opened by its content in one of FORMATS: a file named .png may be PostScript."""
     return Image.open(io.BytesIO(data), formats=formats())
 
 
