@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from ect.config import LogConfig
-from ect.doctor.__main__ import main
+from ect.doctor.__main__ import examine, main
 from ect.doctor.findings import of_phase, plain
 from ect.doctor.records import Phase
 from ect.errors import Diverged
@@ -22,6 +23,7 @@ from ect.ranks.distributed import Severed
 from ect.show.log import RunLog
 from tests.test_health import spoil_loss
 from tests.test_job import interrupt_after
+from tests.test_pictures import bounded_in_time
 from tests.tiny import config, run
 
 OLD = Path(__file__).parent / "fixtures" / "v0.1"
@@ -139,6 +141,16 @@ def test_a_run_that_diverged(
     assert said["non-finite steps"].startswith("6 bad updates, in 3 row(s): 0.048 kimg, 0.064 kimg, 0.08 kimg; ")
     assert said["checkpoint"] == f"{folder}/checkpoint-000000.032.safetensors, whole, after 0.032 kimg, healthy"
     assert said["next"].startswith(f"python -m ect.train --init-from {folder}/checkpoint-000000.032.safetensors, with")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+@pytest.mark.parametrize("name", ["lock", "latest", "stats.jsonl", "history.jsonl", "config.json"])
+def test_a_pipe_in_the_folder_is_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with bounded_in_time():
+        assert any(line.startswith("state:") for line in examine(folder))
 
 
 LOSS = "rank 1 of 2 ended without a word: it was killed"

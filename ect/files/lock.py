@@ -47,6 +47,8 @@ def locked(folder: Path) -> Iterator[None]:
 def holder(folder: Path) -> str | None:
     """Return who holds the lock of a run folder now, by host and process; None where nobody does, or nobody can tell."""
     path = folder / LOCK
+    if not path.is_file():  # a pipe under that name would be waited for
+        return None
     try:
         with path.open("rb") as file:
             if fcntl is not None:
