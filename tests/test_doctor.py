@@ -143,6 +143,15 @@ def test_a_run_that_diverged(
     assert said["next"].startswith(f"python -m ect.train --init-from {folder}/checkpoint-000000.032.safetensors, with")
 
 
+@pytest.mark.parametrize("length", [math.inf, math.nan, 1e308, -1e308, 0])
+def test_an_impossible_length_of_a_run_is_no_end(length: float, tmp_path: Path) -> None:
+    folder = shutil.copytree(OLD / "fp16", tmp_path / "run")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "total_kimg": length}))
+    (state,) = [line for line in examine(folder) if line.startswith("state:")]
+    assert ("not finished" in state) == (not length <= 0), state
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
 @pytest.mark.parametrize("name", ["lock", "latest", "stats.jsonl", "history.jsonl", "config.json"])

@@ -107,7 +107,7 @@ def _finished(phase: Phase, nimg: int, cfg: Config | None) -> bool:
     """Say whether a phase came to its end: by its history, else by its last checkpoint."""
     if phase.ending is not None:
         return phase.ending["event"] == "end"
-    return not phase.history.there and cfg is not None and nimg >= round(cfg.total_kimg * 1000)
+    return not phase.history.there and cfg is not None and nimg + 0.5 >= cfg.total_kimg * 1000
 
 
 def _state(folder: Path, main: Phase, phases: Sequence[Phase], nimg: int, cfg: Config | None) -> str:

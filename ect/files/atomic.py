@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import warnings
@@ -23,6 +24,8 @@ def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
     UserError naming `path` where the system refuses (no such folder, no permission, disk full).
     """
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        temp.unlink(missing_ok=True)  # a link, through which the file would be written elsewhere
     try:
         yield temp
         if durable:
@@ -36,6 +39,13 @@ def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+def itself(name: str, flags: int) -> int:
+    """Return the descriptor of a file, as an opener of `open`. Raises OSError where a link leads to another file."""
+    if os.path.islink(name) and (os.path.isfile(name) or not os.path.exists(name)):
+        raise OSError(errno.ELOOP, "it is a link to another file", name)
+    return os.open(name, flags, 0o666)
 
 
 def left_by_a_kill(folder: Path) -> list[Path]:

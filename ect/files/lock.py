@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ect.errors import UserError
-from ect.files.atomic import left_by_a_kill, remove
+from ect.files.atomic import itself, left_by_a_kill, remove
 
 try:
     import fcntl
@@ -67,7 +67,7 @@ def _acquire(path: Path) -> int | None:
     patience = 3
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = itself(str(path), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(f"{path}: cannot write it ({error.strerror}); choose a writable run folder") from error
         try:

@@ -26,7 +26,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ect.errors import Diverged, UserError
-from ect.files.atomic import atomic
+from ect.files.atomic import atomic, itself
 from ect.ranks.distributed import Severed
 from ect.show.grid import make_grid, save_png
 
@@ -98,7 +98,7 @@ class RunLog:
             with self.surviving(STATS):
                 if resume_nimg is not None and stats.is_file():
                     begun = {"event": "resume", "reached": max(_drop_rows_after(stats, resume_nimg), resume_nimg)}
-                self._stats = stats.open("ab", buffering=0)
+                self._stats = open(stats, "ab", buffering=0, opener=itself)  # noqa: SIM115  `close` closes it
             self.event(**begun)
             with self.surviving("TensorBoard"):
                 self._board = _summary_writer(self.run_dir, resume_nimg)
@@ -168,7 +168,7 @@ class RunLog:
     def _happened(self, event: str, facts: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = json.dumps({"time": now, "event": event, "nimg": self.nimg, **facts}) + "\n"
-        with self.surviving(HISTORY), (self.run_dir / HISTORY).open("a+b", buffering=0) as file:
+        with self.surviving(HISTORY), open(self.run_dir / HISTORY, "a+b", buffering=0, opener=itself) as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
             _append(file, b"\n" * (file.read(1) not in (b"", b"\n")) + line.encode())  # after one that a kill tore
 
