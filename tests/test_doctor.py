@@ -29,7 +29,7 @@ from tests.tiny import config, run
 OLD = Path(__file__).parent / "fixtures" / "v0.1"
 LOG = LogConfig(stats_kimg=0.016, sample_kimg=0, checkpoint_kimg=0.032, keep=9)
 SUBJECTS = ["non-finite steps", "skipped steps", "loss scale", "gradient norm", "restarts", "divergence"]
-ODD: list[Any] = [None, True, -1, 2**70, 1e308, "text", "\x1b[31m", [], {}, [1], {"a": 1}]
+ODD: list[Any] = [None, True, -1, 2**70, 10**400, 1e308, "text", "\x1b[31m", [], {}, [1], {"a": 1}]
 
 
 def examined(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -272,7 +272,12 @@ def test_no_value_of_any_field_and_no_noise_upsets_it(folder: Path) -> None:
         record = json.loads(good.splitlines()[-1]) | {"skipped": 1, "loss_scale": 2.0, "reached": 3, "text": "x"}
         for key in record:
             for value in (*ODD, math.nan, math.inf):
-                path.write_text(json.dumps({**record, key: value}) + "\n")
+                path.write_text((json.dumps({**record, key: value}) + "\n") * 2)
+                for event in (
+                    ("resume", "lost", "target", "diverged") if name == "history.jsonl" and key != "event" else ()
+                ):
+                    with path.open("a") as file:
+                        file.write(json.dumps({**record, "event": event, key: value}) + "\n")
                 said = list(of_phase(Phase.read(folder)))
                 assert all(text.isprintable() for pair in said for text in pair)
         for _ in range(100):

@@ -81,7 +81,7 @@ def nonfinite(phase: Phase) -> str:
         return f"{replaced}; bad updates {_OLD}" + f"; no finite loss in the rows at {some(lost)}" * bool(lost)
     bad = [(nimg, count) for nimg, count in stats.numbers("bad_steps") if count > 0]
     where = f", in {len(bad)} row(s): {some([kimg(nimg) for nimg, _ in bad])}" if bad else ""
-    return f"{int(sum(count for _, count in bad))} bad updates{where}; {replaced}"
+    return f"{sum(int(count) for _, count in bad)} bad updates{where}; {replaced}"
 
 
 def skipped(stats: Records) -> str:
@@ -114,9 +114,10 @@ def restarts(phase: Phase) -> str:
     told = []
     for event in resumed:
         reached = event.get("reached")
-        lost = max(reached - event["nimg"], 0) if type(reached) is int else 0
+        reached = reached if type(reached) is int and reached < 2**63 else 0
+        lost = max(reached - event["nimg"], 0)
         told.append(
-            f"at {kimg(event['nimg'])}" + f" after a log up to {kimg(reached or 0)} ({lost:,} images lost)" * (lost > 0)
+            f"at {kimg(event['nimg'])}" + f" after a log up to {kimg(reached)} ({lost:,} images lost)" * (lost > 0)
         )
     return f"{len(resumed)}" + f": {some(told)}" * bool(told)
 
