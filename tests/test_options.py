@@ -90,7 +90,7 @@ def test_presets_are_sound_and_survive_json(name: str) -> None:
 def test_unknown_preset_says_what_was_meant() -> None:
     with pytest.raises(UserError, match=r"cifar10-1hr.*did you mean cifar10-1h\?.*Known: digits"):
         preset("cifar10-1hr")
-    with pytest.raises(UserError, match="--preset xyz: no such preset Known"):
+    with pytest.raises(UserError, match=r"--preset xyz: no such preset\. Known: "):
         preset("xyz")
 
 
