@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ect_kernels.__main__ import OPS
+from ect_kernels.choice import OPS
 from lib import cubins, launches, row_loops, sass
 from lib.options import Parser
 from rich.console import Console

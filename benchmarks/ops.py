@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 from ect_kernels import dispatch
-from ect_kernels.__main__ import OPS
+from ect_kernels.choice import OPS
 from ect_kernels.testing import emulator, truth
 from lib import cases, measure
 from lib.options import Parser, at_least

@@ -207,12 +207,12 @@ class Job:
                 with can_make(str(run_dir)):
                     run_dir.mkdir(exist_ok=True)
                 write_config(cfg, run_dir, now)
-        self.world.can_go_on(self.run_dir, lambda: trainer.path)
         start = trainer.nimg
         resume_nimg = None if self.cfg.resume is None else start
         log = RunLog(
             run_dir, trainer.total_img, resume_nimg=resume_nimg, console=self.console, device=self.device, writes=writes
         )
+        self.world.can_go_on(self.run_dir, lambda: trainer.path, log.ended)
         with log:
             for note in trainer.notes:
                 log.note(note)

@@ -55,7 +55,7 @@ def preset(name: str, asked_by: str = "--preset") -> Config:
     if name in PRESETS:
         return PRESETS[name]
     close = difflib.get_close_matches(name, PRESETS, n=1)
-    meant = f"; did you mean {close[0]}?" if close else ""
+    meant = f"; did you mean {close[0]}?" if close else "."
     raise UserError(f"{asked_by} {name}: no such preset{meant} Known: {', '.join(PRESETS)}")
 
 

@@ -13,6 +13,7 @@ import torch
 from ect.errors import UserError
 from ect.files import checkpoint
 from ect.files.checkpoint import Checkpoints, load_model, read_model
+from ect.files.kept import keep
 from ect.models import build
 from tests.test_model_file import saved, spec
 
@@ -61,6 +62,19 @@ def test_names_are_unique_and_sorted_by_nimg(tmp_path: Path) -> None:
     run = Checkpoints(tmp_path, keep=9)
     names = [save(run, nimg).name for nimg in (0, 1, 999, 1000, 102_400_000)]
     assert names == sorted(set(names)) and len(names) == 5
+
+
+def test_a_run_of_more_than_a_billion_images_has_its_checkpoints_in_order(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path, keep=2)
+    for nimg in (999_999_000, 999_999_999, 1_000_000_000):
+        save(run, nimg)
+    assert [path.name for path in sorted(tmp_path.glob("*.json"))] == [
+        "checkpoint-1000000.000.json", "checkpoint-999999.999.json"
+    ]  # fmt: skip
+    assert run.load(tmp_path)[1]["nimg"] == 1_000_000_000 and run.back().name == "checkpoint-1000000.000.safetensors"
+    (tmp_path / "checkpoint-1000000.000.state.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"checkpoint-1000000\.000.*using the checkpoint before it"):
+        assert run.load(tmp_path)[1]["nimg"] == 999_999_999
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["one byte changed", "file missing"])
@@ -148,6 +162,24 @@ def test_what_a_kill_left_goes_with_the_next_save(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     save(Checkpoints(tmp_path), 3000)
     assert files(tmp_path) == [*three("000003.000"), "latest"]
+
+
+def foreign(folder: Path) -> list[Path]:
+    """Files that others may put beside ours, in a folder of a run and in such that have nothing to do with it."""
+    names = ".notes.tmp .tmp .tmp-notes .tmpAbC .tmpAbC1234 .latest.12.tmp.txt .latest.x.tmp a.1.tmp .tmpfolder/x"
+    return [folder / name for name in [*names.split(), "mine/.latest.1.tmp", "checkpoint-backup.old.state.safetensors"]]
+
+
+@pytest.mark.parametrize("place", ["", "weights"])
+def test_a_save_removes_no_file_of_others(place: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    kept, link = foreign(tmp_path / place), tmp_path / place / ".latest.7.tmp"
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    link.symlink_to(kept[0])
+    save(Checkpoints(tmp_path, keep=1), 3000)
+    keep(tmp_path, 3000, build(spec()), spec(), {})
+    assert all(path.exists() for path in [*kept, link]) and not recwarn.list
 
 
 def test_files_that_cannot_be_removed_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,7 +278,7 @@ def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(x, torch.ones(3)) and world.mean(0.1) == 0.1 and world.gather(x)[0] is x
     assert world.any(True) and not world.any(False) and world.first(lambda: 7) == 7
     world.agree({"options": "x"})
-    world.can_go_on(Path("run"), lambda: None)
+    world.can_go_on(Path("run"), lambda: None, print)
     world.stop()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -13,19 +14,22 @@ from typing import Any
 import pytest
 
 from ect.config import LogConfig
-from ect.doctor.__main__ import main
+from ect.doctor.__main__ import examine, main
 from ect.doctor.findings import of_phase, plain
 from ect.doctor.records import Phase
 from ect.errors import Diverged
 from ect.files.lock import locked
+from ect.ranks.distributed import Severed
+from ect.show.log import RunLog
 from tests.test_health import spoil_loss
 from tests.test_job import interrupt_after
+from tests.test_pictures import bounded_in_time
 from tests.tiny import config, run
 
 OLD = Path(__file__).parent / "fixtures" / "v0.1"
 LOG = LogConfig(stats_kimg=0.016, sample_kimg=0, checkpoint_kimg=0.032, keep=9)
 SUBJECTS = ["non-finite steps", "skipped steps", "loss scale", "gradient norm", "restarts", "divergence"]
-ODD: list[Any] = [None, True, -1, 2**70, 1e308, "text", "\x1b[31m", [], {}, [1], {"a": 1}]
+ODD: list[Any] = [None, True, -1, 2**70, 10**400, 1e308, "text", "\x1b[31m", [], {}, [1], {"a": 1}]
 
 
 def examined(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -139,6 +143,68 @@ def test_a_run_that_diverged(
     assert said["next"].startswith(f"python -m ect.train --init-from {folder}/checkpoint-000000.032.safetensors, with")
 
 
+@pytest.mark.parametrize("length", [math.inf, math.nan, 1e308, -1e308, 0])
+def test_an_impossible_length_of_a_run_is_no_end(length: float, tmp_path: Path) -> None:
+    folder = shutil.copytree(OLD / "fp16", tmp_path / "run")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "total_kimg": length}))
+    (state,) = [line for line in examine(folder) if line.startswith("state:")]
+    assert ("not finished" in state) == (not length <= 0), state
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+@pytest.mark.parametrize("name", ["lock", "latest", "stats.jsonl", "history.jsonl", "config.json"])
+def test_a_pipe_in_the_folder_is_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with bounded_in_time():
+        assert any(line.startswith("state:") for line in examine(folder))
+
+
+LOSS = "rank 1 of 2 ended without a word: it was killed"
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_rank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "results.json").unlink()
+
+    def ends(log: RunLog, error: BaseException) -> None:
+        log.ended("lost", LOSS)  # by the thread that hears of it
+        raise error
+
+    log = RunLog(folder, 80, resume_nimg=64, quiet=True)
+    log.row(72, {"loss": 1.0})
+    with pytest.raises(Severed), log:
+        ends(log, Severed("Connection closed by peer"))
+    said = examined(folder, capsys)
+    assert said["lost ranks"] == f"{LOSS}, at 0.072 kimg"
+    assert said["state"] == f"ended because a rank was lost at 0.072 kimg: {LOSS}"
+    assert said["next"].startswith(f"python -m ect.train --resume {folder}")
+    with pytest.raises(KeyboardInterrupt), RunLog(folder, 80, resume_nimg=64, quiet=True) as log:
+        ends(log, KeyboardInterrupt())  # of torchrun, which ends the others
+    assert examined(folder, capsys)["state"] == f"ended because a rank was lost at 0.064 kimg: {LOSS}"
+    with RunLog(folder, 64, resume_nimg=64, quiet=True) as log:
+        pass
+    log.ended("lost", LOSS)  # while the report was made
+    said = examined(folder, capsys)
+    assert said["state"] == "trained to its end; its report is missing, and a resume makes it"
+    assert said["lost ranks"] == f"{LOSS}, at 0.072 kimg, {LOSS}, at 0.064 kimg"
+
+
+@pytest.mark.slow
+def test_without_rank_0_another_one_says_that_it_was_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drop_last_line(folder / "history.jsonl")
+    for place in (folder, folder / "of another machine"):
+        for _ in range(2):
+            log = RunLog(place, 80, writes=False)
+            log.ended("lost", LOSS.replace("1", "0"))
+            log.ended("failed", "rank 0 says so itself")
+    said = examined(folder, capsys)
+    assert said["lost ranks"].count("rank 0 of 2") == 1 and said["state"].startswith("ended because a rank was lost")
+    assert not (folder / "of another machine").exists()
+
+
 @pytest.mark.slow
 def test_a_loss_scale_its_skipped_steps_and_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -206,7 +272,12 @@ def test_no_value_of_any_field_and_no_noise_upsets_it(folder: Path) -> None:
         record = json.loads(good.splitlines()[-1]) | {"skipped": 1, "loss_scale": 2.0, "reached": 3, "text": "x"}
         for key in record:
             for value in (*ODD, math.nan, math.inf):
-                path.write_text(json.dumps({**record, key: value}) + "\n")
+                path.write_text((json.dumps({**record, key: value}) + "\n") * 2)
+                for event in (
+                    ("resume", "lost", "target", "diverged") if name == "history.jsonl" and key != "event" else ()
+                ):
+                    with path.open("a") as file:
+                        file.write(json.dumps({**record, "event": event, key: value}) + "\n")
                 said = list(of_phase(Phase.read(folder)))
                 assert all(text.isprintable() for pair in said for text in pair)
         for _ in range(100):

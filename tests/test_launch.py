@@ -178,6 +178,8 @@ class Told(Heartbeat):
         super().__init__(rank, 3, {}, 60, 600, lambda end: None)
         self.first = first
         self.way_back = lambda: "WAY BACK"
+        self.recorded: list[tuple[str, str]] = []
+        self.record = lambda event, text: self.recorded.append((event, text))
 
     def first_end(self, seconds: float) -> End | None:
         return self.first
@@ -225,6 +227,31 @@ def test_how_a_rank_ends(
     signal.raise_signal(signal.SIGTERM)  # torchrun's, when another one ended first: it is too late for it
     found = capsys.readouterr().err
     assert found.startswith(said) if "mine" in str(error) and first is None else found == said
+
+
+WORDS = [
+    (0, RuntimeError("mine"), None, []),  # its own log has it
+    (0, UserError("--x 1"), None, []),
+    (0, Severed("closed"), LOST, [("lost", "rank 1 of 3 was killed")]),
+    (0, KeyboardInterrupt(15), LOST, [("lost", "rank 1 of 3 was killed")]),
+    (2, Severed("closed"), LOST, []),  # rank 0 writes it
+    (2, Severed("closed"), End(0, "lost", STATUS, "was killed"), [("lost", "rank 0 of 3 was killed")]),
+    (0, Severed("closed"), End(1, "failed", 1), [("failed", "rank 1 of 3 failed, as its traceback says")]),
+    (0, Severed("closed"), End(1, "told", 2), [("failed", "rank 1 of 3 ended with status 2")]),
+    (0, Severed("closed"), End(1, "told", 130), [("stop", "rank 1 of 3 ended with status 130")]),
+    (1, Severed("closed"), End(0, "told", 2), []),
+    (0, Severed("no route"), None,
+     [("failed", "rank 0 of 3: an exchange failed, though all ranks beat (no route)")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "error", "first", "recorded"), WORDS)
+def test_the_history_of_a_run_says_how_its_ranks_ended(
+    rank: int, error: BaseException, first: End | None, recorded: list[tuple[str, str]]
+) -> None:
+    words = last_words(rank, first, served=False)
+    words.report(error)
+    assert isinstance(words.heartbeat, Told) and words.heartbeat.recorded == recorded
 
 
 def test_the_sentence_comes_once_and_the_process_ends(
@@ -301,8 +328,9 @@ def test_the_way_back_names_checkpoint_and_command() -> None:
         (1, "python -m ect.train --resume 'my run' (by the launcher that started these 2 processes)"),
     ):
         beat = Told(0, None)
-        World(0, 2, 0, local, None, Place(0, 2, 0, local), beat).can_go_on(Path("my run"), lambda: paths[-1])
+        World(0, 2, 0, local, None, Place(0, 2, 0, local), beat).can_go_on(Path("my run"), lambda: paths[-1], print)
         paths.append(None)
+        assert beat.record is print
         assert beat.way_back() == f"there is no checkpoint yet; continue with: {command}"
         paths.append(Path("my run/checkpoint-7.safetensors"))
         assert beat.way_back() == f"the last checkpoint is my run/checkpoint-7.safetensors; continue with: {command}"

@@ -90,7 +90,7 @@ def test_presets_are_sound_and_survive_json(name: str) -> None:
 def test_unknown_preset_says_what_was_meant() -> None:
     with pytest.raises(UserError, match=r"cifar10-1hr.*did you mean cifar10-1h\?.*Known: digits"):
         preset("cifar10-1hr")
-    with pytest.raises(UserError, match="--preset xyz: no such preset Known"):
+    with pytest.raises(UserError, match=r"--preset xyz: no such preset\. Known: "):
         preset("xyz")
 
 
@@ -144,6 +144,22 @@ def test_dry_run_prints_and_needs_no_torch() -> None:
         [sys.executable, "-c", code, "--preset", "cifar10-1h", "--dry-run"], capture_output=True, text=True, check=True
     )
     assert "--objective.q 256.0" in done.stdout and "--total-kimg 1024.0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["garbage", "levels=fast", "level=cuda", "*=", "=x", "levels", "levels=cuda,no=cuda", "é\0"]
+)
+def test_a_dry_run_refuses_kernels_that_no_machine_has(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--kernels={text}", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --kernels ") and len(said.splitlines()) == 1
+    assert "expected op=backend with ops group_norm_silu, " in said and "backends reference, native" in said
+
+
+@pytest.mark.parametrize("text", ["", "cuda", "*=triton", "levels=cuda, perturb=native,*=reference"])
+def test_a_dry_run_takes_kernels_that_another_machine_may_have(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--kernels={text}", "--dry-run"]) == 0
+    assert f"--kernels {shlex.quote(text)}" in capsys.readouterr().out
 
 
 def test_resume_needs_a_run_folder(tmp_path: Path) -> None:

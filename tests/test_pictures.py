@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import re
+import signal
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +185,53 @@ def test_postscript_named_png_starts_no_program(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match=r"1\.png: cannot be read as an image \(of no known format\)"):
         read(data)
     assert not started
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and devices are files elsewhere")
+@pytest.mark.parametrize("what", ["pipe", "device", "gone", "circle", "sparse"])
+@pytest.mark.parametrize("name", ["0.png", "1.png", "dataset.json", "train-images-idx3-ubyte", "data_batch_1"])
+def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(name: str, what: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data", {"0.png": plain(0), "1.png": plain(1)})
+    path = data / name
+    path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "sparse":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    else:
+        path.symlink_to({"device": Path("/dev/zero"), "gone": tmp_path / "gone", "circle": path}[what])
+    ours = name.endswith((".png", ".json")) or what == "sparse"
+    with bounded_in_time(), pytest.raises(UserError, match=re.escape(name)) if ours else contextlib.nullcontext():
+        read(data, labels=name == "dataset.json")
+    if what == "pipe":
+        with bounded_in_time(), pytest.raises(UserError, match=f"{name}: a pipe or a device"):
+            read(path)
+
+
+@contextlib.contextmanager
+def bounded_in_time() -> Iterator[None]:
+    """End the block after five seconds, in which a pipe has no other end."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(5)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_folder_that_may_not_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(UserError, match=r"--data\.source .*: cannot be read \(.*Permission denied\)"):
+        read(tmp_path)
 
 
 def test_many_small_line_drawings_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from ect.data import load
 from ect.errors import UserError
 from ect.job import Job
 from ect.models import build
+from ect.options import check
 from ect.presets import PRESETS
 from tests import edm_files as edm
 from tests.test_no_network import SPEC, TINY
@@ -81,8 +82,9 @@ def test_refusals_of_backends_are_those_of_the_page(said: str, tmp_path: Path, m
     option = re.match(r"--kernels (\S+): ", said)
     if option is None:
         monkeypatch.setenv("ECT_KERNELS", "garbage")
+    cfg = config(run_dir=tmp_path / "run", kernels=option[1] if option else "")
     with pytest.raises(UserError) as error:
-        Job(config(run_dir=tmp_path / "run", kernels=option[1] if option else ""), Console(quiet=True))
+        check(cfg) or Job(cfg, Console(quiet=True))
     found = re.sub("(have: .*), emulated$", r"\1", str(error.value))  # other tests load emulators
     assert found == (
         said if cpu.why_not_built() is None else said.replace("; have: reference, native", "; have: reference")
@@ -91,4 +93,4 @@ def test_refusals_of_backends_are_those_of_the_page(said: str, tmp_path: Path, m
 
 
 def test_the_page_quotes_some() -> None:
-    assert len(QUOTED) == 3
+    assert len(QUOTED) == 4

@@ -20,11 +20,14 @@ from rich.console import Console
 from ect.config import Config, EvalConfig
 from ect.errors import UserError
 from ect.files import lock
+from ect.files.atomic import atomic
 from ect.files.lock import LOCK, locked
 from ect.files.run_folder import load, new_run_dir, resolved
 from ect.job import Job
 from ect.options import parse
+from ect.show.log import RunLog
 from ect.train import main
+from tests.test_checkpoint import foreign
 from tests.tiny import config, run
 
 
@@ -190,13 +193,32 @@ def test_a_lock_without_room_for_its_text_holds_all_the_same(tmp_path: Path, mon
 
 
 def test_what_a_kill_left_goes_once_the_folder_is_ours(tmp_path: Path) -> None:
-    left = [tmp_path / ".config.json.1.tmp", tmp_path / ".tmpAbC", tmp_path / "pretrain" / ".latest.1.tmp"]
+    left = [tmp_path / ".config.json.1.tmp", tmp_path / ".tmpAbC123", tmp_path / "pretrain" / ".latest.1.tmp"]
+    kept = [tmp_path / "config.json", tmp_path / "pretrain" / "latest", *foreign(tmp_path)]
     left[2].parent.mkdir()
-    kept = [tmp_path / "config.json", tmp_path / "pretrain" / "latest"]
     for path in left + kept:
+        path.parent.mkdir(exist_ok=True)
         path.touch()
     with locked(tmp_path):
         assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+
+
+def test_links_in_the_folder_of_a_stranger_lead_to_no_file_of_ours(tmp_path: Path) -> None:
+    folder, ours = tmp_path / "run", tmp_path / "ours"
+    folder.mkdir()
+    ours.write_text("precious\n")
+    for name in ("lock", "stats.jsonl", "history.jsonl"):
+        (folder / name).symlink_to(ours if name != "history.jsonl" else tmp_path / "new")
+    with pytest.raises(UserError, match="lock: cannot write it"), locked(folder):
+        pass
+    with pytest.warns(UserWarning, match=r"(stats|history)\.jsonl cannot be written, the run goes on without"):
+        log = RunLog(folder, 64, quiet=True)
+    with log:
+        log.row(64, {"loss": 1.0})
+    (folder / f".latest.{os.getpid()}.tmp").symlink_to(ours)
+    with atomic(folder / "latest") as temporary:
+        temporary.write_text("checkpoint")
+    assert ours.read_text() == "precious\n" and sorted(tmp_path.iterdir()) == [ours, folder]
 
 
 def test_a_kill_at_the_very_start_leaves_a_folder_for_a_new_run(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,3 +103,11 @@ def test_a_parser_that_says_nothing_writes_nothing(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sys, "stdout", Full())
     assert parsed(lambda: Options(7)).count == 7
+
+
+def test_an_output_without_a_letter_for_a_name_takes_it_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert launch(lambda: print("é\u2603"), pytest.fail) == 0
+    sys.stdout.flush()
+    assert out.getvalue().decode().split() == [r"\xe9\u2603"]

@@ -28,6 +28,7 @@ from ect.data.readers import cifar10, labels
 from ect.files import edm_pickle, torch_file
 from ect.files.checkpoint import load_model
 from ect.files.run_folder import load as load_config
+from ect.metrics.fidelity import read_statistics
 from tests.fuzz.bounded import LARGEST, bounded
 
 pytestmark = [
@@ -266,3 +267,25 @@ def test_other_files(name: str, tmp_path: Path) -> None:
     write(path)
     assert path.stat().st_size < LARGEST
     assert bounded(lambda: read(path)) is not None
+
+
+def array(header: str) -> Callable[[Path], None]:
+    """Statistics of arrays that say this of themselves, and have no values."""
+    text = header.encode()
+    content = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
+    return lambda path: zipped(path, {"mu.npy": content, "sigma.npy": content})
+
+
+ARRAYS = {
+    "texts without letters": array("{'descr': '|S0', 'fortran_order': False, 'shape': (400000000,), }"),
+    "wide texts without letters": array("{'descr': '<U0', 'fortran_order': False, 'shape': (40000000000,), }"),
+    "signs": array("-" * 9000 + "1"),
+    "brackets": array("[" * 9000),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    ARRAYS[name](path)
+    assert "cannot be read (an array " in (bounded(lambda: read_statistics(path)) or "")

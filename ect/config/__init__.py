@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from ect_kernels import choice
+
 from ect.config import emas
 from ect.config import target as targets
 from ect.errors import UserError
@@ -124,6 +126,7 @@ EACH_BELOW_1 = Limit("from 0 to below 1", lambda values: all(0 <= value < 1 for 
 FEW_EMAS = Limit(f"1 to {emas.MAX_EMAS} weight averages, each once", emas.are_few)
 SIGMA_REL = Limit(f"a relative width from {emas.NARROWEST} to {emas.WIDEST}", emas.is_width)
 POWER_EMAS = Limit(f"power profiles such as rel:.05, of {SIGMA_REL.expected}", emas.have_widths)
+KERNELS = Limit(choice.expected(), choice.can_be_read)
 TARGET = Limit(targets.EXPECTED, lambda text: targets.wanted(text) is not None)
 GUIDANCE = Limit("a weight from 0 to 100", lambda weight: 0 <= weight <= 100)
 EMA_DECAYS = Limit(
@@ -313,7 +316,7 @@ class Config:
     where the minutes of compiling pay (python benchmarks/step_time.py says where they do on a device)."""
     channels_last: Switch = None
     """Keep the weights of convolutions in the memory order [out, k, k, in]. None: on a GPU."""
-    kernels: str = ""
+    kernels: Annotated[str, KERNELS] = ""
     """Backends of the fused ops, e.g. 'group_norm_silu=cuda,*=triton' (python -m ect_kernels lists them). Empty: automatic."""
     self_check: Switch = None
     """Compare kernels, compiled network and captured update with plain ones before the first step, and go on without what

@@ -105,7 +105,10 @@ def load(cfg: DataConfig) -> Dataset:
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user that there is not
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"--data.source {cfg.source}: cannot be read ({reason}). Give another path") from error
-        name, (images, labels, notes) = _read_path(path, cfg)
+        try:
+            name, (images, labels, notes) = _read_path(path, cfg)
+        except OSError as error:  # such as a folder that others may not list
+            raise UserError(f"--data.source {cfg.source}: cannot be read ({error}). Give another path") from error
     padded = 32 if images.shape[1:] == (28, 28, 1) else None  # as the field has it for MNIST and its kin
     if (resolution := cfg.resolution or padded) is not None:
         images = fit_all(images, resolution)
@@ -126,6 +129,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _read_path(path: Path, cfg: DataConfig) -> tuple[str, Read]:
     """Return the name and arrays of the data set at `path`, by the reader that its name and contents call for."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"--data.source {cfg.source}: a pipe or a device, which may never end. Give a file or a folder")
     if cifar10.claims(path):
         return "cifar10", Read(*cifar10.read(path), [])
     if idx.claims(path):

@@ -107,7 +107,7 @@ def _finished(phase: Phase, nimg: int, cfg: Config | None) -> bool:
     """Say whether a phase came to its end: by its history, else by its last checkpoint."""
     if phase.ending is not None:
         return phase.ending["event"] == "end"
-    return not phase.history.there and cfg is not None and nimg >= round(cfg.total_kimg * 1000)
+    return not phase.history.there and cfg is not None and nimg + 0.5 >= cfg.total_kimg * 1000
 
 
 def _state(folder: Path, main: Phase, phases: Sequence[Phase], nimg: int, cfg: Config | None) -> str:
@@ -125,7 +125,8 @@ def _state(folder: Path, main: Phase, phases: Sequence[Phase], nimg: int, cfg: C
     if ending is None:
         return f"not finished; the log has no {HISTORY}, which would say how it ended"
     how = {"stop": "stopped by a signal", "diverged": "diverged", "failed": "ended by an error", "end": "ended"}
-    text = f": {plain(ending.get('text'))}" if ending["event"] == "failed" else ""
+    how["lost"] = "ended because a rank was lost"
+    text = f": {plain(ending.get('text'))}" if ending["event"] in ("failed", "lost") else ""
     return f"{how[ending['event']]} {where}{of_pretraining}{text}"
 
 

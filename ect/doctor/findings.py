@@ -53,6 +53,8 @@ def of_phase(phase: Phase) -> Iterator[tuple[str, str]]:
         yield "loss scale", loss_scale(phase.stats)
         yield "gradient norm", gradient_norm(phase.stats)
     yield "restarts", restarts(phase)
+    if said := losses(phase):
+        yield "lost ranks", said
     if said := targets(phase):
         yield "target", said
     yield "divergence", divergence(phase)
@@ -79,7 +81,7 @@ def nonfinite(phase: Phase) -> str:
         return f"{replaced}; bad updates {_OLD}" + f"; no finite loss in the rows at {some(lost)}" * bool(lost)
     bad = [(nimg, count) for nimg, count in stats.numbers("bad_steps") if count > 0]
     where = f", in {len(bad)} row(s): {some([kimg(nimg) for nimg, _ in bad])}" if bad else ""
-    return f"{int(sum(count for _, count in bad))} bad updates{where}; {replaced}"
+    return f"{sum(int(count) for _, count in bad)} bad updates{where}; {replaced}"
 
 
 def skipped(stats: Records) -> str:
@@ -112,11 +114,19 @@ def restarts(phase: Phase) -> str:
     told = []
     for event in resumed:
         reached = event.get("reached")
-        lost = max(reached - event["nimg"], 0) if type(reached) is int else 0
+        reached = reached if type(reached) is int and reached < 2**63 else 0
+        lost = max(reached - event["nimg"], 0)
         told.append(
-            f"at {kimg(event['nimg'])}" + f" after a log up to {kimg(reached or 0)} ({lost:,} images lost)" * (lost > 0)
+            f"at {kimg(event['nimg'])}" + f" after a log up to {kimg(reached)} ({lost:,} images lost)" * (lost > 0)
         )
     return f"{len(resumed)}" + f": {some(told)}" * bool(told)
+
+
+def losses(phase: Phase) -> str:
+    """Return which processes of several were lost, and when."""
+    lost = [event for event in phase.history.found if event.get("event") == "lost"]
+    told = [f"{plain(event.get('text'), 200)}, at {kimg(event['nimg'])}" for event in lost]
+    return some(list(dict.fromkeys(told)))  # without rank 0, each of the others may have written it
 
 
 def targets(phase: Phase) -> str:

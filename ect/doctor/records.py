@@ -57,9 +57,17 @@ class Phase:
 
     @property
     def ending(self) -> dict[str, Any] | None:
-        """The last event where it is an end of any kind, else None."""
-        event = self.history.found[-1] if self.history.found else {}
-        return event if event.get("event") in ("end", "stop", "diverged", "failed") else None
+        """The event that tells how the last start or resume ended, or None.
+
+        Of several ranks each may write one: the end of the training counts first, then a loss, which the others follow from.
+        """
+        names = [event.get("event") for event in self.history.found]
+        begun = max((i for i, name in enumerate(names) if name in ("start", "resume")), default=0)
+        after = self.history.found[begun:]
+        for name in ("end", "lost"):
+            if found := [event for event in after if event.get("event") == name]:
+                return found[-1]
+        return after[-1] if after and after[-1].get("event") in ("stop", "diverged", "failed") else None
 
     @property
     def reached(self) -> int:

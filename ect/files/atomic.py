@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ect.errors import UserError
+
+_LEFT = re.compile(r"\..+\.\d+\.tmp|\.tmp[0-9A-Za-z]{6}")
+"""The names of temporary files: those of `atomic`, and those under which safetensors writes."""
 
 
 @contextlib.contextmanager
@@ -19,6 +24,8 @@ def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
     UserError naming `path` where the system refuses (no such folder, no permission, disk full).
     """
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        temp.unlink(missing_ok=True)  # a link, through which the file would be written elsewhere
     try:
         yield temp
         if durable:
@@ -34,9 +41,18 @@ def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
             temp.unlink(missing_ok=True)
 
 
+def itself(name: str, flags: int) -> int:
+    """Return the descriptor of a file, as an opener of `open`. Raises OSError where a link leads to another file."""
+    if os.path.islink(name) and (os.path.isfile(name) or not os.path.exists(name)):
+        raise OSError(errno.ELOOP, "it is a link to another file", name)
+    return os.open(name, flags, 0o666)
+
+
 def left_by_a_kill(folder: Path) -> list[Path]:
-    """Return what a kill while writing left in a folder: temporary files of `atomic`, and of safetensors."""
-    return [path for pattern in (".*.tmp", ".tmp*") for path in folder.glob(pattern)]
+    """Return what a kill while writing left in a folder: temporary files of `atomic`, and of safetensors; no other ones."""
+    return [
+        path for path in folder.glob(".*") if _LEFT.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    ]
 
 
 def remove(path: Path) -> None:

@@ -46,7 +46,7 @@ _MODELS = (_MODEL, *(f".ema{i}{_MODEL}" for i in range(1, MAX_EMAS)))
 """The ends of the names of the model files, one for each weight average."""
 _SEAL, _UNSEALED = "sha256", {"format", "nimg", "healthy", "files"}
 """Key of a manifest's own checksum; earlier versions wrote none, and no more than the others."""
-_STEM = re.compile(r"checkpoint-\d{6}\.\d{3}")
+_STEM = re.compile(r"checkpoint-(\d{6,12})\.(\d{3})")
 
 
 def read_model(path: Path, ema: int | None = None) -> Snapshot:
@@ -185,7 +185,8 @@ class Checkpoints:
     def back(self) -> Path:
         """Let `latest` name the last healthy checkpoint up to the one that it names now; return the path of its model file."""
         stem = _newest(self.run_dir, (_MODEL, _STATE))
-        stem = self._healthy([known for known in _stems(self.run_dir, _MANIFEST) if known <= stem]) or stem
+        known = [other for other in _stems(self.run_dir, _MANIFEST) if _seen(other) <= _seen(stem)]
+        stem = self._healthy(known) or stem
         self._point(stem)
         return self.run_dir / f"{stem}{_MODEL}"
 
@@ -211,7 +212,7 @@ class Checkpoints:
         Checkpoints beyond `newest` are of a run that was then continued from further back: not ours to remove.
         The manifest goes first and the state last, so that a half-removed checkpoint is known as one.
         """
-        complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if stem <= newest]
+        complete = [stem for stem in _stems(self.run_dir, _MANIFEST) if _seen(stem) <= _seen(newest)]
         incomplete = set(_stems(self.run_dir, _STATE)) - set(_stems(self.run_dir, _MANIFEST))
         for stem in {*complete[: -max(self.keep, 1)], *incomplete} - {self._healthy(complete)}:
             for kind in (_MANIFEST, *_MODELS, _STATE):
@@ -219,8 +220,16 @@ class Checkpoints:
 
 
 def _stems(run_dir: Path, kind: str) -> list[str]:
-    """Return the sorted names, without ending, of the checkpoints that have this kind of file."""
-    return sorted(path.name.removesuffix(kind) for path in run_dir.glob(f"checkpoint-??????.???{kind}"))
+    """Return the names, without ending, of the checkpoints that have this kind of file, the earliest first."""
+    names = (path.name.removesuffix(kind) for path in run_dir.glob(f"checkpoint-*{kind}"))
+    return sorted(filter(_STEM.fullmatch, names), key=_seen)
+
+
+def _seen(stem: str) -> int:
+    """Return the images seen by a checkpoint, from its name: from a billion on, that is longer than others."""
+    match = _STEM.fullmatch(stem)
+    assert match is not None
+    return int(match[1] + match[2])
 
 
 def _parts(path: Path) -> tuple[str, str] | None:
@@ -237,9 +246,9 @@ def _newest(run_dir: Path, kinds: tuple[str, ...]) -> str:
     Warns of each one that is passed over.
     """
     latest, complete = _pointer(run_dir), set(_stems(run_dir, _MANIFEST))
-    stems = sorted(complete | set(_stems(run_dir, _STATE)), reverse=True)
+    stems = sorted(complete | set(_stems(run_dir, _STATE)), key=_seen, reverse=True)
     # Those after it: the run was then continued from further back, or killed before it moved the pointer.
-    after = [stem for stem in stems if latest is not None and stem > latest and stem in complete]
+    after = [stem for stem in stems if latest is not None and _seen(stem) > _seen(latest) and stem in complete]
     for stem in [*(stem for stem in stems if stem not in after), *after]:
         try:
             _verify(run_dir, stem, kinds)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ect.errors import UserError
-from ect.files.atomic import left_by_a_kill, remove
+from ect.files.atomic import itself, left_by_a_kill, remove
 
 try:
     import fcntl
@@ -20,20 +20,22 @@ except ImportError:  # Windows
 
 LOCK = "lock"
 """Name of the lock file, whose text says who holds it."""
+INSIDE = ("pretrain", "weights", "averages")
+"""The folders inside a run's in which it writes too."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep the lock of a run folder inside the block. Raises UserError, naming host and process, where another one holds it.
 
-    What a kill left half-written, in the folder or one in it, goes first. The system gives the lock back when its process
+    What a kill left half-written, in the folder or one of INSIDE, goes first. The system gives the lock back when its process
     ends, however it ends: the file that a kill leaves locks nothing. On Windows there is no such lock, and two processes in
     one folder go unnoticed; so they do, after a warning, on a file system without locks.
     """
     path = folder / LOCK
     descriptor = None if fcntl is None else _acquire(path)
     try:
-        for left in (left for place in (folder, *folder.glob("*/")) for left in left_by_a_kill(place)):
+        for left in (left for place in (folder, *map(folder.joinpath, INSIDE)) for left in left_by_a_kill(place)):
             remove(left)  # nobody else writes here
         yield
     finally:
@@ -45,6 +47,8 @@ def locked(folder: Path) -> Iterator[None]:
 def holder(folder: Path) -> str | None:
     """Return who holds the lock of a run folder now, by host and process; None where nobody does, or nobody can tell."""
     path = folder / LOCK
+    if not path.is_file():  # a pipe under that name would be waited for
+        return None
     try:
         with path.open("rb") as file:
             if fcntl is not None:
@@ -63,7 +67,7 @@ def _acquire(path: Path) -> int | None:
     patience = 3
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = itself(str(path), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(f"{path}: cannot write it ({error.strerror}); choose a writable run folder") from error
         try:

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_MARKS = 64
+"""Signs and opening brackets in the header of an array, at most."""
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, TypeError, AttributeError, IndexError,
     NotImplementedError, RuntimeError, MemoryError, SyntaxError, ArithmeticError, tokenize.TokenError,
@@ -50,10 +52,16 @@ def _array(data: bytes) -> np.ndarray:
     version = npy.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"an array in version {version[0]}.{version[1]} of its format")
+    at = 10 if version == (1, 0) else 12
+    header = data[at : at + int.from_bytes(data[8:at], "little")]
+    if sum(map(header.count, (b"(", b"[", b"{", b"-", b"+", b"~"))) > _MARKS:  # which Python's parser would nest
+        raise ValueError("an array whose header is none of numpy's")
     shape, fortran, dtype = _HEADERS[version](file)
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which is never unpickled")
     count = math.prod(shape)
+    if dtype.itemsize == 0 and count > 1:  # of texts without letters numpy would make room for one each
+        raise ValueError("an array of nothing")
     if count < 0 or min(shape, default=0) < 0 or count * dtype.itemsize != len(data) - file.tell():
         raise ValueError("an array is longer or shorter than it says")
     flat = np.frombuffer(data, dtype, count, file.tell()) if count * dtype.itemsize else np.empty(count, dtype)

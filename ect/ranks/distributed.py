@@ -133,8 +133,10 @@ class World:
                     "the same options, files and version of this package"
                 )
 
-    def can_go_on(self, run_dir: Path, checkpoint: Callable[[], Path | None]) -> None:
-        """Say after a loss that the run in this folder goes on, from the checkpoint that there is then."""
+    def can_go_on(
+        self, run_dir: Path, checkpoint: Callable[[], Path | None], record: Callable[[str, str], object]
+    ) -> None:
+        """Say after a loss that the run in this folder goes on, from the checkpoint that there is then, and `record` it."""
         if self.heartbeat is None or self.place is None:
             return
         command = self.place.again("ect.train", f"--resume {shlex.quote(str(run_dir))}")
@@ -144,7 +146,7 @@ class World:
             last = "there is no checkpoint yet" if path is None else f"the last checkpoint is {path}"
             return f"{last}; continue with: {command}"
 
-        self.heartbeat.way_back = way_back
+        self.heartbeat.way_back, self.heartbeat.record = way_back, record
 
     def stop(self) -> None:
         """End it, once all ranks are here."""

@@ -70,8 +70,9 @@ class Ending:
         elif self.quiet:
             pass
         elif severed:
-            what = f"error: rank {rank} of {size}: an exchange failed, though all ranks beat ({error})"
-            say(f"{what}; {self.heartbeat.way_back()}")
+            what = f"rank {rank} of {size}: an exchange failed, though all ranks beat ({error})"
+            say(f"error: {what}; {self.heartbeat.way_back()}")
+            self.heartbeat.record("failed", what)
         elif end.how == "told":
             say(self.interrupted if isinstance(error, KeyboardInterrupt) else f"error: {sentence(error)}")
         else:
@@ -86,10 +87,18 @@ class Ending:
             if self._told:
                 return
             self._told = True
-            if self.quiet or end.how == "told" or not self._speaks(end):
+            if self.quiet or not self._speaks(end):
                 return
-            what = end.text if end.how == "lost" else "failed, as its traceback says"
-            say(f"error: rank {end.rank} of {self.place.size} {what}; {self.heartbeat.way_back()}")
+            told = {
+                "lost": end.text,
+                "failed": "failed, as its traceback says",
+                "told": f"ended with status {end.status}",
+            }
+            what = f"rank {end.rank} of {self.place.size} {told[end.how]}"
+            if end.how != "told":
+                say(f"error: {what}; {self.heartbeat.way_back()}")
+            by_signal = end.how == "told" and end.status > 128
+            self.heartbeat.record("stop" if by_signal else "lost" if end.how == "lost" else "failed", what)
 
     def _speaks(self, end: End) -> bool:
         """Return whether this rank speaks: rank 0, or where that is the lost one, the first that asks a launcher's store.
@@ -101,7 +110,7 @@ class Ending:
             return True
         if end.rank != 0:
             return False
-        if end.how == "failed" or not self.place.served:
+        if end.how != "lost" or not self.place.served:
             return end.how == "lost"
         from ect.ranks.distributed import bounded
 

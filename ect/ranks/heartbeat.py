@@ -102,6 +102,8 @@ class Heartbeat(threading.Thread):
         self.hellos = [{"rank": rank, "size": size, **hello}]
         self.way_back: Callable[[], str] = lambda: "nothing was saved; start the command again"
         """Says after a loss what is saved, and how to continue."""
+        self.record: Callable[[str, str], object] = lambda event, text: None
+        """Writes into the history of a run how its processes ended, where this one did not end by itself."""
         self._deadline = time.monotonic() + patience
         self._fits = True  # whether the numbers that the ranks have told fit together
         self._complete, self._ended = threading.Event(), threading.Event()

@@ -34,6 +34,8 @@ def launch(parse: Callable[[], T | None], work: Callable[[T, World], int], inter
     SIGTERM and SIGHUP are as Ctrl-C, with 143 and 129. Each comes with one message, but before `work` there is none. Of
     several processes, those that are left where one is lost end with the status of `heartbeat.STATUS`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file may have no letter for a name in what is printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     with interrupts.answered_by(interrupts.leave), interrupts.read_or_not():
         try:
             place = Place.read()

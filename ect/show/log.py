@@ -26,7 +26,8 @@ from rich.text import Text
 from torch import Tensor
 
 from ect.errors import Diverged, UserError
-from ect.files.atomic import atomic
+from ect.files.atomic import atomic, itself
+from ect.ranks.distributed import Severed
 from ect.show.grid import make_grid, save_png
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class RunLog:
             with self.surviving(STATS):
                 if resume_nimg is not None and stats.is_file():
                     begun = {"event": "resume", "reached": max(_drop_rows_after(stats, resume_nimg), resume_nimg)}
-                self._stats = stats.open("ab", buffering=0)
+                self._stats = open(stats, "ab", buffering=0, opener=itself)  # noqa: SIM115  `close` closes it
             self.event(**begun)
             with self.surviving("TensorBoard"):
                 self._board = _summary_writer(self.run_dir, resume_nimg)
@@ -150,15 +151,26 @@ class RunLog:
         """Append {"time": in UTC, "event": event, "nimg": images seen, **facts} to history.jsonl; facts are JSON-able.
 
         The events are "start"; "resume", with the images that the log had `reached` before; "target", an evaluation that
-        came to it (ect.metrics.Crossing); and how it ended: "end", "stop" (by a signal), "diverged" and "failed", these two
-        with a `text`. A run that is killed writes none of the last four.
+        came to it (ect.metrics.Crossing); and how it ended: "end", "stop" (by a signal), "diverged", "failed" and "lost" (a
+        process of several), these three with a `text`. A run that is killed writes none of the last five.
         """
         if self._writes:
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            line = json.dumps({"time": now, "event": event, "nimg": self.nimg, **facts}) + "\n"
-            with self.surviving(HISTORY), (self.run_dir / HISTORY).open("a+b", buffering=0) as file:
-                file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-                _append(file, b"\n" * (file.read(1) not in (b"", b"\n")) + line.encode())  # after one that a kill tore
+            self._happened(event, facts)
+
+    def ended(self, event: str, text: str) -> None:
+        """Write how another process ended the run: "failed", "stop" or "lost". Where rank 0 is lost, another one writes that.
+
+        It may come from a thread of its own, and after `close`.
+        """
+        if self._writes or (event == "lost" and (self.run_dir / HISTORY).is_file()):
+            self._happened(event, {"text": text})
+
+    def _happened(self, event: str, facts: dict[str, Any]) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = json.dumps({"time": now, "event": event, "nimg": self.nimg, **facts}) + "\n"
+        with self.surviving(HISTORY), open(self.run_dir / HISTORY, "a+b", buffering=0, opener=itself) as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            _append(file, b"\n" * (file.read(1) not in (b"", b"\n")) + line.encode())  # after one that a kill tore
 
     def ends_here(self) -> None:
         """Let the images seen be all of the run, which has come to its end sooner than planned."""
@@ -239,7 +251,7 @@ class RunLog:
             self.event("end" if self.nimg >= self.total_nimg else "stop")
         elif isinstance(error, KeyboardInterrupt):
             self.event("stop")
-        else:
+        elif not isinstance(error, Severed):  # of which `ended` hears why
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.event("diverged" if isinstance(error, Diverged) else "failed", text=what)
         self.close()

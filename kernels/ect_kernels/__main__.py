@@ -17,16 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ect_kernels import cpu, dispatch, native
-
-OPS = (
-    "group_norm_silu",
-    "residual_group_norm_silu",
-    "skip_product",
-    "levels",
-    "perturb",
-    "consistency_loss",
-    "radam_ema",
-)
+from ect_kernels.choice import OPS
 
 
 def built() -> list[str]:

@@ -17,14 +17,10 @@ from typing import Any
 
 import torch
 
-from ect_kernels import cpu, native
+from ect_kernels import choice, cpu, native
+from ect_kernels.choice import NAMES, BackendError
 
-NAMES = ("reference", "native", "triton", "cuda", "apex", "emulated")
 AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("native", "reference")}
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run; the message says which, why, and what can."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,7 @@ class Op:
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
+        choice.KNOWN[self.name] = None
 
     def pick(self, device: torch.device, args: tuple[Any, ...], backend: str | None = None) -> str:
         """Return the backend for a call with these arguments on `device`.
@@ -147,16 +144,8 @@ def forget() -> None:
 
 
 def parse_choice(text: str) -> dict[str, str]:
-    """Return {"op or *": "backend"} of "op=backend,*=backend"; a lone backend name stands for all ops. Raises BackendError."""
-    choice = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        op, _, name = part.rpartition("=")
-        op = op.strip() or "*"
-        if name not in NAMES or (op != "*" and op not in OPS):
-            known = f"ops {', '.join(OPS)} or *; backends {', '.join(NAMES)}"
-            raise BackendError(f"cannot read {part!r} in {text!r}; expected op=backend with {known}")
-        choice[op] = name
-    return choice
+    """Return {"op or *": "backend"} as `choice.read` does, of the backends that there are now. Raises BackendError."""
+    return choice.read(text, NAMES)
 
 
 def set_choice(text: str | None) -> None:
@@ -170,9 +159,9 @@ def requested(op: str) -> str | None:
     text = os.environ.get("ECT_KERNELS")
     if not _choice and not text:  # at every call of an op, so quickly
         return None
-    for choice in (_choice, parse_choice(text or "")):
-        every = choice.get("*")
-        name = choice.get(op, every if every in OPS[op].backends else None)
+    for chosen in (_choice, parse_choice(text or "")):
+        every = chosen.get("*")
+        name = chosen.get(op, every if every in OPS[op].backends else None)
         if name is not None:
             return name
     return None

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ect.doctor.__main__ import examine
 from ect.ranks.ending import GRACE
 from ect.ranks.heartbeat import STATUS
 from tests.drills.runs import Skipped
@@ -61,6 +62,10 @@ def check_loss(ranks: Ranks, victim: int, why: str, seconds: float) -> None:
         found = RESUME.search(line)
         assert found is not None and (ranks.folder / found[1]).is_file(), line
         assert found[2] == f"torchrun --nproc-per-node {ranks.size} -m ect.train --resume run", line
+    story = "\n".join(examine(ranks.run))
+    assert f"lost ranks:       rank {victim} of {ranks.size} {why}" in story, story
+    state = "a process trains in it now" if victim == 0 and "not heard" in why else "ended because a rank was lost at "
+    assert f"state:            {state}" in story, story  # a stopped rank 0 has its lock still
 
 
 def killed(ground: object, number: int, count: int) -> None:

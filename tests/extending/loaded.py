@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from ect_kernels import choice as kernels
 from ect_kernels import dispatch
 
 from ect import config, models, objective
@@ -22,7 +23,7 @@ FOLDER = Path(__file__).parent
 def forgotten() -> Iterator[None]:
     """Take back, at the end, what was registered within."""
     with contextlib.ExitStack() as stack:
-        for known in (models._UNETS, objective.OBJECTIVES, dispatch.OPS):
+        for known in (models._UNETS, objective.OBJECTIVES, dispatch.OPS, kernels.KNOWN):
             stack.enter_context(mock.patch.dict(known))
         for name in ("Architecture", "Kind"):
             stack.enter_context(mock.patch.object(config, name, getattr(config, name)))

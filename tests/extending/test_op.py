@@ -10,6 +10,7 @@ import torch
 from ect_kernels import dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ect.options import parse
 from tests.extending.loaded import added
 
 
@@ -38,5 +39,6 @@ def test_it_has_a_row_in_the_table_of_backends_and_a_name_that_can_be_chosen(own
         ("scale_rows", "reference")
     ]
     assert dispatch.parse_choice("scale_rows=reference") == {"scale_rows": "reference"}
+    assert parse(["--kernels", "scale_rows=reference", "--dry-run"]).kernels == "scale_rows=reference"
     with pytest.raises(dispatch.BackendError, match="this op has no such backend, but reference"):
         own.scale_rows(torch.zeros(1, 1, 1, 1), torch.zeros(1), backend="triton")

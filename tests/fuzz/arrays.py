@@ -20,7 +20,7 @@ from tests.fuzz.mutations import HUGE, spoilt
 
 SHIPPED = classifier.SHIPPED / "digits_features.npz"
 COMPRESSIONS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-TYPES = ["<f4", "<f8", "|O", "<U9", "|S1000000", "<i8", "|V0", "[('a', '<f4')]", "<M8[s]", "nonsense"]
+TYPES = ["<f4", "<f8", "|O", "<U9", "|S1000000", "<i8", "|V0", "|S0", "<U0", "[('a', '<f4')]", "<M8[s]", "nonsense"]
 LENGTHS = st.sampled_from([*HUGE, 2, 8, 2048, 4096])
 
 
@@ -36,7 +36,11 @@ def arrays(draw: st.DrawFn) -> bytes:
     kind = draw(st.sampled_from(TYPES))
     quoted = kind if kind.startswith("[") else repr(kind)
     header = f"{{'descr': {quoted}, 'fortran_order': {draw(st.booleans())}, 'shape': {shape}, }}"
-    header = draw(st.sampled_from([header, header, header, "(" * 5000, "{" * 90, "1", header.replace("shape", "a")]))
+    header = draw(
+        st.sampled_from(
+            [header, header, header, "(" * 5000, "{" * 90, "-" * 9000 + "1", "1", header.replace("shape", "a")]
+        )
+    )
     return member(header, draw(st.binary(max_size=64)), draw(st.sampled_from([(1, 0), (1, 0), (2, 0), (3, 0), (9, 9)])))
 
 

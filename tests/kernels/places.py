@@ -64,7 +64,7 @@ PLACES = [
     Place("csrc/<op>.cu", says(r"\bint <op>_fwd\("), "cuda"),
     Place("csrc/cpu/<op>.cpp", says(r"^int <op>_fwd\("), "native"),
     Place("csrc/launchers.h", says(r"^int <op>_fwd\((.|\n)*\bX\(<op>_fwd\)"), "cuda"),
-    Place("kernels/ect_kernels/__main__.py", says(r'^    "<op>",$')),
+    Place("kernels/ect_kernels/choice.py", says(r'^    "<op>",$')),
     Place("kernels/ect_kernels/calls.py", says(r"^    from ect_kernels.<op> import .*\b<op>\b")),
     Place("ect/cost/categories.py", says(r'"ect::<op>":')),
     Place("benchmarks/lib/cases.py", says(r'^        "<op>": _<op>,(.|\n)*^def _<op>\(')),

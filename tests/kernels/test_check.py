@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from ect_kernels import check, cpu, dispatch, native
-from ect_kernels.__main__ import OPS, main
+from ect_kernels.__main__ import main
 from ect_kernels.calls import ARENA, SAMPLES, Call, Recorder, Shape, default_calls
+from ect_kernels.choice import OPS
 
 from ect.assembly import network_spec
 from ect.cost import memory

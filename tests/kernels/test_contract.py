@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from ect_kernels.__main__ import OPS
+from ect_kernels.choice import OPS
 from ect_kernels.dispatch import OPS as REGISTERED
 from ect_kernels.dispatch import Backend, Op
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from ect.data.readers.image_files import hidden, walk
+from ect.data.readers.image_files import hidden, read_file, walk
 from ect.data.readers.pictures import extensions
 from ect.errors import UserError
 
@@ -38,7 +38,7 @@ class Class:
         """Yield the name and the bytes of each picture. Raises UserError where the file is not what it was."""
         if self.path.is_dir():
             for name in self.pictures:
-                yield name, (self.path / name).read_bytes()
+                yield name, read_file(self.path / name)
             return
         with self.path.open("rb") as file:
             file.seek(self.start)
@@ -91,7 +91,7 @@ def _folders(source: Path) -> Iterator[Class]:
 
 def _tars(source: Path) -> Iterator[Class]:
     """Yield the tar files of `source`, each of them a class."""
-    for path in sorted(source.glob("[!.]*.tar")):
+    for path in sorted(path for path in source.glob("[!.]*.tar") if path.is_file()):
         with path.open("rb") as file:
             yield Class(path.stem, path, _pictures(_opened(file, path)))
 

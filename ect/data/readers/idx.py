@@ -31,7 +31,8 @@ def claims(path: Path) -> bool:
 
 def _images_in(folder: Path) -> list[Path]:
     """Return the IDX image files of a folder; of MNIST's two, the training set alone. A file and its .gz twin count once."""
-    found = {file.name.removesuffix(".gz"): file for file in sorted(folder.iterdir(), reverse=True) if _named(file)}
+    named = [file for file in folder.iterdir() if _named(file) and file.is_file()]
+    found = {file.name.removesuffix(".gz"): file for file in sorted(named, reverse=True)}
     training = {name: file for name, file in found.items() if name.startswith("train-")}
     return list((training or found).values())
 
@@ -64,7 +65,7 @@ def _read_labels(images_path: Path, count: int) -> np.ndarray:
     assert match is not None
     plain = images_path.with_name(f"{match[1]}labels{match[2]}idx1-ubyte")
     candidates = [plain, plain.with_name(plain.name + ".gz")]
-    path = next((p for p in candidates if p.exists()), None)
+    path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         raise UserError(f"{plain}: no such file, nor with .gz. Put the labels there, or train without --data.labels")
     indices = _read_array(path, 1)

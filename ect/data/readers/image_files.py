@@ -21,7 +21,7 @@ from ect.errors import UserError
 from ect.files.foreign import what_is_at
 
 MAX_BYTES = 2**28
-"""Largest file read from a zip: more is a mistake or an attack, not a training image."""
+"""Largest file read from a folder or a zip: more is a mistake or an attack, not a training image."""
 _ALWAYS, _RATIO = 2**28, 16
 """The files of a zip have at most so many bytes unpacked, or so many times its size: pictures hardly compress further."""
 _TEXT = 2**24
@@ -51,7 +51,7 @@ def read_folder(root: Path, labels: bool, resolution: int | None, convert: Conve
     """
     names = [Path(folder, file).relative_to(root).as_posix() for folder, files in walk(root) for file in files]
     source = _pictures(
-        Source(root, sorted(names), lambda name: (root / name).read_bytes(), lambda name: (root / name).stat().st_size)
+        Source(root, sorted(names), lambda name: read_file(root / name), lambda name: _size(root / name))
     )
     if not labels:
         vectors = None
@@ -61,6 +61,26 @@ def read_folder(root: Path, labels: bool, resolution: int | None, convert: Conve
         vectors = from_folders(source.names, root)
     images, notes = decode_all(source, resolution, convert)
     return Read(images, vectors, notes)
+
+
+def read_file(path: Path) -> bytes:
+    """Return what is in a file of a data set. Raises UserError where it is too large, or none: a pipe would never end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("a pipe or a device, no file")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise OSError(f"{size:,} bytes, more than the {MAX_BYTES:,} accepted")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Restore or remove it") from error
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, 0 where it cannot be read, which `read_file` will say."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -151,6 +171,6 @@ def _pictures(source: Source) -> Source:
     names = [name for name in source.names if splitext(name)[1].lower() in known and not hidden(name)]
     if not names:
         raise UserError(
-            f"{source.path}: no images in it. Expected .png, .jpg or other files that PIL reads; check --data.source"
+            f"{source.path}: no images in it. Expected .png, .jpg, .webp or other pictures; check --data.source"
         )
     return replace(source, names=names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import struct
@@ -13,18 +14,25 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ect.data.readers import space
+from ect.data.readers import effort, space
 from ect.errors import UserError
 
 Convert = Literal["rgb", "grey"]
 CHANNELS = {"L": 1, "RGB": 3}
 _ALWAYS, _RATIO = 150 << 20, 90
+_IN_PYTHON = 200.0
+"""The cost of a pixel that PIL decodes in Python, such as one of a PPM whose largest value is not 255."""
+_SURVEYED = 10_000
+"""Files that are looked at to say what kinds there are."""
 MAX_SIDE = 4096
 """Largest width of an image to train on, in pixels."""
-# PIL only identifies these, or starts another program to draw them.
-_NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+FORMATS = [
+    "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
+]  # fmt: skip
+"""The formats of PIL that are read. The others start a program (EPS), hold a picture of any format or size inside (IPTC, ICO,
+ICNS), unpack without a bound (FITS), take a microsecond a pixel (QOI, DDS), or are no pictures."""
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _COLOURS = {"L": "grey", "RGB": "RGB", "P": "palette", "1": "black and white", "LA": "grey with transparency"}
 _COLOURS |= {"RGBA": "RGB with transparency", "I;16": "16-bit grey", "I;16B": "16-bit grey", "I": "16-bit grey"}
@@ -42,19 +50,30 @@ class Source:
 
 @dataclass
 class _Room:
-    """The values of pixels that the files read so far may have, so that small files do not fill the memory, or take hours."""
+    """The work that the files read so far may ask for, so that small files do not fill the memory, or take hours.
+
+    decoded: values of pixels. spent: microseconds beside them.
+    """
 
     read: int = 0
     decoded: float = 0.0
+    spent: float = 0.0
 
-    def take(self, where: Path, data: int, image: Image.Image, convert: Convert | None) -> None:
-        """Count a file of `data` bytes, whose header alone is read yet. Raises UserError where its pixels are too many."""
+    def has(self, data: bytes) -> bool:
+        """Count a file that is not open yet, and return whether there is room for the work that it asks for."""
+        self.read, self.spent = self.read + len(data), self.spent + effort.of(data)
+        return self.spent <= effort.most(self.read)
+
+    def take(self, where: Path, data: bytes, image: ImageFile.ImageFile, convert: Convert | None) -> None:
+        """Count the pixels of a file, whose header alone is read yet. Raises UserError where they are too many."""
         pixels, plain = image.width * image.height, convert != "rgb" and "transparency" not in image.info
         cost = {"1": 1.5, "L": 2.0}.get(image.mode, 3.0) if plain else 3.0  # as measured, in time
-        self.read, self.decoded = self.read + data, self.decoded + cost * pixels
+        if image.tile and image.tile[0].codec_name in Image.DECODERS:
+            cost = _IN_PYTHON
+        self.decoded += cost * pixels * effort.passes(data)
         if self.decoded > most_bytes(self.read):
             raise UserError(
-                f"{where}: {pixels:,} pixels in {data:,} bytes: so small files hold no pictures so large. Remove it, or "
+                f"{where}: {pixels:,} pixels in {len(data):,} bytes: so small files hold no pictures so large. Remove it, or "
                 "save such pictures without compression"
             )
 
@@ -65,15 +84,21 @@ def most_bytes(read: int) -> int:
 
 
 def extensions() -> set[str]:
-    """Return the extensions, with their dot and in lower case, of the files that PIL can open by itself."""
+    """Return the extensions, with their dot and in lower case, of the files in FORMATS that this PIL can open."""
     known = formats()
     return {extension for extension, name in Image.registered_extensions().items() if name in known}
 
 
+@functools.cache
 def formats() -> list[str]:
-    """Return the formats that PIL reads by itself. It goes by the content: a file named .png may be PostScript."""
+    """Return those of FORMATS that this PIL knows."""
     Image.init()
-    return [name for name in Image.ID if name not in _NOT_PICTURES]
+    return [name for name in FORMATS if name in Image.ID]
+
+
+def opened(data: bytes) -> ImageFile.ImageFile:
+    """Return a picture, opened by its content in one of FORMATS: a file named .png may be PostScript."""
+    return Image.open(io.BytesIO(data), formats=formats())
 
 
 def is_resolution(size: int) -> bool:
@@ -133,17 +158,22 @@ def _difference(y: np.ndarray, first: np.ndarray, name: str) -> str:
 
 
 def _survey(source: Source) -> str:
-    """Return the kinds of all images, from their headers: ' (found: 480 RGB 32x32, ...)'."""
+    """Return the kinds of all images, from their headers: ' (found: 480 RGB 32x32, ...)'; of very many, those of the first."""
     kinds: Counter[str] = Counter()
-    for name in source.names:
+    room = _Room()
+    for name in source.names[:_SURVEYED]:
+        data = source.read(name)
+        if not room.has(data):
+            break
         try:
-            with Image.open(io.BytesIO(source.read(name)), formats=formats()) as image:
+            with opened(data) as image:
                 kinds[f"{_COLOURS.get(image.mode, image.mode)} {image.width}x{image.height}"] += 1
         except _UNREADABLE:
             kinds["unreadable"] += 1
     shown = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(6))
     more = f" and {len(kinds) - 6} more kinds" if len(kinds) > 6 else ""
-    return f" (found: {shown}{more})"
+    some = f" among the first {kinds.total():,}" if kinds.total() < len(source.names) else ""
+    return f" (found{some}: {shown}{more})"
 
 
 def _decode(
@@ -156,9 +186,14 @@ def _decode(
     where = source.path / name
     try:
         data = source.read(name)
-        with Image.open(io.BytesIO(data), formats=formats()) as upright:
+        if not room.has(data):
+            raise UserError(
+                f"{where}: too much work beside its pixels: there are very many tiny files, or metadata that unpack to much. "
+                "Remove it, or save such pictures without compression and metadata"
+            )
+        with opened(data) as upright:
             mode = upright.mode
-            room.take(where, len(data), upright, convert)
+            room.take(where, data, upright, convert)
             if convert is not None or mode in CHANNELS:
                 ImageOps.exif_transpose(upright, in_place=True)  # by another image it would be twice in memory
                 lost = convert is None and "transparency" in upright.info
