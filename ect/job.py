@@ -19,7 +19,7 @@ from ect.assembly import objective_type
 from ect.config import HEUN_STEPS, Config
 from ect.data import load
 from ect.data.datasets import TEACHER
-from ect.errors import UserError
+from ect.errors import Diverged, UserError
 from ect.files import drawn
 from ect.files.branch import cooled
 from ect.files.drawn import Drawn
@@ -144,7 +144,16 @@ class Job:
         with leaving_nothing(self._made), self.stop.watch(), lock:
             if self._starts and self.world.rank == 0:
                 refuse_used(self.run_dir)  # by another process that found it empty too
-            return self._run()
+            try:
+                done = self._run()
+            except Diverged as error:
+                self._report_early(str(error))
+                raise
+            if not done:
+                self._report_early(
+                    f"a signal stopped this run; python -m ect.train --resume {self.run_dir} goes on with it"
+                )
+            return done
 
     def _run(self) -> bool:
         cfg = self.cfg
@@ -220,13 +229,13 @@ class Job:
             try:
                 path = trainer.run(log)
             finally:
+                self.seconds[name], self.splits[name] = trainer.seconds, trainer.clock.split()
                 if trainer.state.nonfinite > 0:
                     log.note(f"{int(trainer.state.nonfinite)} non-finite gradient values were replaced while {name}")
         if cfg.log.levels and writes:
             with log.surviving("levels.png"):
                 levels.plot(run_dir)
-        self.seconds[name], self._trained = trainer.seconds, trainer.nimg > start
-        self.splits[name], self.crossings = trainer.clock.split(), trainer.crossings
+        self._trained, self.crossings = trainer.nimg > start, trainer.crossings
         return path if trainer.nimg >= trainer.total_img else None
 
     def finish(self, models: Sequence[Rated]) -> bool:
@@ -251,9 +260,24 @@ class Job:
         save_png(report.strips(pictures, scale), self.run_dir / "samples.png")
         self.seconds["evaluation"] = time.monotonic() - begin
         columns = self.evaluator.columns if self.evaluator is not None else ()
+        report.write(self.run_dir, rows, columns, self.seconds, self.checked, self._facts(phases))
+        report.show(self.console, rows, columns, self.seconds)
+        made = page.write(self.run_dir, report.table(rows, columns) if rows else None)
+        self.console.print(
+            f"In {self.run_dir}: {made}samples.png, results.md, grids, checkpoints", markup=False, highlight=False
+        )
+
+    def _report_early(self, ending: str) -> None:
+        """Write the page of a run that has trained, but did not come to its end."""
+        if self.world.rank == 0 and self.splits:
+            early = {"rows": [], "seconds": self.seconds, "checked": self.checked, **self._facts([])}
+            page.write(self.run_dir, results=early, ending=ending)
+
+    def _facts(self, phases: Sequence[str]) -> dict[str, Any]:
+        """Return what results.json has beside figures."""
         crossings = [crossing for crossing in self.crossings if crossing.target == self.cfg.target]
         about = machine.facts(self.device, self.cfg, self.world) | {"data": self.dataset.describe()}
-        more = {
+        more: dict[str, Any] = {
             "phases": phases, "splits": self.splits, "about": about, "target": None,
             "missing": [] if self.evaluator is None else self.evaluator.notes,
         }  # fmt: skip
@@ -262,9 +286,4 @@ class Job:
                 "means": str(self.target),
                 "crossings": list(map(asdict, crossings)),
             }
-        report.write(self.run_dir, rows, columns, self.seconds, self.checked, more)
-        report.show(self.console, rows, columns, self.seconds)
-        made = page.write(self.run_dir, report.table(rows, columns) if rows else None)
-        self.console.print(
-            f"In {self.run_dir}: {made}samples.png, results.md, grids, checkpoints", markup=False, highlight=False
-        )
+        return more

@@ -88,6 +88,8 @@ def test_what_goes_bad_stops_the_run_and_is_named(kind: str, tmp_path: Path, mon
     with pytest.raises(Diverged, match=rf"^the run diverged and stopped at 0\.08 kimg: .*tensor is {name}\. The last"):
         run(replace(cfg, log=replace(LOG, keep=9)), tmp_path / "run")
     one_in_all(tmp_path / "run")
+    for page in ("report.md", "report.html"):
+        assert "The run diverged and stopped at 0.08 kimg: " in (tmp_path / "run" / page).read_text()
     rows = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
     assert [row["bad_steps"] for row in rows] == [0, 0, 2, 2, 2]
 

@@ -123,7 +123,12 @@ def test_the_wall_clock_of_a_phase_is_split_and_adds_up_over_resumptions(
         job = Job(replace(RATED, pretrain=None, pretrain_kimg=None, run_dir=folder), Console(quiet=True))
         assert not job.run()
     first = job.splits["training"]
+    told = f"A signal stopped this run; python -m ect.train --resume {folder} goes on with it"
+    for name in ("report.md", "report.html"):
+        early = (folder / name).read_text()
+        assert told in early and "Nothing was rated." in early and "kimg of training; " in early
     job = run(parse(["--resume", str(folder)]), folder)
+    assert "A signal" not in (folder / "report.html").read_text()
     both = json.loads((folder / "results.json").read_text())["splits"]["training"]
     assert [*both] == [*PARTS] and all(both[part] >= first[part] > 0 for part in PARTS if part != "training")
     assert sum(both.values()) == pytest.approx(job.seconds["training"], abs=0.05)

@@ -31,15 +31,16 @@ PRETRAIN = "pretraining"
 Json = dict[str, Any]
 
 
-def write(run_dir: Path, quality: Table | None = None) -> str:
-    """Write the report of a run, whose results.json is there already, and return the names of its files, as a list begins.
+def write(run_dir: Path, quality: Table | None = None, results: Json | None = None, ending: str = "") -> str:
+    """Write the report of a run, and return the names of its files, as a list begins.
 
-    quality: the table of results.md. Whatever fails here is said in a warning and ends no run, whose results are saved; the
-    names are none then.
+    quality: the table of results.md. results: None for those of results.json, which is there already. ending: how the run ended
+    before its end. Whatever fails here is said in a warning and ends no run, whose results are saved; the names are none then.
     """
     try:
-        results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-        blocks = list(_Report(run_dir, load(run_dir), results, quality).blocks())
+        if results is None:
+            results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+        blocks = list(_Report(run_dir, load(run_dir), results, quality, ending).blocks())
         for name, text in (
             ("report.md", document.markdown(blocks)),
             ("report.html", document.html(f"{run_dir.resolve().name}: report", blocks)),
@@ -56,8 +57,8 @@ def write(run_dir: Path, quality: Table | None = None) -> str:
 class _Report:
     """The parts of the page, and what they are made of."""
 
-    def __init__(self, run_dir: Path, cfg: Config, results: Json, quality: Table | None) -> None:
-        self.run_dir, self.cfg, self.results, self.quality = run_dir, cfg, results, quality
+    def __init__(self, run_dir: Path, cfg: Config, results: Json, quality: Table | None, ending: str) -> None:
+        self.run_dir, self.cfg, self.results, self.quality, self.ending = run_dir, cfg, results, quality, ending
         self.splits: dict[str, dict[str, float]] = results["splits"]
         self.main = [*self.splits][-1]
         """The last phase, of which the run's model is."""
@@ -85,6 +86,8 @@ class _Report:
 
     def blocks(self) -> Iterator[Block]:
         yield Heading(f"{self.run_dir.resolve().name}, a run of the recipe {self.cfg.preset}", 1)
+        if self.ending:
+            yield f"{self.ending[0].upper()}{self.ending[1:]}"
         yield self._summary()
         if self.target is not None:
             yield from self._reached(self.target)
