@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ect_kernels import dispatch
 
+from tests.gpu_paths.cases import allowed
 from tests.gpu_paths.fake_gpu import GPUS
 from tests.gpu_paths.processes import ask
 
@@ -32,11 +33,9 @@ every_gpu = pytest.mark.parametrize(
 )
 OPS = "H100"  # where calls that no step makes are compiled too
 DDPMPP = [{"ddpmpp": True, "precision": precision} for precision in ("fp16", "bf16", "fp32")]
-FULL: dict[str, list[dict[str, Any]]] = {
-    gpu: [{"precision": precision, "arch": arch, "xflip": True} for precision in ("fp16", "bf16", "fp32")
-          for arch in ("ddpmpp", "ncsnpp", "adm")] + DDPMPP
-    for gpu in GPUS
-}  # fmt: skip
+EVERY = [{"precision": precision, "arch": arch, "xflip": True} for precision in ("fp16", "bf16", "fp32")
+         for arch in ("ddpmpp", "ncsnpp", "adm")] + DDPMPP  # fmt: skip
+FULL: dict[str, list[dict[str, Any]]] = {gpu: [case for case in EVERY if allowed(case | {"gpu": gpu})] for gpu in GPUS}
 
 
 @pytest.fixture(scope="session")
