@@ -112,6 +112,15 @@ def test_a_write_that_fails_leaves_the_files_before(
     assert contents(folder) == before
 
 
+def test_a_folder_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the system refuses a folder, also one that is there, and Python would keep that to itself."""
+    net = build(spec())
+    assert kept.keep(tmp_path, 8, net, spec(), {}) is not None
+    monkeypatch.setattr(Path, "mkdir", lambda *args, **options: pytest.fail("there is a folder"))
+    assert kept.keep(tmp_path, 16, net, spec(), {}) is not None
+    assert [found.nimg for found in kept.listed(tmp_path)] == [8, 16]
+
+
 def test_buffers_are_as_they_are_and_the_network_is_built_again(tmp_path: Path) -> None:
     net = build(spec(channel_mult=[1, 2]))
     path = kept.keep(tmp_path, 8, net, spec(channel_mult=[1, 2]), {})

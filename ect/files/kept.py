@@ -52,8 +52,9 @@ def keep(
     if not all(bool(parameter.isfinite().all()) for parameter in kept.values()):
         return None
     folder = run_dir / (FOLDER if entry is None else AVERAGES)
-    with can_make(str(folder)):
-        folder.mkdir(exist_ok=True)
+    if not folder.is_dir():  # one that is there needs no room
+        with can_make(str(folder)):
+            folder.mkdir(exist_ok=True)
     for left in left_by_a_kill(folder):
         remove(left)
     kind, kimg = "raw" if entry is None else "average", f"{nimg / 1000:010.3f}"
