@@ -78,6 +78,7 @@ def others(kind: Any, value: Any) -> Iterator[Any]:
             "-starts like an option",
             "digits-diffusion",
             "fdc@1=20",
+            "levels=triton,*=reference",
         )
     elif kind is Path:
         yield from (Path("~/with a space/and 'quote'"), Path("-dash"))
