@@ -121,7 +121,7 @@ def short(value: float, digits: int) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
-def table(lines: list[dict[str, Any]]) -> Table:
+def table(lines: list[Line]) -> Table:
     """Return one row a model and sampler: mean +- standard deviation over seeds."""
     cells = []
     for name in lines[0]["result"]:
@@ -135,7 +135,7 @@ def table(lines: list[dict[str, Any]]) -> Table:
     return Table(headers, cells, f"Digits, {len(lines)} seeds, {SAMPLES} samples")
 
 
-def show(lines: list[dict[str, Any]], as_markdown: bool) -> bool:
+def show(lines: list[Line], as_markdown: bool) -> bool:
     """Print the table and the claims; returns whether all claims hold."""
     if as_markdown:
         print(table(lines).markdown())

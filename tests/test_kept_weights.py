@@ -113,7 +113,7 @@ def test_a_write_that_fails_leaves_the_files_before(
 
 
 def test_a_folder_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a full disk the system refuses a folder, also one that is there, and Python would keep that to itself."""
+    """Where the system refused it, for want of room, Python would keep that to itself: the folder is there."""
     net = build(spec())
     assert kept.keep(tmp_path, 8, net, spec(), {}) is not None
     monkeypatch.setattr(Path, "mkdir", lambda *args, **options: pytest.fail("there is a folder"))
